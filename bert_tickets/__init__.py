@@ -1,0 +1,21 @@
+"""Lottery tickets in pre-trained BERT: find them, train them, compare them.
+
+The package is flat and has floors; a module imports only from lower ones (README, "The house").
+"""
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done; the message says what happened, and what to do.
+
+    The entry scripts print it and exit with code 2. Anything else that escapes is a bug and keeps its traceback.
+    """
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C, after all that can be kept was written. `code` is the process's exit status."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,125 @@
+"""Examples as one ragged store of tokens on the device, and packed batches cut from it.
+
+A packed batch is the batch's examples end to end, without a padding token: `input_ids[1, T]`. Which examples make a batch
+is a function of (seed, epoch, step) alone; so a run resumes from a step number, and packing changes no batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seeded(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU generator for one purpose of a run; different purposes give independent streams."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples of T tokens together, the longest of L tokens. Index tensors are int64, on the device."""
+
+    input_ids: Tensor  # [1, T]
+    token_type_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T], from 0 in each example
+    starts: Tensor  # [B], where each example begins
+    places: Tensor  # [T], row * L + position: a token's place when padded to [B * L]
+    key_mask: Tensor | None  # [B, 1, 1, L], True at tokens; None where all examples have L tokens
+    labels: Tensor  # [B]
+    shape: tuple[int, int]  # (B, L)
+
+
+class TokenStore:
+    """A set of tokenised examples, resident on a device.
+
+    `ids` and `types` (token types) are one sequence of integers per example, `labels` one number per example; a
+    floating-point `labels` stays one (regression).
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[Sequence[int]],
+        types: Sequence[Sequence[int]],
+        labels: np.ndarray,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.lengths = np.array([len(example) for example in ids], dtype=np.int64)
+        ends = np.cumsum(self.lengths)
+        flat = np.fromiter((token for example in ids for token in example), np.int32, int(self.lengths.sum()))
+        kinds = np.fromiter((token for example in types for token in example), np.uint8, flat.size)
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for part in (flat, kinds, labels):
+            digest.update(part.tobytes())
+        self.sha256 = digest.hexdigest()
+        self.device = torch.device(device)
+        self._ids = torch.from_numpy(flat).to(device)
+        self._types = torch.from_numpy(kinds).to(device)
+        self._lengths = torch.from_numpy(self.lengths).to(device)
+        self._offsets = torch.from_numpy(ends - self.lengths).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, examples: Tensor) -> Batch:
+        """The examples of these indices ([B], int64, on the CPU), packed in their order. Never waits for the device."""
+        lengths = self.lengths[examples.numpy()]
+        tokens, rows, longest = int(lengths.sum()), len(lengths), int(lengths.max())
+        device = self.device
+        if device.type == "cuda":
+            examples = examples.pin_memory().to(device, non_blocking=True)
+        lens = self._lengths[examples]
+        starts = lens.cumsum(0) - lens
+        row = torch.repeat_interleave(torch.arange(rows, device=device), lens, output_size=tokens)
+        position = torch.arange(tokens, device=device) - starts[row]
+        source = self._offsets[examples][row] + position
+        key_mask = None
+        if tokens != rows * longest:
+            key_mask = (torch.arange(longest, device=device) < lens[:, None])[:, None, None, :]
+        return Batch(
+            input_ids=self._ids[source].long()[None],
+            token_type_ids=self._types[source].long()[None],
+            position_ids=position[None],
+            starts=starts,
+            places=row * longest + position,
+            key_mask=key_mask,
+            labels=self.labels[examples],
+            shape=(rows, longest),
+        )
+
+    def by_length(self, max_tokens: int) -> Iterator[tuple[Tensor, Batch]]:
+        """Every example once, the longest first, in packs of at most `max_tokens` padded tokens: (indices, batch)."""
+        order = np.argsort(-self.lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            rows = max(1, max_tokens // int(self.lengths[order[start]]))
+            indices = torch.from_numpy(order[start : start + rows])
+            yield indices, self.batch(indices)
+            start += rows
+
+
+def order(count: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of `count` examples in which an epoch sees them ([count], int64, CPU)."""
+    return torch.randperm(count, generator=seeded(seed, "order", epoch))
+
+
+class Batches:
+    """The training batches of a level, by step: a cursor that can be set anywhere at no cost."""
+
+    def __init__(self, store: TokenStore, batch_size: int, seed: int) -> None:
+        self.store, self.batch_size, self.seed = store, batch_size, seed
+        self.per_epoch = math.ceil(len(store) / batch_size)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, order(len(self.store), self.seed, epoch)
+        return self.store.batch(self._order[place * self.batch_size : (place + 1) * self.batch_size])

@@ -1,0 +1,90 @@
+"""The command line of the entry scripts: flags from the dataclasses of `config`, and errors as sentences."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
+
+from bert_tickets import Stopped, UserError
+from bert_tickets.config import FIELDS, Config, Training, build, flat, preset_values, tasks
+
+_TYPES = typing.get_type_hints(Config) | typing.get_type_hints(Training)
+
+
+def parse(preset: str, description: str | None, argv: Sequence[str] | None = None) -> Config:
+    """The command line of a training script as a `Config`; exits with 2 and a sentence on a user's mistake."""
+    parser = new_parser(description)
+    names = tasks(preset)
+    defaults = flat(Config(task=names[0])) | preset_values(preset, "paper")
+    for name, f in FIELDS.items():
+        _add_flag(parser, name, f, defaults[name], names)
+    given = vars(parser.parse_args(hyphens(argv)))
+    if "task" not in given and len(names) > 1:
+        parser.error(f"--task is needed, one of {', '.join(names)}")
+    given["task"] = given.get("task", names[0]).lower().replace("-", "")
+    if given["task"] not in names:
+        parser.error(f"there is no task {given['task']!r}; the tasks are {', '.join(names)}")
+    try:
+        return build(preset, given)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that returns only what was given, so that a preset can stand behind it."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+
+def hyphens(argv: Sequence[str] | None) -> list[str]:
+    """The command line with `--batch_size` written `--batch-size`: both are accepted."""
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, value = word.partition("=")
+        words.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return words
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, f: dataclasses.Field, default: Any, names: Sequence[str]) -> None:
+    options: dict[str, Any] = {"dest": name, "help": f.metadata["help"].replace("%", "%%")}
+    kind = _TYPES[name]
+    kinds = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
+    if typing.get_origin(kind) is Literal:
+        options["choices"] = kinds
+    elif bool in kinds:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"type": kinds[0], "metavar": {str: "TEXT", int: "N", float: "X"}[kinds[0]]}
+    if name == "task":
+        options |= {"metavar": "TASK", "help": f"one of {', '.join(names)}"}
+    elif default is not None and default is not False:
+        options["help"] += f" (default: {default})"
+    parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
+    """Run a script's `main` and exit: 2 with a sentence for a user's mistake, 128 + signal when stopped."""
+    # Read when torch first allocates. Without huge pages a CPU step spends a tenth of its time on page faults, most of
+    # them for the embedding's gradient; no result depends on it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        main(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print("interrupted before anything was begun", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,173 @@
+"""What a run is: frozen dataclasses, the presets that fill them, and the run's name.
+
+Imports neither torch nor transformers, so that `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bert_tickets import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def flag(help: str, default: Any = dataclasses.MISSING, *, identity: bool = True) -> Any:
+    """A field and its flag. `identity=False`: the result does not depend on it, so the run's name does not either."""
+    return field(default=default, metadata={"help": help, "identity": identity})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a network is trained on a task, once."""
+
+    epochs: float = flag("passes over the training set, of every level", 3.0)
+    batch_size: int = flag("examples a step", 32)
+    lr: float = flag("initial learning rate; decays linearly", 2e-5)
+    max_steps: int | None = flag("steps of every level, instead of --epochs", None)
+    weight_decay: float = flag("AdamW's, on all but biases and LayerNorm", 0.0)
+    adam_epsilon: float = flag("AdamW's epsilon", 1e-8)
+    max_grad_norm: float = flag("clip the gradient to this norm", 1.0)
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = flag("auto: fp16 on CUDA, fp32 on a CPU", "auto")
+    seed: int = flag("fixes the head, the order of the examples, dropout and random weights", 57)
+    log_every: int = flag("read the loss every so many steps", 50, identity=False)
+    save_steps: int = flag("write a checkpoint every so many steps; 0: only when stopped", 500, identity=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run: a ticket found (or, with `mask`, trained) on a task."""
+
+    task: str = flag("the task")
+    model: str = flag("a BERT checkpoint: a name on the hub or a folder", "bert-base-uncased")
+    data_dir: str | None = flag("folder with the data in its original layout, instead of the hub", None)
+    output_dir: str = flag("where run directories are made", "runs", identity=False)
+    protocol: Literal["paper", "released"] = flag("do what the paper says, or what the released code does", "paper")
+    init: str = flag("pretrained, random, or a file of weights (safetensors): what the ticket starts from", "pretrained")
+    mask: str | None = flag("train this ticket once instead of finding one: a mask file, or a released mask.pt", None)
+    levels: int = flag("how many sparsities, the dense network counted", 10)
+    rate: float = flag("share of the weights a level removes", 0.1)
+    schedule: Literal["linear", "geometric"] = flag("--rate of the original weights, or of what is left", "linear")
+    scope: Literal["global", "tensor"] = flag("rank the weights together, or within each matrix", "global")
+    rewind: str = flag("weights a level starts from: 0, a step (500) or share (5%) of training, or none", "0")
+    rewind_head: bool = flag("rewind the task's head with the encoder", True)
+    decay: Literal["level", "run"] = flag("the learning rate reaches zero at each level's end, or spans all levels", "level")
+    reset_optimizer: bool | None = flag("a new AdamW each level; unless given: yes, but not with --rewind none", None)
+    max_length: int = flag("tokens of an example, the rest is cut", 128)
+    limit_train: int | None = flag("use so many training examples, the same ones for every seed", None)
+    limit_eval: int | None = flag("use the first so many examples of each evaluation set", None)
+    device: str = flag("auto, cpu, cuda, cuda:1", "auto", identity=False)
+    keep_models: bool = flag("keep every level's model as a Hugging Face folder", False, identity=False)
+    check_metrics: bool = flag("compare the metrics with the evaluate package's", False, identity=False)
+    dry_run: bool = flag("print what would run, and stop", False, identity=False)
+    train: Training = field(default_factory=Training)
+
+    @property
+    def resets_optimizer(self) -> bool:
+        return self.rewind != "none" if self.reset_optimizer is None else self.reset_optimizer
+
+    def rewind_step(self, steps: int) -> int:
+        """The step of `steps` whose weights each level starts from; 0 also for `none`, where nothing is rewound."""
+        if self.rewind == "none":
+            return 0
+        percent = self.rewind.endswith("%")
+        step = round(float(self.rewind[:-1]) / 100 * steps) if percent else int(self.rewind)
+        if step >= steps:
+            raise UserError(f"--rewind {self.rewind} is step {step}, and a level has {steps} steps: nothing would be trained")
+        return step
+
+
+FIELDS = {f.name: f for part in (Config, Training) for f in dataclasses.fields(part) if f.name != "train"}
+
+
+def flat(cfg: Config) -> dict[str, Any]:
+    """Every field by its flag's name."""
+    values = dataclasses.asdict(cfg)
+    return values | values.pop("train")
+
+
+def build(preset: str, given: dict[str, Any]) -> Config:
+    """Defaults, then the preset of the protocol, then what was given. Raises `UserError` for values out of range."""
+    protocol = given.get("protocol", FIELDS["protocol"].default)
+    values = preset_values(preset, protocol) | given
+    training = {name: values.pop(name) for name in list(values) if name in Training.__dataclass_fields__}
+    cfg = Config(**values, train=Training(**training))
+    _check(cfg)
+    return cfg
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def tasks(preset: str) -> list[str]:
+    """The tasks a preset is for."""
+    return _read_preset(preset)["tasks"]
+
+
+def preset_values(name: str, protocol: str) -> dict[str, Any]:
+    """What the preset sets under a protocol."""
+    values = _read_preset(name)[protocol]
+    unknown = set(values) - set(FIELDS)
+    if unknown:
+        raise KeyError(f"{name}.toml sets unknown fields {sorted(unknown)}")
+    return values
+
+
+def _check(cfg: Config) -> None:
+    def need(ok: bool, name: str, what: str) -> None:
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')} {flat(cfg)[name]}: {what}")
+
+    for name in ("batch_size", "log_every", "max_steps", "limit_train", "limit_eval", "levels"):
+        value = flat(cfg)[name]
+        need(value is None or value >= 1, name, "at least 1 is needed")
+    for name in ("epochs", "lr", "max_grad_norm", "adam_epsilon"):
+        need(math.isfinite(flat(cfg)[name]) and flat(cfg)[name] > 0, name, "a number above 0 is needed")
+    need(0 < cfg.rate < 1, "rate", "a share between 0 and 1 is needed")
+    need(cfg.max_length >= 3, "max_length", "an example has three tokens at least")
+    need(cfg.train.save_steps >= 0, "save_steps", "0 or more is needed")
+    need(0 <= cfg.train.weight_decay < 1, "weight_decay", "a number from 0 to 1 is needed")
+    need(0 <= cfg.train.seed < 2**32, "seed", "a whole number from 0 to 2^32 - 1 is needed")
+    try:
+        share = float(cfg.rewind[:-1]) if cfg.rewind.endswith("%") else None
+        step = int(cfg.rewind) if share is None and cfg.rewind != "none" else 0
+    except ValueError:
+        share, step = None, -1
+    need((step >= 0) if share is None else 0 <= share < 100, "rewind", "0, a step, a share such as 5%, or none is needed")
+
+
+# ---- the run's name ----
+
+
+def identity(cfg: Config, preset: str) -> dict[str, Any]:
+    """What differs from the protocol's preset and bears on the result; files count by their content."""
+    values, plain = flat(cfg), flat(build(preset, {"task": cfg.task, "protocol": cfg.protocol}))
+    differs = {
+        name: value
+        for name, value in values.items()
+        if FIELDS[name].metadata["identity"] and value != plain[name]
+    }
+    for name in ("mask", "init"):
+        if name in differs and Path(differs[name]).is_file():
+            differs[name] = "sha256:" + hashlib.sha256(Path(differs[name]).read_bytes()).hexdigest()
+    for name in ("data_dir", "model"):
+        if name in differs and Path(differs[name]).is_dir():
+            differs[name] = str(Path(differs[name]).resolve())
+    return differs
+
+
+def run_name(cfg: Config, preset: str) -> str:
+    """`<task>-<what>-s<seed>-<hash>`: the same configuration has the same name, another one another name."""
+    what = "ticket" if cfg.mask else "imp"
+    if cfg.protocol != "paper":
+        what += f"-{cfg.protocol}"
+    text = json.dumps({"task": cfg.task, "protocol": cfg.protocol, **identity(cfg, preset)}, sort_keys=True)
+    return f"{cfg.task}-{what}-s{cfg.train.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,0 +1,167 @@
+"""The experiments: iterative magnitude pruning with rewinding, one ticket trained, one-shot pruning."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bert_tickets import UserError
+from bert_tickets.batches import Batches, TokenStore, seeded
+from bert_tickets.config import Config
+from bert_tickets.mask import Mask
+from bert_tickets.models import digest, encoder_weights, prunable, rewind, snapshot
+from bert_tickets.prune import fractions, magnitude, prune, random_scores
+from bert_tickets.runs import Run
+from bert_tickets.step import precision_of
+from bert_tickets.tasks import Task
+from bert_tickets.train import Result, evaluate, total_steps, train
+
+
+@dataclass
+class Bench:
+    """All that an experiment works with: a network on its device, and the task's data beside it."""
+
+    net: nn.Module
+    task: Task
+    cfg: Config
+    batches: Batches
+    evals: dict[str, TokenStore]
+
+    @property
+    def steps(self) -> int:
+        """Optimisation steps of a level."""
+        return total_steps(self.cfg.train, self.batches.per_epoch)
+
+
+def imp(bench: Bench, run: Run) -> Mask:
+    """Iterative magnitude pruning with rewinding to the pre-trained weights (Chen et al. 2020, Algorithm 1)."""
+    net, cfg = bench.net, bench.cfg
+    theta, mask = snapshot(net), Mask.ones(prunable(net))
+    i = cfg.rewind_step(bench.steps)
+    for level, fraction in enumerate(fractions(cfg.levels, cfg.rate, cfg.schedule)):
+        if run.finished(level):  # never train a finished level again
+            mask = run.restore(level, net).to(bench.batches.store.device)
+            continue
+        if level > 0 and i > 0:
+            theta = run.load_rewind()  # theta_i, which level 0 passed and left behind
+        before, mask = mask, prune(mask, magnitude(prunable(net)), fraction, cfg.scope)  # by what the last level trained
+        if cfg.rewind == "none":
+            mask.apply(prunable(net))
+        else:
+            rewind(net, theta, mask, head=cfg.rewind_head)
+        fit(bench, run, level, mask, before, start=i if level else 0)
+    return mask
+
+
+def finetune(bench: Bench, run: Run, mask: Mask) -> None:
+    """Train one given ticket on the task: TRANSFER(source, target), or a row of Table 2."""
+    mask.check_fits(prunable(bench.net), "the model")
+    if not run.finished(0):
+        mask.apply(prunable(bench.net))
+        fit(bench, run, 0, mask, mask)
+
+
+def oneshot(net: nn.Module, rate: float, method: str, seed: int) -> Mask:
+    """Remove `rate` of the prunable weights at once: by the magnitude of the untrained weights, or at random."""
+    if not 0 < rate < 1:
+        raise UserError(f"a rate is between 0 and 1, and {rate} is not")
+    weights = prunable(net)
+    scores = magnitude(weights) if method == "magnitude" else random_scores(weights, seeded(seed, "random mask"))
+    return prune(Mask.ones(weights), scores, rate)
+
+
+def fit(bench: Bench, run: Run, level: int, mask: Mask, before: Mask, start: int = 0) -> None:
+    """Train and score the network as it stands under `mask`, and write the level down."""
+    net, task, cfg = bench.net, bench.task, bench.cfg
+    begins_at = digest(encoder_weights(net))
+    keeper = run.at(level, mask.sparsity)
+    i = cfg.rewind_step(bench.steps)
+    net.train()
+    result = train(
+        lambda batch: task.loss(task.logits(net, batch), batch),
+        dict(net.named_parameters()),
+        bench.batches,
+        cfg.train,
+        keeper,
+        mask=mask,
+        span=bench.steps * run.levels if cfg.decay == "run" else None,
+        start=start,
+        capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
+        moments=run.moments() if level and not cfg.resets_optimizer else None,
+    )
+    metrics = score(bench)
+    print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+    run.finish(level, net, mask, _line(result, metrics, task, mask, before, begins_at), {} if cfg.resets_optimizer else result.moments)
+
+
+def score(bench: Bench) -> dict[str, float]:
+    """The task's metrics on all its evaluation sets."""
+    net, task = bench.net, bench.task
+    precision = bench.cfg.train.precision
+    logits = {name: evaluate(net, lambda batch: task.logits(net, batch), store, precision) for name, store in bench.evals.items()}
+    labels = {name: store.labels.cpu().numpy() for name, store in bench.evals.items()}
+    metrics = task.score(logits, labels)
+    if bench.cfg.check_metrics:
+        print(task.check(logits, labels, metrics))
+    return metrics
+
+
+def _line(result: Result, metrics: dict[str, float], task: Task, mask: Mask, before: Mask, begins_at: str) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "metrics": {name: value if value == value else None for name, value in metrics.items()},  # JSON has no NaN
+        "sparsity": mask.sparsity,
+        "kept": mask.kept,
+        "total": mask.total,
+        "mask_distance": mask.distance(before),
+        "steps": result.steps,
+        "losses": result.losses,
+        "starts_at_sha256": begins_at,
+        "mask_sha256": mask.sha256(),
+        "seconds": result.seconds,
+    }
+
+
+def prepare(task: Task, cfg: Config, run: Run) -> Bench:
+    """Load the model and the data onto the device, and write down what they are."""
+    device = pick_device(cfg.device)
+    fractions(cfg.levels, cfg.rate, cfg.schedule)  # a level beyond what is left is met now, not after days
+    net, tokenizer = task.load_net(cfg)
+    limit = net.config.max_position_embeddings
+    if cfg.max_length > limit:
+        raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
+    train_set, evals = task.load_data(cfg, tokenizer, device)
+    bench = Bench(net, task, cfg, Batches(train_set, cfg.train.batch_size, cfg.train.seed), evals)
+    cfg.rewind_step(bench.steps)
+    run.describe(
+        {
+            "device": device.type,
+            "precision": precision_of(cfg.train.precision, device),
+            "model": digest(encoder_weights(net)),
+            "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
+            "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},
+        }
+    )
+    net.to(device)
+    return bench
+
+
+def pick_device(asked: str) -> torch.device:
+    """`auto` is CUDA where there is one. Also makes torch's algorithms deterministic: equal runs, equal bits."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+    except RuntimeError:
+        raise UserError(f"--device {asked}: give auto, cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {asked}: this machine has no such device ({torch.cuda.device_count()} GPUs are seen)")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every buffer
+    return device

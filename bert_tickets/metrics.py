@@ -1,0 +1,77 @@
+"""GLUE's metrics, by name, from scikit-learn and SciPy; nothing here touches the network.
+
+Each takes predictions and references of shape [n] (class indices, or similarity scores for STS-B) and gives a float.
+Degenerate input follows the libraries: Matthews is 0 for constant predictions, a correlation is NaN.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from bert_tickets import UserError
+
+Array = np.ndarray | Sequence[float]
+
+
+def accuracy(predictions: Array, references: Array) -> float:
+    """The share of equal pairs, in [0, 1]."""
+    return float(np.mean(np.asarray(predictions) == np.asarray(references)))
+
+
+def f1(predictions: Array, references: Array) -> float:
+    """F1 of class 1 (MRPC, QQP), in [0, 1]; 0 where class 1 is never predicted."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, zero_division=0.0))
+
+
+def matthews(predictions: Array, references: Array) -> float:
+    """Matthews correlation (CoLA), in [-1, 1]."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(references, predictions))
+
+
+def pearson(predictions: Array, references: Array) -> float:
+    """Pearson correlation (STS-B), in [-1, 1]."""
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, references)
+
+
+def spearman(predictions: Array, references: Array) -> float:
+    """Spearman rank correlation (STS-B), in [-1, 1]."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, references)
+
+
+def _correlation(function, predictions: Array, references: Array) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constant input: the NaN says it
+        return float(function(predictions, references)[0])
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+
+
+def compare_with_evaluate(subset: str, predictions: Array, references: Array, ours: dict[str, float]) -> str:
+    """Check `ours` against `evaluate.load("glue", subset)`; one line to print.
+
+    Raises `UserError` where a value differs by more than 1e-9. Where `evaluate` or its hub cannot be reached, says so.
+    """
+    names = {"matthews_correlation": "matthews", "spearmanr": "spearman"}
+    try:
+        import evaluate
+
+        theirs = evaluate.load("glue", subset).compute(predictions=predictions, references=references)
+    except Exception as error:  # no package, no network, no cached module: each means it cannot be compared here
+        return f"metrics not compared with evaluate, which cannot be loaded here ({type(error).__name__})"
+    for name, value in theirs.items():
+        mine = ours[names.get(name, name)]
+        if not np.isclose(mine, value, rtol=0, atol=1e-9, equal_nan=True):
+            raise UserError(f"{name} is {value} by evaluate and {mine} here: report this, and do not use the number")
+    return f"metrics equal evaluate's ({', '.join(theirs)})"

@@ -1,0 +1,296 @@
+"""The run directory: what a run has finished, what it was doing, and how it goes on after a kill.
+
+    run.json        what runs: configuration, command line, versions, fingerprints of model and data
+    results.jsonl   a line a level
+    log.jsonl       when and where it ran, and how long: the one file that differs between two equal runs
+    level_00/       mask.safetensors, metrics.json; of the newest level also weights.safetensors; model/ if kept
+    rewind.safetensors      the weights of the rewinding step, where one was asked for
+    checkpoint.safetensors  the middle of a level, while one is under way
+
+A level's folder appears by one rename, complete. Everything else is derived from those folders, or written whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+import bert_tickets
+from bert_tickets import Stopped, UserError
+from bert_tickets.config import Config, flat, identity, run_name
+from bert_tickets.files import cannot_write, read_json, safetensors_bytes, sync_folder, write, write_json
+from bert_tickets.mask import Mask
+
+FORMAT = 1  # of the run directory; a newer one is refused
+
+
+class Run:
+    """One run directory, held by one process. A context manager: it locks on entering, and listens for signals."""
+
+    def __init__(self, cfg: Config, preset: str) -> None:
+        self.cfg, self.preset = cfg, preset
+        self.dir = Path(cfg.output_dir) / run_name(cfg, preset)
+        self.levels = 1 if cfg.mask else cfg.levels
+        self.stop_signal: int | None = None
+        self.saves_on_stop = False
+
+    # ---- entering and leaving ----
+
+    def __enter__(self) -> Run:
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.dir / "lock").open("a+")
+        except OSError as error:
+            raise cannot_write(self.dir, error) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise UserError(f"{self.dir} is in use by {holder}; wait for it, or stop it") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+        self._recover()
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._lock.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.saves_on_stop or self.stop_signal is not None:  # nothing to save; or asked a second time
+            raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command goes on from there", 128 + number)
+        self.stop_signal = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    def _recover(self) -> None:
+        """Finish what a kill may have left undone."""
+        about = self.dir / "run.json"
+        if about.exists() and (found := read_json(about).get("format", 0)) > FORMAT:
+            raise UserError(f"{self.dir} has format {found}; this version reads up to {FORMAT}: update bert_tickets")
+        for leftover in self.dir.glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if self.done:
+            self._settle()
+
+    # ---- what there is ----
+
+    @property
+    def done(self) -> int:
+        """How many levels are finished: the number of the first that is not."""
+        level = 0
+        while self.level_dir(level).is_dir():
+            level += 1
+        return level
+
+    @property
+    def complete(self) -> bool:
+        return self.done >= self.levels
+
+    def level_dir(self, level: int) -> Path:
+        return self.dir / f"level_{level:02d}"
+
+    def finished(self, level: int) -> bool:
+        return level < self.done
+
+    def results(self) -> list[dict[str, Any]]:
+        """A dictionary a finished level, as in results.jsonl."""
+        return [read_json(self.level_dir(level) / "metrics.json") for level in range(self.done)]
+
+    # ---- a run's course ----
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Write run.json, or hold `facts` (model, data, precision) against the one that is there."""
+        path = self.dir / "run.json"
+        if path.exists():
+            before = read_json(path)["fingerprint"]
+            for key, value in facts.items():
+                if before.get(key) != value:
+                    raise UserError(
+                        f"{self.dir} was begun with {key} {_brief(before.get(key))}, and now it is {_brief(value)}. Going on would "
+                        "mix two runs: restore the former, or give another --output-dir."
+                    )
+            self.log("resume")
+            return
+        packages = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "config": {key: value for key, value in flat(self.cfg).items() if key != "dry_run"},
+                "differs_from_preset": identity(self.cfg, self.preset),
+                "argv": sys.argv,
+                "git": _git(),
+                "versions": {"python": platform.python_version(), "bert_tickets": bert_tickets.__version__}
+                | {name: version(name) for name in packages},
+                "fingerprint": facts,
+            },
+        )
+        self.log("start")
+
+    def log(self, event: str, **facts: Any) -> None:
+        line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), **facts})
+        try:
+            with (self.dir / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise cannot_write(self.dir / "log.jsonl", error) from None
+
+    def at(self, level: int, sparsity: float) -> Level:
+        return Level(self, level, sparsity)
+
+    def restore(self, level: int, net: nn.Module) -> Mask:
+        """A finished level's mask; of the newest one also its trained weights, into `net`."""
+        if level == self.done - 1:
+            weights, _ = self._load(self.level_dir(level) / "weights.safetensors")
+            _set_parameters(net, weights)
+        return Mask.load(self.level_dir(level) / "mask.safetensors")
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's state at the end of the newest finished level (where the optimiser is not reset)."""
+        return self._load(self.level_dir(self.done - 1) / "moments.safetensors")[0]
+
+    def save_rewind(self, net: nn.Module) -> None:
+        self._save("rewind.safetensors", {name: p.detach() for name, p in net.named_parameters()}, {})
+
+    def load_rewind(self) -> dict[str, Tensor]:
+        return self._load(self.dir / "rewind.safetensors")[0]
+
+    def finish(self, level: int, net: nn.Module, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]) -> None:
+        """Make the level's folder appear, complete; then tidy up."""
+        seconds = result.pop("seconds")
+        folder = self.level_dir(level)
+        temporary = self.dir / f".{folder.name}.tmp"
+        info = {"base_model": self.cfg.model, "task": self.cfg.task, "seed": str(self.cfg.train.seed), "level": str(level)}
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            mask.write(temporary / "mask.safetensors", **info, method="ticket" if self.cfg.mask else "imp")
+            write(temporary / "weights.safetensors", safetensors_bytes(dict(net.named_parameters())))
+            if moments:
+                write(temporary / "moments.safetensors", safetensors_bytes(moments))
+            if self.cfg.keep_models:
+                net.save_pretrained(temporary / "model")
+            write_json(temporary / "metrics.json", {"level": level, **result})
+            self.log("level", level=level, seconds=round(seconds, 2), device=result.get("device"))
+            temporary.rename(folder)
+            sync_folder(self.dir)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+        self._settle()
+
+    def _settle(self) -> None:
+        """results.jsonl from the levels' folders; remove what only the level before needed."""
+        lines = [json.dumps(result, sort_keys=True) for result in self.results()]
+        write(self.dir / "results.jsonl", "".join(line + "\n" for line in lines).encode())
+        for level in range(self.done - 1):
+            for name in ("weights.safetensors", "moments.safetensors"):
+                (self.level_dir(level) / name).unlink(missing_ok=True)
+        checkpoint = self.dir / "checkpoint.safetensors"
+        if checkpoint.exists() and self._checkpoint_level(checkpoint) < self.done:
+            checkpoint.unlink()
+
+    def _checkpoint_level(self, path: Path) -> int:
+        try:
+            return self._load(path)[1]["level"]
+        except UserError:
+            return -1
+
+    def seconds(self) -> dict[int, float]:
+        """Wall-clock seconds of training and evaluation by level, from log.jsonl."""
+        path = self.dir / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return {event["level"]: event["seconds"] for event in events if event["event"] == "level"}
+
+    # ---- files of tensors ----
+
+    def _save(self, name: str, tensors: dict[str, Tensor], facts: dict) -> None:
+        write(self.dir / name, safetensors_bytes(tensors, {"facts": json.dumps(facts)}))
+
+    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                return {name: file.get_tensor(name) for name in file.keys()}, facts
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged or missing: {error}") from None
+
+
+class Level:
+    """One level under way: its title, its checkpoints, and what to do when asked to stop."""
+
+    def __init__(self, run: Run, level: int, sparsity: float) -> None:
+        self.run, self.level = run, level
+        self.title = (f"level {level}/{run.levels - 1}" if run.levels > 1 else "ticket") + f", {sparsity:.0%} pruned"
+        run.saves_on_stop = True
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.run.stop_signal is not None
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
+        """This level's checkpoint, if a sound one is there; a damaged one is named, and the level begins anew."""
+        path = self.run.dir / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        try:
+            tensors, facts = self.run._load(path)
+        except UserError as error:
+            print(f"{error}; level {self.level} begins again from its start")
+            return None
+        return (tensors, facts) if facts.get("level") == self.level else None
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], facts: dict) -> None:
+        self.run._save("checkpoint.safetensors", tensors, {**facts, "level": self.level})
+
+    def stopped(self, step: int) -> None:
+        assert self.run.stop_signal is not None
+        self.run.log("stop", level=self.level, step=step)
+        raise Stopped(
+            f"stopped in level {self.level} after step {step}, saved in {self.run.dir}; the same command goes on from there",
+            128 + self.run.stop_signal,
+        )
+
+
+@torch.no_grad()
+def _set_parameters(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in net.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit the code stands at, and whether it was changed since."""
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20).stdout
+
+    try:
+        return {"sha": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain", "-uno").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None

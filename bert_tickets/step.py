@@ -1,0 +1,98 @@
+"""One optimisation step of a masked network. Every trick of speed and every rule of exactness of a step lives here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bert_tickets import UserError
+from bert_tickets.batches import Batch
+from bert_tickets.config import Training
+from bert_tickets.mask import Mask
+
+Loss = Callable[[Batch], Tensor]  # a packed batch to its mean loss, a scalar
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+
+
+def precision_of(asked: str, device: torch.device) -> str:
+    """`auto` as what it stands for: fp16 on CUDA, fp32 elsewhere."""
+    if asked == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; give --precision fp16")
+    return asked
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context of forward passes; fp32 has none."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+
+
+class Step:
+    """Forward, backward, mask the gradients, clip, AdamW. Calling it takes one step and returns the loss, on the device.
+
+    `params` are the tensors to train, by name; those the mask names must be zero already where it removes. Their
+    gradients are multiplied by the mask after the backward pass and before unscaling and clipping, which is what
+    `torch.nn.utils.prune` computes, bit for bit: no pruned gradient reaches the norm or Adam's moments.
+    """
+
+    def __init__(
+        self, loss: Loss, params: Mapping[str, nn.Parameter], cfg: Training, mask: Mask | None, device: torch.device
+    ) -> None:
+        self.loss, self.params, self.cfg, self.device = loss, dict(params), cfg, device
+        self.precision = precision_of(cfg.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.masks = {  # in the gradients' own type, so that one fused product masks them; all-true ones do nothing
+            name: kept.to(device, params[name].dtype) for name, kept in (mask or {}).items() if not kept.all()
+        }
+        decays = [p for name, p in self.params.items() if not name.endswith("bias") and "LayerNorm" not in name]
+        spared = [p for name, p in self.params.items() if name.endswith("bias") or "LayerNorm" in name]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decays, "weight_decay": cfg.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+            lr=cfg.lr,
+            eps=cfg.adam_epsilon,
+            fused=True,
+        )
+
+    def __call__(self, batch: Batch, lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with autocast(self.precision, self.device):
+            loss = self.loss(batch)
+        self.scaler.scale(loss).backward()
+        if self.masks:
+            torch._foreach_mul_([self.params[name].grad for name in self.masks], list(self.masks.values()))
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    # ---- what a checkpoint holds ----
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's state as `<moment>/<parameter name>`; empty before the first step."""
+        return {
+            f"{moment}/{name}": self.optimizer.state[p][moment]
+            for name, p in self.params.items()
+            if p in self.optimizer.state
+            for moment in MOMENTS
+        }
+
+    @torch.no_grad()
+    def set_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """The inverse of `moments`. What the mask removes gets none: a moment left there would move a pruned weight."""
+        for name, p in self.params.items():
+            if f"step/{name}" in moments:
+                state = {moment: moments[f"{moment}/{name}"].to(self.device, copy=True) for moment in MOMENTS}
+                for moment in MOMENTS[:2]:
+                    if name in self.masks:
+                        state[moment].mul_(self.masks[name])
+                self.optimizer.state[p] = state

@@ -1,0 +1,215 @@
+"""The nine GLUE tasks: a table of nine rows, read from a folder in the original layout or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_tickets import UserError
+from bert_tickets.batches import Batch, TokenStore, order
+from bert_tickets.config import Config
+from bert_tickets.metrics import METRICS, compare_with_evaluate
+from bert_tickets.models import classify, load_classifier
+
+HUB = "nyu-mll/glue"
+BROKEN = 0.01  # a file with a larger share of broken lines is not the file it should be
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task: where its data are, what its columns are called, how it is scored."""
+
+    folder: str  # in the original layout
+    texts: tuple[str, ...]  # columns of the .tsv
+    hub_texts: tuple[str, ...]  # columns on the hub
+    metrics: tuple[str, ...]  # the paper's first
+    labels: tuple[str, ...] = ("0", "1")  # as written in the .tsv; empty: a score from 0 to 5
+    label: str = "label"  # column of the .tsv
+    columns: tuple[str, ...] = ()  # of a .tsv without a header
+    dev: dict[str, str] = field(default_factory=lambda: {"validation": "dev.tsv"})  # split on the hub: file
+
+
+ROWS = {
+    "cola": Row("CoLA", ("sentence",), ("sentence",), ("matthews", "accuracy"), columns=("source", "label", "mark", "sentence")),
+    "sst2": Row("SST-2", ("sentence",), ("sentence",), ("accuracy",)),
+    "mrpc": Row("MRPC", ("#1 String", "#2 String"), ("sentence1", "sentence2"), ("accuracy", "f1"), label="Quality"),
+    "stsb": Row("STS-B", ("sentence1", "sentence2"), ("sentence1", "sentence2"), ("pearson", "spearman"), (), "score"),
+    "qqp": Row("QQP", ("question1", "question2"), ("question1", "question2"), ("accuracy", "f1"), label="is_duplicate"),
+    "mnli": Row(
+        "MNLI",
+        ("sentence1", "sentence2"),
+        ("premise", "hypothesis"),
+        ("accuracy",),
+        ("entailment", "neutral", "contradiction"),
+        "gold_label",
+        dev={"validation_matched": "dev_matched.tsv", "validation_mismatched": "dev_mismatched.tsv"},
+    ),
+    "qnli": Row("QNLI", ("question", "sentence"), ("question", "sentence"), ("accuracy",), ("entailment", "not_entailment")),
+    "rte": Row("RTE", ("sentence1", "sentence2"), ("sentence1", "sentence2"), ("accuracy",), ("entailment", "not_entailment")),
+    "wnli": Row("WNLI", ("sentence1", "sentence2"), ("sentence1", "sentence2"), ("accuracy",)),
+}
+TASKS = tuple(ROWS)
+
+Example = tuple[tuple[str, ...], float]  # one or two texts, a label
+
+
+class Glue:
+    """One GLUE task, as `bert_tickets.tasks.Task` asks."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.row = name, ROWS[name]
+        self.metric = self.row.metrics[0]
+        self.regression = not self.row.labels
+
+    def load_net(self, cfg: Config) -> tuple[nn.Module, Any]:
+        return load_classifier(cfg.model, len(self.row.labels) or 1, cfg.init, cfg.train.seed)
+
+    def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
+        if cfg.data_dir is not None:
+            folder = find_folder(Path(cfg.data_dir), self.row.folder)
+            splits = {split: read_tsv(folder / file, self.row) for split, file in {"train": "train.tsv", **self.row.dev}.items()}
+        else:
+            splits = read_hub(self.name, self.row)
+        train = splits.pop("train")
+        if cfg.limit_train is not None:
+            chosen = order(len(train), seed=0, epoch=0)[: cfg.limit_train]  # whatever the run's seed: one smaller task
+            train = [train[i] for i in chosen.tolist()]
+        store = self._store(train, tokenizer, cfg.max_length, device)
+        return store, {
+            split: self._store(examples[: cfg.limit_eval], tokenizer, cfg.max_length, device)
+            for split, examples in splits.items()
+        }
+
+    def _store(self, examples: list[Example], tokenizer: Any, max_length: int, device: torch.device) -> TokenStore:
+        columns = [list(column) for column in zip(*(texts for texts, _ in examples), strict=True)]
+        encoded = tokenizer(*columns, truncation="longest_first", max_length=max_length, return_attention_mask=False)
+        labels = np.array([label for _, label in examples], dtype=np.float32 if self.regression else np.int64)
+        return TokenStore(encoded["input_ids"], encoded["token_type_ids"], labels, device)
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        return classify(net, batch)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        if self.regression:
+            return F.mse_loss(logits.float().squeeze(1), batch.labels)
+        return F.cross_entropy(logits.float(), batch.labels)
+
+    def predict(self, logits: np.ndarray) -> np.ndarray:
+        """[n, labels] to [n]: the similarity score, or the class."""
+        return logits[:, 0] if self.regression else logits.argmax(axis=1)
+
+    def score(self, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict[str, float]:
+        """The row's metrics on its first evaluation set; the mismatched one of MNLI beside it, as `accuracy_mm`."""
+        values = {}
+        for split in logits:
+            suffix = "_mm" if split.endswith("mismatched") else ""
+            for metric in self.row.metrics:
+                values[metric + suffix] = METRICS[metric](self.predict(logits[split]), labels[split])
+        return values
+
+    def check(self, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], ours: dict[str, float]) -> str:
+        """What the `evaluate` package says of the same predictions; a line to print."""
+        split = next(iter(self.row.dev))
+        return compare_with_evaluate(self.name, self.predict(logits[split]), labels[split], ours)
+
+
+# ---- reading ----
+
+
+def find_folder(data_dir: Path, folder: str) -> Path:
+    """The task's folder: `data_dir/MNLI`, or `data_dir` itself where the files lie in it."""
+    for place in (data_dir / folder, data_dir):
+        if (place / "train.tsv").is_file():
+            return place
+    raise UserError(
+        f"no {folder} data: neither {data_dir / folder}/train.tsv nor {data_dir}/train.tsv is there. Three ways to get it:\n"
+        f"  leave out --data-dir on a machine that reaches the hub ({HUB} is downloaded and cached);\n"
+        f"  fill the cache on another machine and set HF_HOME to a copy of it, with HF_HUB_OFFLINE=1;\n"
+        f"  give --data-dir a folder in GLUE's original layout ({folder}/train.tsv, {folder}/dev.tsv, ...)."
+    )
+
+
+def read_tsv(path: Path, row: Row) -> list[Example]:
+    """The examples of one file. A broken line is left out and reported with its number; too many end the run."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): a text may hold U+2028 or \x85
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    examples: list[Example] = []
+    broken: list[str] = []
+    for problem, example in _parse(lines, path, row):
+        if example is not None:
+            examples.append(example)
+        else:
+            broken.append(problem)
+    if broken:
+        shown = "\n".join(f"  {problem}" for problem in broken[:5]) + ("\n  ..." if len(broken) > 5 else "")
+        if len(broken) > max(1, BROKEN * len(lines)):
+            raise UserError(f"{path}: {len(broken)} of {len(lines)} lines are broken; this is not the {row.folder} file:\n{shown}")
+        print(f"{path}: {len(broken)} broken line(s) left out of {len(examples) + len(broken)}:\n{shown}")
+    if not examples:
+        raise UserError(f"{path} has no examples")
+    return examples
+
+
+def _parse(lines: list[str], path: Path, row: Row) -> Iterator[tuple[str, Example | None]]:
+    """Each line as (problem, None) or ("", example). Quotes are ordinary characters."""
+    first = 0 if row.columns else 1
+    header = list(row.columns) or lines[0].rstrip("\r").split("\t")
+    absent = [name for name in (*row.texts, row.label) if name not in header]
+    if absent:
+        raise UserError(f"{path} has no column {absent[0]!r}; its first line is {' | '.join(header)[:200]!r}")
+    wanted = [header.index(name) for name in row.texts]
+    label_at = header.index(row.label)
+    for number, line in enumerate(lines[first:], first + 1):
+        line = line.rstrip("\r")
+        if not line and number == len(lines):
+            continue  # the newline that ends the file
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            yield f"line {number}: {len(cells)} columns, not {len(header)}", None
+            continue
+        label = _label(cells[label_at].strip(), row)
+        if label is None:
+            yield f"line {number}: label {cells[label_at][:40]!r} is none of {', '.join(row.labels) or '0 to 5'}", None
+        else:
+            yield "", (tuple(cells[at].strip() for at in wanted), label)
+
+
+def _label(text: str, row: Row) -> float | None:
+    if row.labels:
+        return row.labels.index(text) if text in row.labels else None
+    try:
+        score = float(text)
+    except ValueError:
+        return None
+    return score if 0 <= score <= 5 else None
+
+
+def read_hub(name: str, row: Row) -> dict[str, list[Example]]:
+    """All splits from the hub, or its cache, through `datasets`."""
+    try:
+        from datasets import load_dataset
+
+        data = load_dataset(HUB, name)
+    except ImportError:
+        raise UserError("reading GLUE from the hub needs the package datasets; or give --data-dir") from None
+    except Exception as error:  # offline, a proxy's refusal, an incomplete cache: the hub client raises many kinds
+        raise UserError(
+            f"{HUB} ({name}) could not be had from the hub: {str(error).splitlines()[0][:200]}\n"
+            "Give --data-dir a folder in GLUE's original layout, or fill the Hugging Face cache where there is a network."
+        ) from None
+    splits = {}
+    for split in ("train", *row.dev):
+        columns = [data[split][column] for column in (*row.hub_texts, "label")]
+        splits[split] = [(tuple(texts), label) for *texts, label in zip(*columns, strict=True)]
+    return splits

@@ -1,0 +1,156 @@
+"""The training loop and the evaluation, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bert_tickets import UserError
+from bert_tickets.batches import Batch, Batches, TokenStore, seeded
+from bert_tickets.config import Training
+from bert_tickets.mask import Mask
+from bert_tickets.step import Loss, Step, autocast, precision_of
+
+EVAL_TOKENS = {"cuda": 16384, "cpu": 4096}  # padded tokens of an evaluation batch
+
+
+class Keeper(Protocol):
+    """Who keeps a level's checkpoints (`runs.Level`); `train` only says when."""
+
+    title: str
+    stop_requested: bool
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None: ...
+    def save_checkpoint(self, tensors: dict[str, Tensor], facts: dict) -> None: ...
+    def stopped(self, step: int) -> None: ...
+
+
+@dataclass
+class Result:
+    """What training a level came to."""
+
+    steps: int
+    seconds: float
+    losses: list[tuple[int, float]]  # (step, mean loss since the one before)
+    metrics: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+
+def total_steps(cfg: Training, per_epoch: int) -> int:
+    return cfg.max_steps or max(1, math.ceil(cfg.epochs * per_epoch))
+
+
+def train(
+    loss: Loss,
+    params: Mapping[str, nn.Parameter],
+    batches: Batches,
+    cfg: Training,
+    keeper: Keeper,
+    *,
+    mask: Mask | None = None,
+    span: int | None = None,
+    start: int = 0,
+    capture: tuple[int, Callable[[], None]] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+) -> Result:
+    """Train `params` to minimise `loss` from step `start` to the last, or on from the keeper's checkpoint.
+
+    The learning rate falls linearly to zero over `span` steps (the level's own, unless given). `capture` is a step and
+    what to call when it is reached; `moments` is AdamW's state to begin with. (config, seed) fixes the outcome: batches
+    and dropout are the same on every level, so that two levels differ by their masks alone.
+    """
+    device = batches.store.device
+    steps = total_steps(cfg, batches.per_epoch)
+    span = span or steps
+    step = Step(loss, params, cfg, mask, device)
+    losses: list[tuple[int, float]] = []
+    total = torch.zeros((), device=device)  # of the losses since the last look; it stays on the device
+    at, seconds = start, 0.0
+    checkpoint = keeper.load_checkpoint()
+    if checkpoint is None:
+        torch.manual_seed(seeded(cfg.seed, "dropout").initial_seed())
+        step.set_moments(moments or {})
+    else:
+        tensors, facts = checkpoint
+        at, seconds, losses = facts["step"], facts["seconds"], [(s, x) for s, x in facts["losses"]]
+        total.copy_(tensors["total"])
+        _restore(step, tensors, facts)
+    began = time.monotonic() - seconds
+
+    def look() -> float:
+        """The mean loss since the last look; where the host waits for the device."""
+        mean = total.item() / (at - max(start, (at - 1) // cfg.log_every * cfg.log_every))
+        if not math.isfinite(mean):
+            raise UserError(
+                f"{keeper.title}: the loss became {mean} in the {cfg.log_every} steps before step {at}. Nothing of them was "
+                "saved; what was finished before is intact. A lower --lr, or --precision bf16 or fp32, may help."
+            )
+        return mean
+
+    def save() -> None:
+        look()  # a checkpoint never holds weights that a NaN has reached
+        facts = {"step": at, "seconds": time.monotonic() - began, "losses": losses, "scaler": step.scaler.state_dict()}
+        keeper.save_checkpoint({"total": total, **_state(step)}, facts)
+
+    bar = tqdm(total=steps, initial=at, desc=keeper.title, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    with bar:
+        while at < steps:
+            if capture is not None and at == capture[0]:
+                capture[1]()
+            total += step(batches[at], cfg.lr * max(0.0, 1 - at / span))
+            at += 1
+            bar.update()
+            if at % cfg.log_every == 0 or at == steps:
+                losses.append((at, look()))
+                total.zero_()
+                bar.set_postfix(loss=f"{losses[-1][1]:.4f}", refresh=False)
+            if keeper.stop_requested or (cfg.save_steps and at % cfg.save_steps == 0 and at < steps):
+                save()
+                if keeper.stop_requested:
+                    keeper.stopped(at)
+    return Result(steps - start, time.monotonic() - began, losses, moments=step.moments())
+
+
+def _state(step: Step) -> dict[str, Tensor]:
+    """All that the next step depends on, but for the step's number and the scaler."""
+    state = {f"param/{name}": p.detach() for name, p in step.params.items()} | step.moments()
+    state["rng/cpu"] = torch.get_rng_state()
+    if step.device.type == "cuda":
+        state["rng/cuda"] = torch.cuda.get_rng_state(step.device)
+    return state
+
+
+@torch.no_grad()
+def _restore(step: Step, tensors: Mapping[str, Tensor], facts: dict) -> None:
+    for name, p in step.params.items():
+        p.copy_(tensors[f"param/{name}"])
+    step.set_moments(tensors)
+    step.scaler.load_state_dict(facts["scaler"])
+    torch.set_rng_state(tensors["rng/cpu"].cpu())
+    if step.device.type == "cuda" and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"].cpu(), step.device)
+
+
+@torch.inference_mode()
+def evaluate(net: nn.Module, logits: Callable[[Batch], Tensor], store: TokenStore, precision: str) -> np.ndarray:
+    """The logits of every example, in the store's order: [n, ...], float32. The network is left as it was."""
+    device = store.device
+    was_training = net.training
+    net.eval()
+    indices, outputs = [], []
+    with autocast(precision_of(precision, device), device):
+        for chosen, batch in store.by_length(EVAL_TOKENS[device.type]):
+            indices.append(chosen)
+            outputs.append(logits(batch).float())
+    net.train(was_training)
+    rows = torch.cat(outputs).cpu()
+    return rows[torch.cat(indices).argsort()].numpy()

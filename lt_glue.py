@@ -1,0 +1,31 @@
+"""Find lottery tickets in BERT on a GLUE task, or train a given one.
+
+  python lt_glue.py --task mnli                          iterative magnitude pruning, the paper's settings
+  python lt_glue.py --task rte --mask mask.safetensors   train that ticket once
+"""
+
+from bert_tickets.command import parse, run_command
+from bert_tickets.config import Config
+
+PRESET = "glue"
+
+
+def main(cfg: Config) -> None:
+    from bert_tickets.lottery import finetune, imp, prepare
+    from bert_tickets.mask import Mask
+    from bert_tickets.report import print_levels, print_plan
+    from bert_tickets.runs import Run
+    from bert_tickets.tasks.glue import Glue
+
+    if cfg.dry_run:
+        return print_plan(cfg, PRESET)
+    with Run(cfg, PRESET) as run:
+        if not run.complete:
+            mask = Mask.load(cfg.mask) if cfg.mask else None  # a bad file is met before the model is loaded
+            bench = prepare(Glue(cfg.task), cfg, run)
+            finetune(bench, run, mask) if mask else imp(bench, run)
+        print_levels(run)
+
+
+if __name__ == "__main__":
+    run_command(main, parse(PRESET, __doc__))
