@@ -1,7 +1,7 @@
 """Find lottery tickets in BERT on a GLUE task, or train a given one.
 
-  python lt_glue.py --task mnli                          iterative magnitude pruning, the paper's settings
-  python lt_glue.py --task rte --mask mask.safetensors   train that ticket once
+python lt_glue.py --task mnli                          iterative magnitude pruning, the paper's settings
+python lt_glue.py --task rte --mask mask.safetensors   train that ticket once
 """
 
 from bert_tickets.command import parse, run_command
@@ -18,7 +18,8 @@ def main(cfg: Config) -> None:
     from bert_tickets.tasks.glue import Glue
 
     if cfg.dry_run:
-        return print_plan(cfg, PRESET)
+        print_plan(cfg, PRESET)
+        return
     with Run(cfg, PRESET) as run:
         if not run.complete:
             mask = Mask.load(cfg.mask) if cfg.mask else None  # a bad file is met before the model is loaded

@@ -1,7 +1,7 @@
 """Make a ticket without training: prune pre-trained (or random) BERT once, by magnitude or at random.
 
-  python oneshot.py --rate 0.5 --output masks/oneshot_50.safetensors
-  python oneshot.py --rate 0.5 --method random --seed 1 --output masks/random_50.safetensors
+python oneshot.py --rate 0.5 --output masks/oneshot_50.safetensors
+python oneshot.py --rate 0.5 --method random --seed 1 --output masks/random_50.safetensors
 """
 
 import argparse
@@ -14,7 +14,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, required=True, metavar="X", help="share of the weights to remove")
     parser.add_argument("--output", required=True, metavar="FILE", help="the mask file to write")
-    parser.add_argument("--method", choices=("magnitude", "random"), default="magnitude", help="what goes first (default: magnitude)")
+    parser.add_argument("--method", choices=("magnitude", "random"), default="magnitude", help="(default: magnitude)")
     parser.add_argument("--model", default=Config.model, metavar="TEXT", help="a BERT checkpoint (default: bert-base-uncased)")
     parser.add_argument("--init", default="pretrained", metavar="TEXT", help="pretrained, random, or a file of weights to rank")
     parser.add_argument("--seed", type=int, default=Training.seed, metavar="N", help="of random masks and weights (default: 57)")

@@ -150,11 +150,7 @@ def _check(cfg: Config) -> None:
 def identity(cfg: Config, preset: str) -> dict[str, Any]:
     """What differs from the protocol's preset and bears on the result; files count by their content."""
     values, plain = flat(cfg), flat(build(preset, {"task": cfg.task, "protocol": cfg.protocol}))
-    differs = {
-        name: value
-        for name, value in values.items()
-        if FIELDS[name].metadata["identity"] and value != plain[name]
-    }
+    differs = {name: value for name, value in values.items() if FIELDS[name].metadata["identity"] and value != plain[name]}
     for name in ("mask", "init"):
         if name in differs and Path(differs[name]).is_file():
             differs[name] = "sha256:" + hashlib.sha256(Path(differs[name]).read_bytes()).hexdigest()

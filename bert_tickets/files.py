@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -74,3 +77,29 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | Non
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return b"".join((len(header).to_bytes(8, "little"), header, memoryview(data)[8 + size :]))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
+    """Tensors, and what JSON can say beside them, in one file."""
+    write(path, safetensors_bytes(tensors, {"facts": json.dumps(facts or {})}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of `write_tensors`, on the CPU; `UserError` for a file that is damaged or missing."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of `write_tensors`, without reading the tensors; `UserError` likewise."""
+    with _opened(path) as file:
+        return json.loads((file.metadata() or {}).get("facts", "{}"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or missing: {error}") from None

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+import torch.utils.deterministic as deterministic
 
 from bert_tickets import UserError
 from bert_tickets.batches import Batches, TokenStore, seeded
 from bert_tickets.config import Config
 from bert_tickets.mask import Mask
-from bert_tickets.models import digest, encoder_weights, prunable, rewind, snapshot
+from bert_tickets.models import Net, digest, encoder_weights, prunable, rewind, snapshot
 from bert_tickets.prune import fractions, magnitude, prune, random_scores
 from bert_tickets.runs import Run
 from bert_tickets.step import precision_of
@@ -25,7 +25,7 @@ from bert_tickets.train import Result, evaluate, total_steps, train
 class Bench:
     """All that an experiment works with: a network on its device, and the task's data beside it."""
 
-    net: nn.Module
+    net: Net
     task: Task
     cfg: Config
     batches: Batches
@@ -65,7 +65,7 @@ def finetune(bench: Bench, run: Run, mask: Mask) -> None:
         fit(bench, run, 0, mask, mask)
 
 
-def oneshot(net: nn.Module, rate: float, method: str, seed: int) -> Mask:
+def oneshot(net: Net, rate: float, method: str, seed: int) -> Mask:
     """Remove `rate` of the prunable weights at once: by the magnitude of the untrained weights, or at random."""
     if not 0 < rate < 1:
         raise UserError(f"a rate is between 0 and 1, and {rate} is not")
@@ -95,7 +95,8 @@ def fit(bench: Bench, run: Run, level: int, mask: Mask, before: Mask, start: int
     )
     metrics = score(bench)
     print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
-    run.finish(level, net, mask, _line(result, metrics, task, mask, before, begins_at), {} if cfg.resets_optimizer else result.moments)
+    moments = {} if cfg.resets_optimizer else result.moments
+    run.finish(level, net, mask, _line(result, metrics, task, mask, before, begins_at), moments)
 
 
 def score(bench: Bench) -> dict[str, float]:
@@ -163,5 +164,6 @@ def pick_device(asked: str) -> torch.device:
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every buffer
+    # A debugging aid that determinism switches on, and that costs a pass over every buffer.
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device

@@ -109,9 +109,7 @@ class Mask(Mapping[str, Tensor]):
             if name not in tensors:
                 raise UserError(f"the mask covers {name}, which {what} does not have")
             if tensor.shape != tensors[name].shape:
-                raise UserError(
-                    f"{name} is {_by(tensors[name])} in {what} and {_by(tensor)} in the mask: another architecture"
-                )
+                raise UserError(f"{name} is {_by(tensors[name])} in {what} and {_by(tensor)} in the mask: another architecture")
         for name in tensors:
             if name not in self:
                 raise UserError(f"{what} has {name}, which the mask does not cover")
@@ -171,7 +169,7 @@ class Mask(Mapping[str, Tensor]):
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                packed = {name: file.get_tensor(name) for name in file.keys()}
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is damaged, or no mask file: {error}") from None
         return cls._from_packed(path, metadata, packed)

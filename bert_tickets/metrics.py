@@ -7,7 +7,7 @@ Degenerate input follows the libraries: Matthews is 0 for constant predictions, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def spearman(predictions: Array, references: Array) -> float:
     return _correlation(spearmanr, predictions, references)
 
 
-def _correlation(function, predictions: Array, references: Array) -> float:
+def _correlation(function: Callable, predictions: Array, references: Array) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constant input: the NaN says it
         return float(function(predictions, references)[0])

@@ -1,4 +1,4 @@
-"""BERT with a task's head: loading, what of it may be pruned, packed attention, snapshot and rewind.
+"""BERT with a task's head: loading, the packed forward pass, what of it may be pruned, snapshot and rewind.
 
 The network is Hugging Face's own, with its own parameter names; nothing is wrapped, hooked or forked. The encoder is
 everything under `bert.`, pooler included; the rest is the task's head (gamma in the paper).
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,8 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification
 
 from bert_tickets import UserError
+from bert_tickets.attention import replace_dropout
 from bert_tickets.batches import Batch, seeded
 from bert_tickets.mask import Mask
+
+Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
 
 ENCODER = "bert."
 PRUNABLE = re.compile(
@@ -31,126 +33,17 @@ PRUNABLE = re.compile(
 )
 
 
-# ---- dropout ----
+# ---- the forward pass of a packed batch ----
 
 
-class _Drop(torch.autograd.Function):
-    """Zero entries with probability round(p * 2^16) / 2^16 and scale the others; four entries a 64-bit random draw."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        dropped = round(p * 2**16)
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        keep = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view(x.shape)
-        ctx.scale = 2**16 / (2**16 - dropped)
-        ctx.save_for_backward(keep)
-        return x.mul(keep).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.mul(ctx.saved_tensors[0]).mul_(ctx.scale), None
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout in training. On a CPU torch draws its Bernoulli numbers one by one, at an eighth of a training step;
-    here p is rounded to a multiple of 2^-16 (0.1 to 0.100006) and the draws are 16 bits each."""
-    return _Drop.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
-
-
-class Dropout(nn.Dropout):
-    """`nn.Dropout`, drawn by `drop`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return drop(input, self.p) if self.training and self.p > 0 else input
-
-
-# ---- packed attention ----
-
-
-class _Pad(torch.autograd.Function):
-    """Tokens [T, H] to their places in a padded [places, H], zeros elsewhere; the backward is the exact inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, places: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return tokens.new_zeros(count, tokens.shape[1]).index_copy_(0, places, tokens)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """The tokens [T, H] out of a padded [places, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.count = len(padded)
-        return padded.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    batch: Batch | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention within each example of a packed batch: q, k, v [1, heads, T, d] to [1, T, heads, d].
-
-    Only here are the tokens padded; every matrix product outside sees real tokens alone. Without `batch` it is plain
-    attention within each row.
-    """
-    if batch is None:
-        return _attend(query, key, value, attention_mask, dropout, scaling).transpose(1, 2), None
-    _, heads, tokens, width = query.shape
-    rows, longest = batch.shape
-
-    def padded(x: Tensor) -> Tensor:  # [1, heads, T, d] -> [B, heads, L, d]
-        x = x[0].transpose(0, 1).reshape(tokens, heads * width)
-        x = _Pad.apply(x, batch.places, rows * longest) if batch.key_mask is not None else x
-        return x.view(rows, longest, heads, width).transpose(1, 2)
-
-    out = _attend(padded(query), padded(key), padded(value), batch.key_mask, dropout, scaling)
-    out = out.transpose(1, 2).reshape(rows * longest, heads * width)
-    out = _Unpad.apply(out, batch.places) if batch.key_mask is not None else out
-    return out.view(1, tokens, heads, width), None
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None) -> Tensor:
-    """softmax(q k^T) v on [B, heads, L, d]; `mask` is True where a key may be seen."""
-    if dropout == 0 or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
-    # torch has no fused kernel with dropout on a CPU; its fallback computes this, with the slower draws.
-    scores = torch.matmul(q * (q.shape[-1] ** -0.5 if scaling is None else scaling), k.transpose(-2, -1))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.matmul(drop(scores.softmax(-1), dropout), v)
-
-
-transformers.AttentionInterface.register("packed", packed_attention)
-
-
-def encode(net: nn.Module, batch: Batch) -> Tensor:
+def encode(net: Net, batch: Batch) -> Tensor:
     """The encoder's last hidden states of a packed batch: [T, hidden]."""
     bert = net.bert
-    hidden = bert.embeddings(
-        input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids
-    )
+    hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
     return bert.encoder(hidden, attention_mask=None, batch=batch).last_hidden_state[0]
 
 
-def classify(net: nn.Module, batch: Batch) -> Tensor:
+def classify(net: Net, batch: Batch) -> Tensor:
     """The logits of a sequence classifier on a packed batch: [B, labels]. Equal to the padded model's."""
     first = encode(net, batch)[batch.starts]
     return net.classifier(net.dropout(net.bert.pooler(first[:, None])))
@@ -159,7 +52,7 @@ def classify(net: nn.Module, batch: Batch) -> Tensor:
 # ---- loading ----
 
 
-def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[nn.Module, Any]:
+def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[Net, Any]:
     """A BERT checkpoint under a new classification head, in fp32 on the CPU, and its tokenizer.
 
     `init` is what the encoder holds: `pretrained`, `random` (BERT's own initialisation, drawn by `seed`) or a
@@ -186,7 +79,7 @@ def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[nn.Mo
             "Give --model a folder with config.json, model.safetensors and tokenizer.json, or the name of a model that is "
             "in the Hugging Face cache or can be downloaded."
         ) from None
-    _replace_dropout(net)
+    replace_dropout(net)
     known = len(tokenizer)
     if not 100 < known <= config.vocab_size:  # a vocabulary that was not found reads as a handful of special tokens
         raise UserError(f"the tokenizer of {name} has {known} tokens and the model {config.vocab_size}: they do not fit")
@@ -205,15 +98,8 @@ def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[nn.Mo
     return net, tokenizer
 
 
-def _replace_dropout(net: nn.Module) -> None:
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, Dropout(child.p))
-
-
 @torch.no_grad()
-def draw(net: nn.Module, generator: torch.Generator, names: list[str]) -> None:
+def draw(net: Net, generator: torch.Generator, names: list[str]) -> None:
     """Initialise the named parameters as BERT does: N(0, initializer_range), LayerNorm 1 and 0, biases 0."""
     for name in names:
         parameter = net.get_parameter(name)
@@ -229,7 +115,7 @@ def draw(net: nn.Module, generator: torch.Generator, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def _fill(net: nn.Module, path: Path) -> None:
+def _fill(net: Net, path: Path) -> None:
     """Overwrite the encoder's weights with those of a safetensors file; a head in the file is passed over."""
     if not path.is_file():
         raise UserError(f"--init {path}: give pretrained, random, or a file of weights; there is no such file")
@@ -252,23 +138,23 @@ def _fill(net: nn.Module, path: Path) -> None:
 # ---- the weights of a ticket ----
 
 
-def encoder_weights(net: nn.Module) -> dict[str, nn.Parameter]:
+def encoder_weights(net: Net) -> dict[str, nn.Parameter]:
     """The encoder's parameters by name, pooler included: theta."""
     return {name: parameter for name, parameter in net.named_parameters() if name.startswith(ENCODER)}
 
 
-def prunable(net: nn.Module) -> dict[str, nn.Parameter]:
+def prunable(net: Net) -> dict[str, nn.Parameter]:
     """The matrices a mask covers: six a layer and the pooler's (73 and 85,524,480 weights in BERT-base)."""
     return {name: parameter for name, parameter in net.named_parameters() if PRUNABLE.fullmatch(name)}
 
 
-def snapshot(net: nn.Module) -> dict[str, Tensor]:
+def snapshot(net: Net) -> dict[str, Tensor]:
     """A copy of every parameter, on the CPU. A `state_dict` would alias the live ones and follow them."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in net.named_parameters()}
 
 
 @torch.no_grad()
-def rewind(net: nn.Module, theta: Mapping[str, Tensor], mask: Mask, *, head: bool = True) -> None:
+def rewind(net: Net, theta: Mapping[str, Tensor], mask: Mask, *, head: bool = True) -> None:
     """Set the encoder to mask * theta, and with `head` the head to gamma as it was then."""
     for name, parameter in net.named_parameters():
         if head or name.startswith(ENCODER):

@@ -51,7 +51,9 @@ def prune(mask: Mask, scores: Mapping[str, Tensor], fraction: float, scope: Scop
 def _remove(mask: dict[str, Tensor], scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
     """Global removal over the tensors of `mask`."""
     scores = {name: scores[name].to(tensor.device) for name, tensor in mask.items()}
-    kept = torch.cat([scores[name].flatten() if tensor.all() else scores[name].masked_select(tensor) for name, tensor in mask.items()])
+    kept = torch.cat(
+        [scores[name].flatten() if tensor.all() else scores[name].masked_select(tensor) for name, tensor in mask.items()]
+    )
     count = round(fraction * kept.numel())
     if count == 0:
         return mask

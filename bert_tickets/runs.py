@@ -28,14 +28,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 import bert_tickets
 from bert_tickets import Stopped, UserError
 from bert_tickets.config import Config, flat, identity, run_name
-from bert_tickets.files import cannot_write, read_json, safetensors_bytes, sync_folder, write, write_json
+from bert_tickets.files import cannot_write, read_facts, read_json, read_tensors, sync_folder, write, write_json, write_tensors
 from bert_tickets.mask import Mask
+from bert_tickets.models import Net
 
 FORMAT = 1  # of the run directory; a newer one is refused
 
@@ -126,8 +126,8 @@ class Run:
             for key, value in facts.items():
                 if before.get(key) != value:
                     raise UserError(
-                        f"{self.dir} was begun with {key} {_brief(before.get(key))}, and now it is {_brief(value)}. Going on would "
-                        "mix two runs: restore the former, or give another --output-dir."
+                        f"{self.dir} was begun with {key} {_brief(before.get(key))}, and now it is {_brief(value)}. "
+                        "Going on would mix two runs: restore the former, or give another --output-dir."
                     )
             self.log("resume")
             return
@@ -158,40 +158,40 @@ class Run:
     def at(self, level: int, sparsity: float) -> Level:
         return Level(self, level, sparsity)
 
-    def restore(self, level: int, net: nn.Module) -> Mask:
+    def restore(self, level: int, net: Net) -> Mask:
         """A finished level's mask; of the newest one also its trained weights, into `net`."""
         if level == self.done - 1:
-            weights, _ = self._load(self.level_dir(level) / "weights.safetensors")
-            _set_parameters(net, weights)
+            _set_parameters(net, read_tensors(self.level_dir(level) / "weights.safetensors"))
         return Mask.load(self.level_dir(level) / "mask.safetensors")
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state at the end of the newest finished level (where the optimiser is not reset)."""
-        return self._load(self.level_dir(self.done - 1) / "moments.safetensors")[0]
+        return read_tensors(self.level_dir(self.done - 1) / "moments.safetensors")
 
-    def save_rewind(self, net: nn.Module) -> None:
-        self._save("rewind.safetensors", {name: p.detach() for name, p in net.named_parameters()}, {})
+    def save_rewind(self, net: Net) -> None:
+        write_tensors(self.dir / "rewind.safetensors", dict(net.named_parameters()))
 
     def load_rewind(self) -> dict[str, Tensor]:
-        return self._load(self.dir / "rewind.safetensors")[0]
+        return read_tensors(self.dir / "rewind.safetensors")
 
-    def finish(self, level: int, net: nn.Module, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]) -> None:
+    def finish(self, level: int, net: Net, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]) -> None:
         """Make the level's folder appear, complete; then tidy up."""
         seconds = result.pop("seconds")
         folder = self.level_dir(level)
         temporary = self.dir / f".{folder.name}.tmp"
-        info = {"base_model": self.cfg.model, "task": self.cfg.task, "seed": str(self.cfg.train.seed), "level": str(level)}
+        found = {"base_model": self.cfg.model, "task": self.cfg.task, "seed": str(self.cfg.train.seed), "method": "imp"}
+        info = {} if self.cfg.mask else {**found, "level": str(level)}  # a given mask stays as it came
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            mask.write(temporary / "mask.safetensors", **info, method="ticket" if self.cfg.mask else "imp")
-            write(temporary / "weights.safetensors", safetensors_bytes(dict(net.named_parameters())))
+            mask.write(temporary / "mask.safetensors", **info)
+            write_tensors(temporary / "weights.safetensors", dict(net.named_parameters()))
             if moments:
-                write(temporary / "moments.safetensors", safetensors_bytes(moments))
+                write_tensors(temporary / "moments.safetensors", moments)
             if self.cfg.keep_models:
                 net.save_pretrained(temporary / "model")
             write_json(temporary / "metrics.json", {"level": level, **result})
-            self.log("level", level=level, seconds=round(seconds, 2), device=result.get("device"))
+            self.log("level", level=level, seconds=round(seconds, 2))
             temporary.rename(folder)
             sync_folder(self.dir)
         except OSError as error:
@@ -206,14 +206,14 @@ class Run:
             for name in ("weights.safetensors", "moments.safetensors"):
                 (self.level_dir(level) / name).unlink(missing_ok=True)
         checkpoint = self.dir / "checkpoint.safetensors"
-        if checkpoint.exists() and self._checkpoint_level(checkpoint) < self.done:
+        if checkpoint.exists() and (self.complete or self._is_of_a_finished_level(checkpoint)):
             checkpoint.unlink()
 
-    def _checkpoint_level(self, path: Path) -> int:
+    def _is_of_a_finished_level(self, checkpoint: Path) -> bool:
         try:
-            return self._load(path)[1]["level"]
+            return read_facts(checkpoint)["level"] < self.done
         except UserError:
-            return -1
+            return False  # damaged: the level it may be of will say so
 
     def seconds(self) -> dict[int, float]:
         """Wall-clock seconds of training and evaluation by level, from log.jsonl."""
@@ -222,26 +222,13 @@ class Run:
         events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
         return {event["level"]: event["seconds"] for event in events if event["event"] == "level"}
 
-    # ---- files of tensors ----
-
-    def _save(self, name: str, tensors: dict[str, Tensor], facts: dict) -> None:
-        write(self.dir / name, safetensors_bytes(tensors, {"facts": json.dumps(facts)}))
-
-    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-                return {name: file.get_tensor(name) for name in file.keys()}, facts
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged or missing: {error}") from None
-
 
 class Level:
     """One level under way: its title, its checkpoints, and what to do when asked to stop."""
 
     def __init__(self, run: Run, level: int, sparsity: float) -> None:
         self.run, self.level = run, level
-        self.title = (f"level {level}/{run.levels - 1}" if run.levels > 1 else "ticket") + f", {sparsity:.0%} pruned"
+        self.title = ("ticket" if run.cfg.mask else f"level {level}/{run.levels - 1}") + f", {sparsity:.0%} pruned"
         run.saves_on_stop = True
 
     @property
@@ -254,14 +241,15 @@ class Level:
         if not path.exists():
             return None
         try:
-            tensors, facts = self.run._load(path)
+            facts = read_facts(path)
+            tensors = read_tensors(path) if facts["level"] == self.level else {}
         except UserError as error:
             print(f"{error}; level {self.level} begins again from its start")
             return None
-        return (tensors, facts) if facts.get("level") == self.level else None
+        return (tensors, facts) if tensors else None
 
     def save_checkpoint(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        self.run._save("checkpoint.safetensors", tensors, {**facts, "level": self.level})
+        write_tensors(self.run.dir / "checkpoint.safetensors", tensors, {**facts, "level": self.level})
 
     def stopped(self, step: int) -> None:
         assert self.run.stop_signal is not None
@@ -273,7 +261,7 @@ class Level:
 
 
 @torch.no_grad()
-def _set_parameters(net: nn.Module, weights: dict[str, Tensor]) -> None:
+def _set_parameters(net: Net, weights: dict[str, Tensor]) -> None:
     for name, parameter in net.named_parameters():
         parameter.copy_(weights[name])
 

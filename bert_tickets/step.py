@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,13 +67,19 @@ class Step:
             loss = self.loss(batch)
         self.scaler.scale(loss).backward()
         if self.masks:
-            torch._foreach_mul_([self.params[name].grad for name in self.masks], list(self.masks.values()))
+            torch._foreach_mul_(list(self._grads(self.masks)), list(self.masks.values()))
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def _grads(self, names: Iterable[str]) -> Iterator[Tensor]:
+        for name in names:
+            grad = self.params[name].grad
+            assert grad is not None, f"{name} is masked and takes no part in the loss"
+            yield grad
 
     # ---- what a checkpoint holds ----
 

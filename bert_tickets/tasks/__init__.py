@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bert_tickets.batches import Batch, TokenStore
 from bert_tickets.config import Config
+from bert_tickets.models import Net
 
 
 class Task(Protocol):
@@ -18,7 +19,7 @@ class Task(Protocol):
     name: str
     metric: str  # the paper's metric, a key of what `score` returns
 
-    def load_net(self, cfg: Config) -> tuple[nn.Module, Any]:
+    def load_net(self, cfg: Config) -> tuple[Net, Any]:
         """The network with this task's head, fp32 on the CPU, and its tokenizer."""
         ...
 
@@ -26,7 +27,7 @@ class Task(Protocol):
         """The training set and the evaluation sets by name, limited as `cfg` says."""
         ...
 
-    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+    def logits(self, net: Net, batch: Batch) -> Tensor:
         """What the network says of a packed batch, a row per example."""
         ...
 
@@ -36,4 +37,8 @@ class Task(Protocol):
 
     def score(self, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict[str, float]:
         """Metrics from each evaluation set's logits ([n, ...], in the set's order) and labels."""
+        ...
+
+    def check(self, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], ours: dict[str, float]) -> str:
+        """Hold `ours` against another implementation of the metrics; a line to print."""
         ...

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bert_tickets import UserError
 from bert_tickets.batches import Batch, TokenStore, order
 from bert_tickets.config import Config
 from bert_tickets.metrics import METRICS, compare_with_evaluate
-from bert_tickets.models import classify, load_classifier
+from bert_tickets.models import Net, classify, load_classifier
 
 HUB = "nyu-mll/glue"
 BROKEN = 0.01  # a file with a larger share of broken lines is not the file it should be
@@ -68,7 +68,7 @@ class Glue:
         self.metric = self.row.metrics[0]
         self.regression = not self.row.labels
 
-    def load_net(self, cfg: Config) -> tuple[nn.Module, Any]:
+    def load_net(self, cfg: Config) -> tuple[Net, Any]:
         return load_classifier(cfg.model, len(self.row.labels) or 1, cfg.init, cfg.train.seed)
 
     def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
@@ -93,7 +93,7 @@ class Glue:
         labels = np.array([label for _, label in examples], dtype=np.float32 if self.regression else np.int64)
         return TokenStore(encoded["input_ids"], encoded["token_type_ids"], labels, device)
 
-    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+    def logits(self, net: Net, batch: Batch) -> Tensor:
         return classify(net, batch)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -154,7 +154,7 @@ def read_tsv(path: Path, row: Row) -> list[Example]:
     if broken:
         shown = "\n".join(f"  {problem}" for problem in broken[:5]) + ("\n  ..." if len(broken) > 5 else "")
         if len(broken) > max(1, BROKEN * len(lines)):
-            raise UserError(f"{path}: {len(broken)} of {len(lines)} lines are broken; this is not the {row.folder} file:\n{shown}")
+            raise UserError(f"{path} is not the {row.folder} file: {len(broken)} of {len(lines)} lines are broken:\n{shown}")
         print(f"{path}: {len(broken)} broken line(s) left out of {len(examples) + len(broken)}:\n{shown}")
     if not examples:
         raise UserError(f"{path} has no examples")

@@ -1,0 +1,157 @@
+"""Everything the tests need is made here: a small BERT, its vocabulary, GLUE folders. No test reaches the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
+OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "“quoted”", '"', "the", "a", "was", "is", "and"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data-dir", help="real data in GLUE's original layout, for the tests marked realdata")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "realdata" in item.keywords and not config.getoption("--data-dir"):
+            item.add_marker(pytest.mark.skip(reason="needs --data-dir with real GLUE data"))
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail whatever opens a connection."""
+
+    def refuse(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX:
+            raise AssertionError(f"a test opened a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def restore_torch() -> object:
+    """What a run sets for the whole process (determinism) does not leak from test to test."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 2 layers, hidden 32, with a word-level vocabulary and its tokenizer, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("bert")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789é'\".,“”#")
+    words = dict.fromkeys(SPECIAL + letters + ["##" + letter for letter in letters] + GOOD + BAD + OTHERS + ["not"])
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+    )
+    net = BertModel(config)
+    generator = torch.Generator().manual_seed(0)  # not the library's own initialisation, which may change with its version
+    with torch.no_grad():
+        for name, p in sorted(net.named_parameters()):
+            p.normal_(1.0 if "LayerNorm.weight" in name else 0.0, 0.1, generator=generator)
+    net.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calm_bert_dir(bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same BERT with dropout 0: what it computes depends on no random number."""
+    folder = tmp_path_factory.mktemp("calm") / "bert"
+    shutil.copytree(bert_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sentence(rng: random.Random, label: int) -> str:
+    """A few words with one that tells the label."""
+    words = rng.choices(OTHERS, k=rng.randint(2, 9))
+    words.insert(rng.randrange(len(words)), rng.choice(GOOD if label else BAD))
+    return " ".join(words)
+
+
+# The header of each task's .tsv (CoLA has none), and how a row is filled from (number, text a, text b, label).
+LAYOUTS = {
+    "CoLA": (None, lambda n, a, b, y: ["gj04", str(y), "" if y else "*", a]),
+    "SST-2": ("sentence\tlabel", lambda n, a, b, y: [a, str(y)]),
+    "MRPC": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", lambda n, a, b, y: [str(y), str(n), str(n + 1), a, b]),
+    "STS-B": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        lambda n, a, b, y: [str(n), "g", "f", "2012", str(n), "s", "s", a, b, f"{1.25 + 2.5 * y:.3f}"],
+    ),
+    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", lambda n, a, b, y: [str(n), "1", "2", a, b, str(y)]),
+    "MNLI": (
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
+        "\tsentence1\tsentence2\tlabel1\tgold_label",
+        lambda n, a, b, y: [str(n), *["x"] * 7, a, b, *[["entailment", "neutral", "contradiction"][n % 2 + y]] * 2],
+    ),
+    "QNLI": ("index\tquestion\tsentence\tlabel", lambda n, a, b, y: [str(n), a, b, ["entailment", "not_entailment"][y]]),
+    "RTE": ("index\tsentence1\tsentence2\tlabel", lambda n, a, b, y: [str(n), a, b, ["entailment", "not_entailment"][y]]),
+    "WNLI": ("index\tsentence1\tsentence2\tlabel", lambda n, a, b, y: [str(n), a, b, str(y)]),
+}
+
+
+@pytest.fixture(scope="session")
+def glue_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All nine tasks in the original layout: 44 training and 20 evaluation lines each, one of them far too long."""
+    root = tmp_path_factory.mktemp("glue")
+    for folder, (header, fill) in LAYOUTS.items():
+        (root / folder).mkdir()
+        devs = ["dev_matched.tsv", "dev_mismatched.tsv"] if folder == "MNLI" else ["dev.tsv"]
+        for file, count in [("train.tsv", 44), *((dev, 20) for dev in devs)]:
+            rng = random.Random(f"{folder}/{file}")
+            lines = [] if header is None else [header]
+            for number in range(count):
+                label = number % 2
+                text = sentence(rng, label)
+                if number == 7:
+                    text = " ".join([text] * 30)
+                lines.append("\t".join(fill(number, text, sentence(rng, label), label)))
+            (root / folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def run_script(tmp_path: Path):
+    """Run an entry script as a user does, in a process of its own and a folder of its own: (code, output, errors)."""
+
+    def run(script: str, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run

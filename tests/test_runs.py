@@ -1,0 +1,303 @@
+"""A run that is killed at any moment and started again ends as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lt_glue
+from bert_tickets import Stopped, UserError, files
+from bert_tickets.command import parse
+from bert_tickets.runs import Run
+from bert_tickets.step import Step
+
+ROOT = Path(__file__).parent.parent
+MAY_DIFFER = {"log.jsonl", "lock"}  # when and where it ran
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@pytest.fixture
+def command(bert_dir, glue_dir):
+    words = f"--task rte --model {bert_dir} --data-dir {glue_dir} --levels 3 --rate 0.25 --batch-size 16 --epochs 2 --lr 1e-3"
+    return f"{words} --log-every 2 --save-steps 2".split()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in MAY_DIFFER
+    }
+
+
+@pytest.fixture
+def go(command, tmp_path, monkeypatch):
+    """Run the command in a folder of the test's; `interrupt` patches something first. Returns all files but the log."""
+    monkeypatch.setattr(sys, "argv", ["lt_glue.py"])  # run.json holds it
+
+    def run(name: str, *extra: str) -> dict[str, bytes]:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            lt_glue.main(parse("glue", None, [*command, *extra]))
+        return contents(folder)
+
+    return run
+
+
+def dying(function, at: int, *, before: bool = True):
+    """`function`, killed at its call number `at`, before or after doing its work."""
+    calls = 0
+
+    def call(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == at and before:
+            raise Killed
+        result = function(*arguments, **options)
+        if calls == at:
+            raise Killed
+        return result
+
+    return call
+
+
+VARIANTS = [[], ["--rewind", "3"], ["--rewind", "none"], ["--protocol", "released"]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda words: " ".join(words) or "plain")
+def test_killed_at_every_step_in_turn_it_ends_bit_identical(go, monkeypatch, variant):
+    """The run dies at its 5th step, is started again, dies at the 5th from there, and so on until it is through."""
+    expected = go("undisturbed", *variant)
+    deaths = 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(Step, "__call__", dying(Step.__call__, 5))
+            try:
+                found = go("killed", *variant)
+                break
+            except Killed:
+                deaths += 1
+    assert deaths >= 3
+    assert found == expected
+
+
+def test_killed_in_its_writes_it_ends_bit_identical(go, monkeypatch):
+    """Before and after flushes and renames all through a run that writes every kind of file."""
+    variant = ["--rewind", "3"]
+    expected = go("undisturbed", *variant)
+    for target, name in [(os, "fsync"), (Path, "replace"), (Path, "rename")]:
+        for before in (True, False):
+            at, done = 1, False
+            while not done:
+                folder = f"{name}-{at}-{before}"
+                with monkeypatch.context() as patch:
+                    patch.setattr(target, name, dying(getattr(target, name), at, before=before))
+                    try:
+                        go(folder, *variant)
+                        done = True
+                    except Killed:
+                        pass
+                if not done:
+                    assert go(folder, *variant) == expected, folder
+                at += 9 if name != "rename" else 1
+
+
+def test_sigkill_for_real(command, tmp_path):
+    """The process itself is killed, twice, at moments of its own choosing."""
+
+    def start(folder: Path) -> subprocess.Popen:
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "lt_glue.py"), *command, "--max-steps", "40"],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    undisturbed = start(tmp_path / "a")
+    assert undisturbed.wait(120) == 0
+    for pause in (0.1, 0.6):
+        process = start(tmp_path / "b")
+        (run_dir,) = wait_for(lambda: list((tmp_path / "b").glob("runs/*")))
+        before = (run_dir / "log.jsonl").read_text() if (run_dir / "log.jsonl").exists() else ""
+        wait_for(
+            lambda run_dir=run_dir, before=before: (
+                (run_dir / "log.jsonl").exists() and (run_dir / "log.jsonl").read_text() != before
+            )
+        )
+        time.sleep(pause)
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL
+    assert start(tmp_path / "b").wait(120) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def wait_for(condition, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(go, monkeypatch, number, code, tmp_path):
+    plain, calls = Step.__call__, 0
+    expected = go("undisturbed", "--save-steps", "0")
+
+    def call(self, batch, lr):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            os.kill(os.getpid(), number)
+        return plain(self, batch, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", call)
+        with pytest.raises(Stopped, match=r"level 1 after step 3, saved in runs/.*the same command goes on") as stop:
+            go("stopped", "--save-steps", "0")
+    assert stop.value.code == code
+    assert list((tmp_path / "stopped").rglob("checkpoint.safetensors"))
+    calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", plain)
+        assert go("stopped", "--save-steps", "0") == expected
+    assert not list((tmp_path / "stopped").rglob("checkpoint.safetensors"))
+
+
+def test_a_finished_run_answers_at_once_and_writes_nothing(go, monkeypatch, capsys):
+    expected = go("run")
+    table = capsys.readouterr().out.splitlines()[-5:]
+    monkeypatch.setattr("bert_tickets.lottery.prepare", lambda *_: pytest.fail("it loaded a model"))
+    assert go("run") == expected
+    assert capsys.readouterr().out.splitlines() == table
+    assert table[0].split()[:3] == ["level", "sparsity", "accuracy"]
+
+
+def test_finished_levels_are_not_trained_again(go, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", dying(Step.__call__, 14))
+        with pytest.raises(Killed):
+            go("run")
+    steps = 0
+    plain = Step.__call__
+
+    def counting(*arguments):
+        nonlocal steps
+        steps += 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(Step, "__call__", counting)
+    go("run")
+    assert steps == 18 - 12  # level 2 from its start: its first checkpoint was not reached
+
+
+def test_what_a_run_directory_holds(go, tmp_path):
+    found = go("run")
+    names = {name.split("/", 2)[2] for name in found}
+    levels = {f"level_0{level}/{file}" for level in range(3) for file in ("mask.safetensors", "metrics.json")}
+    assert names == {"run.json", "results.jsonl", "level_02/weights.safetensors", *levels}
+    about = json.loads(next(data for name, data in found.items() if name.endswith("run.json")))
+    assert about["config"]["lr"] == 1e-3
+    assert about["differs_from_preset"]["levels"] == 3
+    assert set(about["fingerprint"]) == {"device", "precision", "model", "train", "evaluation"}
+    assert {"torch", "transformers", "python"} <= set(about["versions"])
+    lines = next(data for name, data in found.items() if name.endswith("results.jsonl")).splitlines()
+    assert [json.loads(line)["level"] for line in lines] == [0, 1, 2]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_level_begins_again(go, monkeypatch, capsys, tmp_path):
+    expected = go("undisturbed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", dying(Step.__call__, 10))
+        with pytest.raises(Killed):
+            go("run")
+    (checkpoint,) = (tmp_path / "run").rglob("checkpoint.safetensors")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    assert go("run") == expected
+    assert "checkpoint.safetensors is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["run.json", "level_00/metrics.json", "level_01/weights.safetensors"])
+def test_damaged_state_is_named_and_refused(go, monkeypatch, tmp_path, file):
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", dying(Step.__call__, 15))
+        with pytest.raises(Killed):
+            go("run")
+    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
+    data = (run_dir / file).read_bytes()
+    (run_dir / file).write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=file.split("/")[-1].replace(".", r"\.") + " is damaged"):
+        go("run")
+
+
+def test_a_changed_model_or_other_data_are_not_mixed_in(go, monkeypatch, tmp_path, glue_dir):
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", dying(Step.__call__, 8))
+        with pytest.raises(Killed):
+            go("run")
+    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
+    about = json.loads((run_dir / "run.json").read_text())
+    about["fingerprint"]["train"]["sha256"] = "another"
+    files.write_json(run_dir / "run.json", about)
+    with pytest.raises(UserError, match=r"was begun with train .* would mix two runs"):
+        go("run")
+
+
+def test_a_newer_run_directory_is_refused(go, tmp_path):
+    go("run")
+    (about,) = (tmp_path / "run").rglob("run.json")
+    files.write_json(about, json.loads(about.read_text()) | {"format": 99})
+    with pytest.raises(UserError, match="format 99; this version reads up to"):
+        go("run")
+
+
+def test_a_second_process_is_told_who_holds_the_directory(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = parse("glue", None, command)
+    with Run(cfg, "glue"), pytest.raises(UserError, match=f"in use by process {os.getpid()}"), Run(cfg, "glue"):
+        pass
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EROFS"])
+def test_a_full_or_read_only_disk_ends_the_run_in_words_and_loses_nothing(go, monkeypatch, code):
+    import errno
+
+    expected = go("undisturbed")
+    number, plain, calls = getattr(errno, code), os.fsync, 0
+
+    def full(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls > 9:
+            raise OSError(number, os.strerror(number))
+        plain(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        words = {"ENOSPC": "the disk is full", "EROFS": "the file system is read-only"}[code]
+        with pytest.raises(UserError, match=f"cannot write .*: {words}"):
+            go("run")
+    assert go("run") == expected
+
+
+def test_kept_models_open_in_transformers(go, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    go("run", "--keep-models")
+    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
+    for level in range(3):
+        net = AutoModelForSequenceClassification.from_pretrained(run_dir / f"level_0{level}" / "model")
+        zeros = (net.bert.encoder.layer[0].output.dense.weight == 0).float().mean()
+        assert (zeros > 0.1) == (level > 0)

@@ -1,0 +1,183 @@
+"""A masked step is `torch.nn.utils.prune`'s, bit for bit; and what would not be is shown not to be."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune as torch_prune
+
+from bert_tickets.batches import Batches, TokenStore
+from bert_tickets.config import Training, build
+from bert_tickets.mask import Mask
+from bert_tickets.models import classify, prunable
+from bert_tickets.prune import magnitude, prune
+from bert_tickets.step import Step
+from bert_tickets.tasks.glue import Glue
+
+CPU = torch.device("cpu")
+STEPS = 30
+
+
+@pytest.fixture
+def setting(bert_dir, glue_dir):
+    """A network pruned by 40 %, its mask, its batches and its loss."""
+    task = Glue("sst2")
+    cfg = build("glue", {"task": "sst2", "model": str(bert_dir), "data_dir": str(glue_dir), "max_length": 48})
+    net, tokenizer = task.load_net(cfg)
+    mask = prune(Mask.ones(prunable(net)), magnitude(prunable(net)), 0.4)
+    store, _ = task.load_data(cfg, tokenizer, CPU)
+
+    def loss(net, batch):  # three times the usual, so that clipping at 1.0 is at work
+        return 3 * F.cross_entropy(classify(net, batch), batch.labels)
+
+    return net.train(), mask, Batches(store, 8, 0), loss
+
+
+def settings(weight_decay: float) -> Training:
+    return Training(lr=3e-3, weight_decay=weight_decay, max_grad_norm=1.0)
+
+
+def ours(setting, weight_decay: float):
+    net, mask, batches, loss = setting
+    net = copy.deepcopy(net)
+    mask.apply(prunable(net))
+    torch.manual_seed(1)
+    step = Step(lambda batch: loss(net, batch), dict(net.named_parameters()), settings(weight_decay), mask, CPU)
+    losses = [step(batches[i], 3e-3).item() for i in range(STEPS)]
+    return losses, dict(net.named_parameters())
+
+
+def by_hand(setting, weight_decay: float, *, after_the_step: bool):
+    """The same training with torch's hooks, or, `after_the_step`, with the weights masked after each step instead."""
+    net, mask, batches, loss = setting
+    net = copy.deepcopy(net)
+    if after_the_step:
+        mask.apply(prunable(net))
+    else:
+        for name, kept in mask.items():
+            torch_prune.custom_from_mask(net.get_submodule(name.removesuffix(".weight")), "weight", kept)
+    spared = [p for name, p in net.named_parameters() if name.endswith("bias") or "LayerNorm" in name]
+    rest = [p for name, p in net.named_parameters() if not (name.endswith("bias") or "LayerNorm" in name)]
+    # The hooks move `weight_orig` behind the bias; the norm is summed in the network's own order, as rounding depends on it.
+    named = dict(net.named_parameters())
+    in_order = [named.get(name, named.get(name + "_orig")) for name, _ in setting[0].named_parameters()]
+    groups = [{"params": rest, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, eps=1e-8, fused=True)
+    torch.manual_seed(1)
+    losses = []
+    for i in range(STEPS):
+        value = loss(net, batches[i])
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(in_order, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if after_the_step:
+            mask.apply(prunable(net))
+        losses.append(value.item())
+    weights = {name.removesuffix("_orig"): p for name, p in net.named_parameters()}
+    for name, kept in mask.items():
+        weights[name] = weights[name] * kept  # under the hooks `module.weight` is one step old until the next forward
+    return losses, weights
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_thirty_steps_equal_torch_prunes_bit_for_bit(setting, weight_decay):
+    losses, weights = ours(setting, weight_decay)
+    expected_losses, expected = by_hand(setting, weight_decay, after_the_step=False)
+    assert losses == expected_losses
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_masking_after_the_step_is_another_training(setting):
+    """The guard of the test above: were the gradients not masked, it would fail."""
+    _, weights = ours(setting, 0.0)
+    _, other = by_hand(setting, 0.0, after_the_step=True)
+    assert max((weights[name] - other[name]).abs().max() for name in weights) > 1e-4
+
+
+def test_the_clip_is_at_work_in_these_tests(setting):
+    net, _, batches, loss = setting
+    loss(net, batches[0]).backward()
+    assert torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0) > 1
+
+
+def test_pruned_weights_stay_zero_and_the_others_move(setting):
+    net, mask, *_ = setting
+    _, weights = ours(setting, 0.01)
+    for name, kept in mask.items():
+        assert (weights[name][~kept] == 0).all()
+        assert (weights[name][kept] != net.get_parameter(name)[kept]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_takes_the_same_path_and_learns(setting, precision):
+    net, mask, batches, loss = setting
+    mask.apply(prunable(net))
+    cfg = replace(settings(0.0), precision=precision)
+    step = Step(lambda batch: loss(net, batch), dict(net.named_parameters()), cfg, mask, CPU)
+    assert step.scaler.is_enabled() == (precision == "fp16")
+    losses = [step(batches[i], 3e-3).item() for i in range(3 * STEPS)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert all((net.get_parameter(name)[~kept] == 0).all() for name, kept in mask.items())
+
+
+def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(setting):
+    net, mask, batches, loss = setting
+    cfg = replace(settings(0.0), precision="fp16")
+    step = Step(lambda batch: loss(net, batch) * float("inf"), dict(net.named_parameters()), cfg, mask, CPU)
+    before, scale = copy.deepcopy(dict(net.named_parameters())), step.scaler.get_scale()
+    step(batches[0], 3e-3)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert step.scaler.get_scale() < scale
+
+
+def test_weight_decay_spares_biases_and_layer_norms(setting):
+    net, *_ = setting
+    step = Step(lambda batch: None, dict(net.named_parameters()), settings(0.01), None, CPU)
+    decayed, spared = (sum(p.numel() for p in group["params"]) for group in step.optimizer.param_groups)
+    ones = sum(p.numel() for name, p in net.named_parameters() if p.dim() == 1)
+    assert spared == ones
+    assert decayed + spared == sum(p.numel() for p in net.parameters())
+
+
+def test_moments_carry_over_but_not_to_what_a_later_mask_removes(setting):
+    net, mask, batches, loss = setting
+    params = dict(net.named_parameters())
+    dense = Step(lambda batch: loss(net, batch), params, settings(0.0), None, CPU)
+    for i in range(3):
+        dense(batches[i], 1e-3)
+    mask.apply(prunable(net))
+    pruned = Step(lambda batch: loss(net, batch), params, settings(0.0), mask, CPU)
+    pruned.set_moments(dense.moments())
+    name, kept = next(iter(mask.items()))
+    first, second = dense.moments(), pruned.moments()
+    assert first.keys() == second.keys()
+    assert torch.equal(second[f"exp_avg/{name}"], first[f"exp_avg/{name}"] * kept)
+    assert second[f"step/{name}"] == 3
+    pruned(batches[3], 1e-3)
+    assert (net.get_parameter(name)[~kept] == 0).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_on_cuda_never_waits_for_the_device(setting, precision):
+    net, mask, batches, loss = setting
+    device = torch.device("cuda")
+    net.to(device)
+    batches = Batches(TokenStore([[2, 9, 3]] * 99, [[0, 0, 0]] * 99, np.arange(99) % 2, device), 8, 0)
+    step = Step(
+        lambda batch: loss(net, batch), dict(net.named_parameters()), replace(settings(0.0), precision=precision), mask, device
+    )
+    step(batches[0], 1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(1, 5):
+            step(batches[i], 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
