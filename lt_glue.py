@@ -6,25 +6,25 @@ python lt_glue.py --task rte --mask mask.safetensors   train that ticket once
 
 from bert_tickets.command import parse, run_command
 from bert_tickets.config import Config
+from bert_tickets.report import print_levels, print_plan
 
 PRESET = "glue"
 
 
 def main(cfg: Config) -> None:
-    from bert_tickets.lottery import finetune, imp, prepare
-    from bert_tickets.mask import Mask
-    from bert_tickets.report import print_levels, print_plan
-    from bert_tickets.runs import Run
-    from bert_tickets.tasks.glue import Glue
-
     if cfg.dry_run:
         print_plan(cfg, PRESET)
         return
+    from bert_tickets.lottery import finetune, imp, prepare
+    from bert_tickets.mask import Mask
+    from bert_tickets.runs import Run
+    from bert_tickets.tasks.glue import Glue
+
     with Run(cfg, PRESET) as run:
         if not run.complete:
             mask = Mask.load(cfg.mask) if cfg.mask else None  # a bad file is met before the model is loaded
-            bench = prepare(Glue(cfg.task), cfg, run)
-            finetune(bench, run, mask) if mask else imp(bench, run)
+            setup = prepare(Glue(cfg.task), cfg, run)
+            finetune(setup, run, mask) if mask else imp(setup, run)
         print_levels(run)
 
 

@@ -18,7 +18,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=Config.model, metavar="TEXT", help="a BERT checkpoint (default: bert-base-uncased)")
     parser.add_argument("--init", default="pretrained", metavar="TEXT", help="pretrained, random, or a file of weights to rank")
     parser.add_argument("--seed", type=int, default=Training.seed, metavar="N", help="of random masks and weights (default: 57)")
-    return parser.parse_args(hyphens(None))
+    args = parser.parse_args(hyphens(None))
+    if not 0 < args.rate < 1:
+        parser.error(f"--rate {args.rate}: a share between 0 and 1 is needed")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import tomllib
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ class Config:
     protocol: Literal["paper", "released"] = flag("do what the paper says, or what the released code does", "paper")
     init: str = flag("pretrained, random, or a file of weights (safetensors): what the ticket starts from", "pretrained")
     mask: str | None = flag("train this ticket once instead of finding one: a mask file, or a released mask.pt", None)
-    levels: int = flag("how many sparsities, the dense network counted", 10)
+    levels: int = flag("how many sparsities, the dense network counted; ten, or fewer where --rate allows no more", 10)
     rate: float = flag("share of the weights a level removes", 0.1)
     schedule: Literal["linear", "geometric"] = flag("--rate of the original weights, or of what is left", "linear")
     scope: Literal["global", "tensor"] = flag("rank the weights together, or within each matrix", "global")
@@ -72,6 +73,11 @@ class Config:
     @property
     def resets_optimizer(self) -> bool:
         return self.rewind != "none" if self.reset_optimizer is None else self.reset_optimizer
+
+    @property
+    def fractions(self) -> list[float]:
+        """The share of what is left that goes before each level."""
+        return fractions(self.levels, self.rate, self.schedule)
 
     def rewind_step(self, steps: int) -> int:
         """The step of `steps` whose weights each level starts from; 0 also for `none`, where nothing is rewound."""
@@ -98,6 +104,10 @@ def build(preset: str, given: dict[str, Any]) -> Config:
     protocol = given.get("protocol", FIELDS["protocol"].default)
     values = preset_values(preset, protocol) | given
     training = {name: values.pop(name) for name in list(values) if name in Training.__dataclass_fields__}
+    if "levels" not in given:
+        values["levels"] = min(10, most_levels(values.get("rate", Config.rate), values.get("schedule", Config.schedule)))
+    if "rewind" in given:
+        values["rewind"] = _plain_rewind(given["rewind"])  # 0%, 00 and 0 are one run
     cfg = Config(**values, train=Training(**training))
     _check(cfg)
     return cfg
@@ -121,6 +131,42 @@ def preset_values(name: str, protocol: str) -> dict[str, Any]:
     return values
 
 
+def fractions(levels: int, rate: float, schedule: Literal["linear", "geometric"]) -> list[float]:
+    """The share of what is left that goes before each level; level 0 is the dense network.
+
+    `linear` removes `rate` of the *original* weights a level: 0, 1/10, 1/9, ..., 1/2 for ten levels at 0.1, the only way
+    to the published sparsities. `geometric` removes `rate` of what is left: Algorithm 1 to the letter, 1 - 0.9^k.
+    """
+    if not 0 < rate < 1:
+        raise UserError(f"a rate is between 0 and 1, and {rate} is not")
+    if levels < 1:
+        raise UserError(f"a run has one level at least, and {levels} were asked for")
+    if schedule == "geometric":
+        return [0.0] + [rate] * (levels - 1)
+    step, most = Fraction(str(rate)), most_levels(rate, schedule)  # exact: in floats 0.1 / (1 - 0.1) is not 1/9
+    if levels > most:
+        raise UserError(
+            f"--levels {levels}: the last would remove {float((levels - 1) * step):.0%} of the weights; "
+            f"at --rate {rate} there are {most} levels at most, the dense one counted (--schedule geometric has no end)"
+        )
+    return [0.0] + [float(step / (1 - k * step)) for k in range(levels - 1)]
+
+
+def most_levels(rate: float, schedule: str) -> float:
+    """How many levels a schedule has room for, the dense one counted."""
+    if schedule == "geometric" or not 0 < rate < 1:
+        return math.inf
+    return math.ceil(1 / Fraction(str(rate)))
+
+
+def _plain_rewind(text: str) -> str:
+    """The shortest way to write the same; what cannot be read stays, for `_check` to refuse."""
+    try:
+        return text if text == "none" else f"{float(text[:-1]):g}%" if text.endswith("%") else str(int(text))
+    except ValueError:
+        return text
+
+
 def _check(cfg: Config) -> None:
     def need(ok: bool, name: str, what: str) -> None:
         if not ok:
@@ -132,9 +178,11 @@ def _check(cfg: Config) -> None:
     for name in ("epochs", "lr", "max_grad_norm", "adam_epsilon"):
         need(math.isfinite(flat(cfg)[name]) and flat(cfg)[name] > 0, name, "a number above 0 is needed")
     need(0 < cfg.rate < 1, "rate", "a share between 0 and 1 is needed")
+    if cfg.mask is None:
+        _ = cfg.fractions  # a level beyond what is left is met now
     need(cfg.max_length >= 3, "max_length", "an example has three tokens at least")
     need(cfg.train.save_steps >= 0, "save_steps", "0 or more is needed")
-    need(0 <= cfg.train.weight_decay < 1, "weight_decay", "a number from 0 to 1 is needed")
+    need(0 <= cfg.train.weight_decay < 1, "weight_decay", "a number from 0 to below 1 is needed")
     need(0 <= cfg.train.seed < 2**32, "seed", "a whole number from 0 to 2^32 - 1 is needed")
     try:
         share = float(cfg.rewind[:-1]) if cfg.rewind.endswith("%") else None

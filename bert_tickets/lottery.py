@@ -14,7 +14,7 @@ from bert_tickets.batches import Batches, TokenStore, seeded
 from bert_tickets.config import Config
 from bert_tickets.mask import Mask
 from bert_tickets.models import Net, digest, encoder_weights, prunable, rewind, snapshot
-from bert_tickets.prune import fractions, magnitude, prune, random_scores
+from bert_tickets.prune import magnitude, prune, random_scores
 from bert_tickets.runs import Run
 from bert_tickets.step import precision_of
 from bert_tickets.tasks import Task
@@ -22,7 +22,7 @@ from bert_tickets.train import Result, evaluate, total_steps, train
 
 
 @dataclass
-class Bench:
+class Setup:
     """All that an experiment works with: a network on its device, and the task's data beside it."""
 
     net: Net
@@ -37,14 +37,14 @@ class Bench:
         return total_steps(self.cfg.train, self.batches.per_epoch)
 
 
-def imp(bench: Bench, run: Run) -> Mask:
+def imp(setup: Setup, run: Run) -> Mask:
     """Iterative magnitude pruning with rewinding to the pre-trained weights (Chen et al. 2020, Algorithm 1)."""
-    net, cfg = bench.net, bench.cfg
+    net, cfg = setup.net, setup.cfg
     theta, mask = snapshot(net), Mask.ones(prunable(net))
-    i = cfg.rewind_step(bench.steps)
-    for level, fraction in enumerate(fractions(cfg.levels, cfg.rate, cfg.schedule)):
+    i = cfg.rewind_step(setup.steps)
+    for level, fraction in enumerate(cfg.fractions):
         if run.finished(level):  # never train a finished level again
-            mask = run.restore(level, net).to(bench.batches.store.device)
+            mask = run.restore(level, net).to(setup.batches.store.device)
             continue
         if level > 0 and i > 0:
             theta = run.load_rewind()  # theta_i, which level 0 passed and left behind
@@ -53,60 +53,58 @@ def imp(bench: Bench, run: Run) -> Mask:
             mask.apply(prunable(net))
         else:
             rewind(net, theta, mask, head=cfg.rewind_head)
-        fit(bench, run, level, mask, before, start=i if level else 0)
+        fit(setup, run, level, mask, before, start=i if level else 0)
     return mask
 
 
-def finetune(bench: Bench, run: Run, mask: Mask) -> None:
+def finetune(setup: Setup, run: Run, mask: Mask) -> None:
     """Train one given ticket on the task: TRANSFER(source, target), or a row of Table 2."""
-    mask.check_fits(prunable(bench.net), "the model")
+    mask.check_fits(prunable(setup.net), "the model")
     if not run.finished(0):
-        mask.apply(prunable(bench.net))
-        fit(bench, run, 0, mask, mask)
+        mask.apply(prunable(setup.net))
+        fit(setup, run, 0, mask, mask)
 
 
 def oneshot(net: Net, rate: float, method: str, seed: int) -> Mask:
     """Remove `rate` of the prunable weights at once: by the magnitude of the untrained weights, or at random."""
-    if not 0 < rate < 1:
-        raise UserError(f"a rate is between 0 and 1, and {rate} is not")
     weights = prunable(net)
     scores = magnitude(weights) if method == "magnitude" else random_scores(weights, seeded(seed, "random mask"))
     return prune(Mask.ones(weights), scores, rate)
 
 
-def fit(bench: Bench, run: Run, level: int, mask: Mask, before: Mask, start: int = 0) -> None:
+def fit(setup: Setup, run: Run, level: int, mask: Mask, before: Mask, start: int = 0) -> None:
     """Train and score the network as it stands under `mask`, and write the level down."""
-    net, task, cfg = bench.net, bench.task, bench.cfg
+    net, task, cfg = setup.net, setup.task, setup.cfg
     begins_at = digest(encoder_weights(net))
     keeper = run.at(level, mask.sparsity)
-    i = cfg.rewind_step(bench.steps)
+    i = cfg.rewind_step(setup.steps)
     net.train()
     result = train(
         lambda batch: task.loss(task.logits(net, batch), batch),
         dict(net.named_parameters()),
-        bench.batches,
+        setup.batches,
         cfg.train,
         keeper,
         mask=mask,
-        span=bench.steps * run.levels if cfg.decay == "run" else None,
+        span=setup.steps * run.levels if cfg.decay == "run" else None,
         start=start,
         capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
         moments=run.moments() if level and not cfg.resets_optimizer else None,
     )
-    metrics = score(bench)
+    metrics = score(setup)
     print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
     moments = {} if cfg.resets_optimizer else result.moments
     run.finish(level, net, mask, _line(result, metrics, task, mask, before, begins_at), moments)
 
 
-def score(bench: Bench) -> dict[str, float]:
+def score(setup: Setup) -> dict[str, float]:
     """The task's metrics on all its evaluation sets."""
-    net, task = bench.net, bench.task
-    precision = bench.cfg.train.precision
-    logits = {name: evaluate(net, lambda batch: task.logits(net, batch), store, precision) for name, store in bench.evals.items()}
-    labels = {name: store.labels.cpu().numpy() for name, store in bench.evals.items()}
+    net, task = setup.net, setup.task
+    precision = setup.cfg.train.precision
+    logits = {name: evaluate(net, lambda batch: task.logits(net, batch), store, precision) for name, store in setup.evals.items()}
+    labels = {name: store.labels.cpu().numpy() for name, store in setup.evals.items()}
     metrics = task.score(logits, labels)
-    if bench.cfg.check_metrics:
+    if setup.cfg.check_metrics:
         print(task.check(logits, labels, metrics))
     return metrics
 
@@ -128,17 +126,16 @@ def _line(result: Result, metrics: dict[str, float], task: Task, mask: Mask, bef
     }
 
 
-def prepare(task: Task, cfg: Config, run: Run) -> Bench:
+def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     """Load the model and the data onto the device, and write down what they are."""
     device = pick_device(cfg.device)
-    fractions(cfg.levels, cfg.rate, cfg.schedule)  # a level beyond what is left is met now, not after days
     net, tokenizer = task.load_net(cfg)
     limit = net.config.max_position_embeddings
     if cfg.max_length > limit:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
     train_set, evals = task.load_data(cfg, tokenizer, device)
-    bench = Bench(net, task, cfg, Batches(train_set, cfg.train.batch_size, cfg.train.seed), evals)
-    cfg.rewind_step(bench.steps)
+    setup = Setup(net, task, cfg, Batches(train_set, cfg.train.batch_size, cfg.train.seed), evals)
+    cfg.rewind_step(setup.steps)
     run.describe(
         {
             "device": device.type,
@@ -149,7 +146,7 @@ def prepare(task: Task, cfg: Config, run: Run) -> Bench:
         }
     )
     net.to(device)
-    return bench
+    return setup
 
 
 def pick_device(asked: str) -> torch.device:

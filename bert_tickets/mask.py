@@ -162,31 +162,27 @@ class Mask(Mapping[str, Tensor]):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no mask file at {path}")
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start in (b"PK", b"\x80\x02"):  # torch.save: a zip archive, or the older plain pickle
-            return cls._load_released(path)
         try:
+            with path.open("rb") as file:
+                start = file.read(4)
+            if start in (b"PK\x03\x04", b"\x80\x02\x8a\x0a"):  # torch.save: a zip archive, or the older plain pickle
+                return cls._load_released(path)
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
+                _check_format(path, metadata)
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged, or no mask file: {error}") from None
         return cls._from_packed(path, metadata, packed)
 
     @classmethod
     def _from_packed(cls, path: Path, metadata: Mapping[str, str], packed: Mapping[str, np.ndarray]) -> Mask:
-        kind, _, version = metadata.get("format", "").rpartition(" ")
-        if kind != "bert_tickets mask" or not version.isdigit():
-            raise UserError(f"{path} is a safetensors file but not a mask file (its metadata names no mask format)")
-        if int(version) > int(FORMAT):
-            raise UserError(f"{path} has mask format {version}; this version reads up to {FORMAT}: update bert_tickets")
         try:
             shapes = {str(name): tuple(map(int, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
             mask = cls({name: _unpack(packed[name], shape) for name, shape in shapes.items()})
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is damaged: its shapes do not describe its bits ({error})") from None
-        if mask.sha256() != metadata.get("sha256"):
+        if not mask or mask.sha256() != metadata.get("sha256"):
             raise UserError(f"{path} is damaged: its bits do not match its checksum")
         own = ("format", "shapes", "density", "sha256")
         mask.info = {key: value for key, value in metadata.items() if key not in own}
@@ -196,20 +192,32 @@ class Mask(Mapping[str, Tensor]):
     def _load_released(cls, path: Path) -> Mask:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises a dozen kinds, all of which mean the same here
+            masks = {key: tensor for key, tensor in state.items() if isinstance(key, str) and key.endswith("_mask")}
+            binary = {key: _is_binary(tensor) for key, tensor in masks.items()}
+        except Exception as error:  # torch raises a dozen kinds, all of which mean the same here
             raise UserError(f"{path} cannot be read as a mask.pt without unpickling code: {str(error)[:200]}") from None
-        if not isinstance(state, Mapping):
-            raise UserError(f"{path} holds a {type(state).__name__}, not a dictionary of masks")
-        tensors = {}
-        for key, tensor in state.items():
-            if not isinstance(key, str) or not key.endswith("_mask"):
-                continue
-            if not isinstance(tensor, Tensor) or not ((tensor == 0) | (tensor == 1)).all():
+        for key, ok in binary.items():
+            if not ok:
                 raise UserError(f"{path}: {key} is not a tensor of zeros and ones")
-            tensors[key.removeprefix("module.").removesuffix("_mask")] = tensor != 0
+        tensors = {key.removeprefix("module.").removesuffix("_mask"): tensor != 0 for key, tensor in masks.items()}
         if not tensors:
             raise UserError(f"{path} has no key that ends in _mask")
         return cls(tensors, {"source": "released mask.pt"})
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    kind, _, version = metadata.get("format", "").rpartition(" ")
+    if kind != "bert_tickets mask" or not (version.isascii() and version.isdigit() and len(version) < 9):
+        raise UserError(f"{path} is a safetensors file but not a mask file (its metadata names no mask format)")
+    if int(version) > int(FORMAT):
+        raise UserError(f"{path} has mask format {version}; this version reads up to {FORMAT}: update bert_tickets")
+
+
+def _is_binary(tensor: object) -> bool:
+    """Whether it is a plain tensor of zeros and ones, whose storage is as large as its shape says."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
+        return False
+    return bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _pack(tensor: Tensor) -> np.ndarray:

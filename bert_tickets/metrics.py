@@ -32,27 +32,27 @@ def matthews(predictions: Array, references: Array) -> float:
     """Matthews correlation (CoLA), in [-1, 1]."""
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(references, predictions))
+    return _quietly(lambda: matthews_corrcoef(references, predictions))
 
 
 def pearson(predictions: Array, references: Array) -> float:
     """Pearson correlation (STS-B), in [-1, 1]."""
     from scipy.stats import pearsonr
 
-    return _correlation(pearsonr, predictions, references)
+    return _quietly(lambda: pearsonr(predictions, references)[0])
 
 
 def spearman(predictions: Array, references: Array) -> float:
     """Spearman rank correlation (STS-B), in [-1, 1]."""
     from scipy.stats import spearmanr
 
-    return _correlation(spearmanr, predictions, references)
+    return _quietly(lambda: spearmanr(predictions, references)[0])
 
 
-def _correlation(function: Callable, predictions: Array, references: Array) -> float:
+def _quietly(function: Callable[[], float]) -> float:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of constant input: the NaN says it
-        return float(function(predictions, references)[0])
+        warnings.simplefilter("ignore")  # of constant input: the value says it
+        return float(function())
 
 
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
@@ -67,9 +67,10 @@ def compare_with_evaluate(subset: str, predictions: Array, references: Array, ou
     try:
         import evaluate
 
-        theirs = evaluate.load("glue", subset).compute(predictions=predictions, references=references)
+        metric = evaluate.load("glue", subset)
     except Exception as error:  # no package, no network, no cached module: each means it cannot be compared here
         return f"metrics not compared with evaluate, which cannot be loaded here ({type(error).__name__})"
+    theirs = metric.compute(predictions=predictions, references=references)
     for name, value in theirs.items():
         mine = ours[names.get(name, name)]
         if not np.isclose(mine, value, rtol=0, atol=1e-9, equal_nan=True):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification
 
-from bert_tickets import UserError
+from bert_tickets import UserError, first_line
 from bert_tickets.attention import replace_dropout
 from bert_tickets.batches import Batch, seeded
 from bert_tickets.mask import Mask
@@ -75,7 +75,7 @@ def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[Net, 
     except (OSError, ValueError, SafetensorError) as error:
         where = f"the folder {name}" if Path(name).exists() else f"{name} (no such folder here, and the hub did not give it)"
         raise UserError(
-            f"no BERT checkpoint to be had from {where}: {str(error).splitlines()[0]}\n"
+            f"no BERT checkpoint to be had from {where}: {first_line(error)}\n"
             "Give --model a folder with config.json, model.safetensors and tokenizer.json, or the name of a model that is "
             "in the Hugging Face cache or can be downloaded."
         ) from None

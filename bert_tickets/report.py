@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from bert_tickets.config import Config, identity, run_name
-from bert_tickets.prune import fractions
-from bert_tickets.runs import Run
+
+if TYPE_CHECKING:
+    from bert_tickets.runs import Run
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -50,6 +53,6 @@ def print_plan(cfg: Config, preset: str) -> None:
         print(f"train the ticket {cfg.mask} once")
         return
     left = 1.0
-    for level, fraction in enumerate(fractions(cfg.levels, cfg.rate, cfg.schedule)):
+    for level, fraction in enumerate(cfg.fractions):
         left *= 1 - fraction
         print(f"  level {level}: remove {fraction:.4f} of what is left: {1 - left:.1%} pruned; then train")

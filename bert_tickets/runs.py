@@ -12,6 +12,7 @@ A level's folder appears by one rename, complete. Everything else is derived fro
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -28,14 +29,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bert_tickets
 from bert_tickets import Stopped, UserError
 from bert_tickets.config import Config, flat, identity, run_name
 from bert_tickets.files import cannot_write, read_facts, read_json, read_tensors, sync_folder, write, write_json, write_tensors
 from bert_tickets.mask import Mask
-from bert_tickets.models import Net
 
 FORMAT = 1  # of the run directory; a newer one is refused
 
@@ -74,6 +74,10 @@ class Run:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if not (self.dir / "run.json").exists():  # nothing was begun: leave no folder behind a mistyped flag
+            with contextlib.suppress(OSError):
+                (self.dir / "lock").unlink()
+                self.dir.rmdir()
         self._lock.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -158,7 +162,7 @@ class Run:
     def at(self, level: int, sparsity: float) -> Level:
         return Level(self, level, sparsity)
 
-    def restore(self, level: int, net: Net) -> Mask:
+    def restore(self, level: int, net: nn.Module) -> Mask:
         """A finished level's mask; of the newest one also its trained weights, into `net`."""
         if level == self.done - 1:
             _set_parameters(net, read_tensors(self.level_dir(level) / "weights.safetensors"))
@@ -168,13 +172,13 @@ class Run:
         """AdamW's state at the end of the newest finished level (where the optimiser is not reset)."""
         return read_tensors(self.level_dir(self.done - 1) / "moments.safetensors")
 
-    def save_rewind(self, net: Net) -> None:
+    def save_rewind(self, net: nn.Module) -> None:
         write_tensors(self.dir / "rewind.safetensors", dict(net.named_parameters()))
 
     def load_rewind(self) -> dict[str, Tensor]:
         return read_tensors(self.dir / "rewind.safetensors")
 
-    def finish(self, level: int, net: Net, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]) -> None:
+    def finish(self, level: int, net: nn.Module, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]) -> None:
         """Make the level's folder appear, complete; then tidy up."""
         seconds = result.pop("seconds")
         folder = self.level_dir(level)
@@ -189,7 +193,7 @@ class Run:
             if moments:
                 write_tensors(temporary / "moments.safetensors", moments)
             if self.cfg.keep_models:
-                net.save_pretrained(temporary / "model")
+                net.save_pretrained(temporary / "model")  # type: ignore[operator]  # Hugging Face's, not torch's
             write_json(temporary / "metrics.json", {"level": level, **result})
             self.log("level", level=level, seconds=round(seconds, 2))
             temporary.rename(folder)
@@ -229,6 +233,9 @@ class Level:
     def __init__(self, run: Run, level: int, sparsity: float) -> None:
         self.run, self.level = run, level
         self.title = ("ticket" if run.cfg.mask else f"level {level}/{run.levels - 1}") + f", {sparsity:.0%} pruned"
+        self.note: dict[str, float | None] = {
+            f"last {r['metric']}": r["metrics"][r["metric"]] for r in run.results()[-1:]
+        }  # on the progress bar
         run.saves_on_stop = True
 
     @property
@@ -261,7 +268,7 @@ class Level:
 
 
 @torch.no_grad()
-def _set_parameters(net: Net, weights: dict[str, Tensor]) -> None:
+def _set_parameters(net: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, parameter in net.named_parameters():
         parameter.copy_(weights[name])
 

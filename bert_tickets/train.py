@@ -29,6 +29,8 @@ class Keeper(Protocol):
     title: str
 
     @property
+    def note(self) -> Mapping[str, float | None]: ...  # what the progress bar shows beside the loss
+    @property
     def stop_requested(self) -> bool: ...
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None: ...
     def save_checkpoint(self, tensors: dict[str, Tensor], facts: dict) -> None: ...
@@ -113,7 +115,7 @@ def train(
             if at % cfg.log_every == 0 or at == steps:
                 losses.append((at, look()))
                 total.zero_()
-                bar.set_postfix(loss=f"{losses[-1][1]:.4f}", refresh=False)
+                bar.set_postfix({"loss": losses[-1][1], **keeper.note}, refresh=False)
             if keeper.stop_requested or (cfg.save_steps and at % cfg.save_steps == 0 and at < steps):
                 save()
                 if keeper.stop_requested:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_tickets import UserError
+from bert_tickets import UserError, first_line
 from bert_tickets.batches import Batch, TokenStore, order
 from bert_tickets.config import Config
 from bert_tickets.metrics import METRICS, compare_with_evaluate
@@ -138,10 +138,12 @@ def find_folder(data_dir: Path, folder: str) -> Path:
 
 def read_tsv(path: Path, row: Row) -> list[Example]:
     """The examples of one file. A broken line is left out and reported with its number; too many end the run."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): a text may hold U+2028 or \x85
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # at nothing else: a text may hold \r, U+2028 or \x85
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
     examples: list[Example] = []
@@ -205,7 +207,7 @@ def read_hub(name: str, row: Row) -> dict[str, list[Example]]:
         raise UserError("reading GLUE from the hub needs the package datasets; or give --data-dir") from None
     except Exception as error:  # offline, a proxy's refusal, an incomplete cache: the hub client raises many kinds
         raise UserError(
-            f"{HUB} ({name}) could not be had from the hub: {str(error).splitlines()[0][:200]}\n"
+            f"{HUB} ({name}) could not be had from the hub: {first_line(error)}\n"
             "Give --data-dir a folder in GLUE's original layout, or fill the Hugging Face cache where there is a network."
         ) from None
     splits = {}

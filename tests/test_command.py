@@ -1,0 +1,360 @@
+"""The command line: every field a flag, a mistake a sentence and exit code 2, a configuration a name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lt_glue
+from bert_tickets import Stopped, UserError
+from bert_tickets.command import parse, run_command
+from bert_tickets.config import FIELDS, Config, Training, build, flat, identity, preset_values, run_name, tasks
+from bert_tickets.tasks.glue import TASKS
+
+GIVEN = {  # a value for every flag, none of them its default
+    "task": "mrpc",
+    "model": "some/folder",
+    "data_dir": "glue_data",
+    "output_dir": "elsewhere",
+    "protocol": "released",
+    "init": "random",
+    "mask": "mask.pt",
+    "levels": 4,
+    "rate": 0.05,
+    "schedule": "geometric",
+    "scope": "tensor",
+    "rewind": "5%",
+    "rewind_head": False,
+    "decay": "run",
+    "reset_optimizer": False,
+    "max_length": 64,
+    "limit_train": 100,
+    "limit_eval": 50,
+    "device": "cuda:1",
+    "keep_models": True,
+    "check_metrics": True,
+    "dry_run": True,
+    "epochs": 0.5,
+    "batch_size": 16,
+    "lr": 3e-5,
+    "max_steps": 7,
+    "weight_decay": 0.01,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 0.5,
+    "precision": "bf16",
+    "seed": 1,
+    "log_every": 10,
+    "save_steps": 0,
+}
+NOT_IN_THE_NAME = {"output_dir", "device", "keep_models", "check_metrics", "dry_run", "log_every", "save_steps"}
+
+
+def words(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    return [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+
+
+def argv(**given: Any) -> list[str]:
+    return [word for name, value in ({"task": "rte"} | given).items() for word in words(name, value)]
+
+
+def config(*args: str, **given: Any) -> Config:
+    return parse("glue", "A test.", [*argv(**given), *args])
+
+
+def name(*args: str, **given: Any) -> str:
+    return run_name(config(*args, **given), "glue")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """What the command line says when it exits with 2."""
+    with pytest.raises(SystemExit) as stop:
+        parse("glue", None, arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("script", ["lt_glue.py", "oneshot.py"])
+def test_help_answers_at_once_and_imports_nothing_heavy(script):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / script), "--help"], capture_output=True, text=True, timeout=60
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ran.returncode == 0
+    assert "usage: " in ran.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ran.stderr.splitlines()}
+    assert "argparse" in imported
+    assert imported.isdisjoint({"torch", "transformers", "numpy", "datasets", "evaluate", "scipy", "sklearn", "safetensors"})
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6  # of the processor: others may be at work
+
+
+def test_every_field_has_a_flag_and_every_flag_a_help_text(capsys):
+    fields = {f.name for part in (Config, Training) for f in dataclasses.fields(part)} - {"train"}
+    assert set(FIELDS) == fields
+    with pytest.raises(SystemExit) as stop:
+        parse("glue", "What it does: 100% of it.", ["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "100% of it" in out
+    for field in fields:
+        assert FIELDS[field].metadata["help"]
+        flag = "--" + field.replace("_", "-")
+        entry = re.search(rf"^  {flag}[ ,\n].*?(?=^  --|\Z)", out, re.MULTILINE | re.DOTALL)
+        assert entry, flag
+        assert len(entry.group().split()) >= 4, flag
+    assert all(task in out for task in TASKS)
+
+
+# ---- flags ----
+
+
+def test_the_values_of_this_test_cover_every_field_and_no_default():
+    defaults = flat(config())
+    assert set(GIVEN) == set(FIELDS)
+    assert [field for field in GIVEN if GIVEN[field] == defaults[field]] == []
+
+
+@pytest.mark.parametrize("field", GIVEN)
+def test_every_flag_sets_its_field_and_no_other(field):
+    plain, given = flat(config()), flat(config(**{field: GIVEN[field]}))
+    quirks = {"rewind_head", "decay"} if field == "protocol" else set()
+    assert given[field] == GIVEN[field]
+    assert {f for f in FIELDS if given[f] != plain[f]} == {field} | quirks
+
+
+def test_underscores_do_for_hyphens():
+    underscored = ["--task=rte", "--batch_size", "16", "--max_length=64", "--no_rewind_head", "--output_dir=a_b/c-d"]
+    hyphenated = ["--task=rte", "--batch-size", "16", "--max-length=64", "--no-rewind-head", "--output-dir=a_b/c-d"]
+    assert parse("glue", None, underscored) == parse("glue", None, hyphenated)
+    assert parse("glue", None, underscored).output_dir == "a_b/c-d"  # values stay as they are
+
+
+@pytest.mark.parametrize(("written", "task"), [("MNLI", "mnli"), ("SST-2", "sst2"), ("STS-B", "stsb"), ("CoLA", "cola")])
+def test_a_task_may_be_written_as_the_papers_do(written, task):
+    assert parse("glue", None, ["--task", written]).task == task
+
+
+def test_the_command_lines_own_arguments_are_the_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lt_glue.py", "--task", "wnli", "--batch_size", "8"])
+    assert (parse("glue", None).task, parse("glue", None).train.batch_size) == ("wnli", 8)
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize("arguments", [["--task", "imdb"], []], ids=["unknown", "none"])
+def test_without_a_task_of_glue_the_tasks_are_listed(capsys, arguments):
+    said = refusal(capsys, arguments)
+    assert all(task in said for task in TASKS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--learning-rate", "1"], "--learning-rate"),
+        (["--batch", "3"], "--batch"),  # no abbreviations: a later flag would change their meaning
+        (["--lr"], "--lr"),
+        (["--lr", "fast"], "fast"),
+        (["--levels", "2.5"], "2.5"),
+        (["--protocol", "mine"], "paper"),
+        (["--precision", "fp8"], "bf16"),
+        (["rte"], "rte"),
+    ],
+)
+def test_a_wrong_flag_is_named(capsys, arguments, named):
+    assert named in refusal(capsys, ["--task", "rte", *arguments])
+
+
+OUT_OF_RANGE = {
+    "rate": ["0", "1", "-0.1", "1.5", "nan", "inf"],
+    "levels": ["0", "-1"],
+    "epochs": ["0", "-1", "nan", "inf"],
+    "rewind": ["-1", "100%", "-5%", "nan%", "inf%", "%", "", "1.5", "soon", "None"],
+    "lr": ["0", "-1e-5", "nan", "inf"],
+    "batch_size": ["0"],
+    "max_steps": ["0"],
+    "max_length": ["2"],
+    "limit_train": ["0"],
+    "limit_eval": ["-1"],
+    "weight_decay": ["-0.1", "1", "nan"],
+    "adam_epsilon": ["0"],
+    "max_grad_norm": ["0", "nan"],
+    "seed": ["-1", str(2**32)],
+    "log_every": ["0"],
+    "save_steps": ["-1"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in OUT_OF_RANGE.items() for value in values])
+def test_a_value_out_of_range_is_a_sentence(capsys, field, value):
+    flag = "--" + field.replace("_", "-")
+    culprit, _, reason = refusal(capsys, ["--task", "rte", f"{flag}={value}"]).partition("error: ")[2].partition(": ")
+    assert culprit.split()[0] == flag
+    assert len(reason.split()) >= 3
+
+
+def test_a_level_beyond_what_is_left_is_refused_with_the_number_that_can_be(capsys):
+    assert "10 levels at most" in refusal(capsys, ["--task", "rte", "--levels", "11"])
+    assert config(levels=11, schedule="geometric").levels == 11
+
+
+@pytest.mark.parametrize("rewind", ["0", "500", "5%", "0.5%", "99.9%", "none"])
+def test_all_ways_to_say_where_to_rewind_are_accepted(rewind):
+    assert config(rewind=rewind).rewind == rewind
+
+
+@pytest.mark.parametrize(("rewind", "step"), [("0", 0), ("none", 0), ("20", 20), ("5%", 10), ("0%", 0), ("99%", 198)])
+def test_rewinding_is_to_a_step_or_a_share_of_a_level(rewind, step):
+    assert Config(task="rte", rewind=rewind).rewind_step(200) == step
+
+
+@pytest.mark.parametrize("rewind", ["200", "99.9%"])
+def test_rewinding_to_a_levels_end_is_refused(rewind):
+    with pytest.raises(UserError, match="nothing would be trained"):
+        Config(task="rte", rewind=rewind).rewind_step(200)
+
+
+@pytest.mark.parametrize(
+    ("given", "resets"), [({}, True), ({"rewind": "none"}, False), ({"rewind": "none", "reset_optimizer": True}, True)]
+)
+def test_the_optimiser_is_new_each_level_unless_nothing_is_rewound(given, resets):
+    assert config(**given).resets_optimizer is resets
+
+
+# ---- exit codes ----
+
+
+@pytest.fixture
+def exit_of(capsys, monkeypatch):
+    """The exit code of a `main`, and what it left on stdout and stderr."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+    def run(main, *arguments: object) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            run_command(main, *arguments)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UserError("the disk is full"), 2, "error: the disk is full\n"),
+        (Stopped("stopped; the same command goes on", 143), 143, "stopped; the same command goes on\n"),
+        (KeyboardInterrupt(), 130, "interrupted before anything was begun\n"),
+    ],
+)
+def test_what_ends_a_run_is_said_on_stderr_and_by_the_exit_code(exit_of, error, code, says):
+    def main() -> None:
+        raise error
+
+    assert exit_of(main) == (code, "", says)
+
+
+def test_success_is_0_and_main_gets_its_arguments(exit_of):
+    assert exit_of(print, "a", "b") == (0, "a b\n", "")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+def test_dry_run_prints_the_plan_and_makes_no_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg = config("--dry-run", lr=3e-5, levels=3)
+    lt_glue.main(cfg)
+    out = capsys.readouterr().out
+    assert f"runs/{run_name(cfg, 'glue')}" in out
+    assert "lr = 3e-05" in out
+    assert "level 2: remove 0.1111 of what is left: 20.0% pruned" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- presets ----
+
+
+def test_the_protocols_differ_exactly_in_the_named_quirks():
+    paper, released = (flat(build("glue", {"task": "rte", "protocol": protocol})) for protocol in ("paper", "released"))
+    differ = {field: (paper[field], released[field]) for field in paper if paper[field] != released[field]}
+    assert differ == {"protocol": ("paper", "released"), "rewind_head": (True, False), "decay": ("level", "run")}
+
+
+def test_the_papers_settings_are_those_of_table_1():
+    given = {"epochs": 3.0, "batch_size": 32, "lr": 2e-5, "max_length": 128, "levels": 10, "rate": 0.1, "schedule": "linear"}
+    given |= {"adam_epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0, "scope": "global", "rewind": "0"}
+    assert {field: flat(config())[field] for field in given} == given
+
+
+def test_a_flag_overrides_the_protocols_quirk():
+    cfg = config("--rewind-head", protocol="released")
+    assert (cfg.rewind_head, cfg.decay) == (True, "run")
+
+
+def test_the_presets_tasks_are_the_tables():
+    assert tuple(sorted(tasks("glue"))) == tuple(sorted(TASKS))
+
+
+@pytest.mark.parametrize("protocol", ["paper", "released"])
+def test_presets_set_only_fields(protocol):
+    assert set(preset_values("glue", protocol)) <= set(FIELDS)
+
+
+# ---- the run's name ----
+
+
+@settings(deadline=None)
+@given(st.permutations(sorted(set(GIVEN) - {"task", "mask"})))
+def test_a_name_does_not_depend_on_the_order_of_the_flags(order):
+    assert name(**{field: GIVEN[field] for field in order}) == name(**{field: GIVEN[field] for field in sorted(order)})
+
+
+@pytest.mark.parametrize("field", sorted(set(GIVEN) - {"task"}))
+def test_a_name_depends_on_what_bears_on_the_result_and_on_nothing_else(field):
+    assert (name(**{field: GIVEN[field]}) == name()) == (field in NOT_IN_THE_NAME)
+
+
+def test_a_default_that_is_written_out_changes_no_name():
+    defaults = {field: value for field, value in flat(config()).items() if value is not None}
+    assert name(**defaults) == name()
+    assert identity(config(**defaults), "glue") == {}
+
+
+def test_a_name_tells_task_kind_protocol_and_seed():
+    assert re.fullmatch(r"rte-imp-s57-[0-9a-f]{8}", name())
+    assert re.fullmatch(r"mnli-imp-released-s3-[0-9a-f]{8}", name(task="mnli", protocol="released", seed=3))
+    assert re.fullmatch(r"rte-ticket-s57-[0-9a-f]{8}", name(mask="mask.pt"))
+    assert len({name(task=task) for task in TASKS}) == len(TASKS)
+
+
+@pytest.mark.parametrize("field", ["mask", "init"])
+def test_a_file_counts_by_its_content(tmp_path, field):
+    for file, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / file).write_bytes(content)
+    a, b, c = (name(**{field: tmp_path / file}) for file in "abc")
+    assert a == b != c
+
+
+def test_a_folder_counts_by_its_place(tmp_path, monkeypatch):
+    (tmp_path / "glue").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert name(data_dir="glue") == name(data_dir=tmp_path / "glue") == name(data_dir="./glue/") != name()

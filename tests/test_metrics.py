@@ -1,0 +1,126 @@
+"""The metrics against values by hand, against the libraries, and on degenerate input."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+
+from bert_tickets import UserError
+from bert_tickets.metrics import METRICS, compare_with_evaluate
+
+RNG = np.random.default_rng(0)
+CLASSES = RNG.integers(0, 2, 500), RNG.integers(0, 2, 500)
+SCORES = RNG.normal(size=500), RNG.integers(0, 26, 500) / 5  # as STS-B's: predictions distinct, references with ties
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "references", "value"),
+    [
+        ("accuracy", [1, 0, 1, 1], [1, 1, 1, 0], 2 / 4),
+        ("accuracy", [2, 0, 1], [2, 1, 1], 2 / 3),  # three classes, as MNLI
+        ("f1", [1, 0, 1, 1], [1, 1, 1, 0], 2 * 2 / (2 * 2 + 1 + 1)),
+        ("f1", [1, 1, 0, 0, 0], [1, 0, 1, 1, 0], 2 * 1 / (2 * 1 + 1 + 2)),
+        ("matthews", [1, 0, 1, 1], [1, 1, 1, 0], (2 * 0 - 1 * 1) / math.sqrt(3 * 3 * 1 * 1)),
+        ("matthews", [0, 1, 0], [1, 0, 1], -1),
+        ("pearson", [1, 2, 3], [2, 4, 7], 5 / math.sqrt(2 * 38 / 3)),
+        ("spearman", [10, 20, 30, 40], [0.1, 0.3, 0.2, 9.0], 1 - 6 * 2 / (4 * 15)),
+    ],
+)
+def test_a_metric_by_hand(metric, predictions, references, value):
+    assert METRICS[metric](predictions, references) == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("metric", "data", "theirs"),
+    [
+        ("accuracy", CLASSES, lambda p, r: sklearn.metrics.accuracy_score(y_true=r, y_pred=p)),
+        ("f1", CLASSES, lambda p, r: sklearn.metrics.f1_score(y_true=r, y_pred=p)),
+        ("matthews", CLASSES, lambda p, r: sklearn.metrics.matthews_corrcoef(y_true=r, y_pred=p)),
+        ("matthews", CLASSES, lambda p, r: np.corrcoef(p, r)[0, 1]),
+        ("pearson", SCORES, lambda p, r: scipy.stats.pearsonr(p, r).statistic),
+        ("pearson", SCORES, lambda p, r: np.corrcoef(p, r)[0, 1]),
+        ("spearman", SCORES, lambda p, r: scipy.stats.spearmanr(p, r).statistic),
+        ("spearman", SCORES, lambda p, r: np.corrcoef(scipy.stats.rankdata(p), scipy.stats.rankdata(r))[0, 1]),
+    ],
+)
+def test_a_metric_equals_the_libraries(metric, data, theirs):
+    value = METRICS[metric](*data)
+    assert type(value) is float
+    assert value == pytest.approx(theirs(*data), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "references", "value"),
+    [
+        ("matthews", [1, 1, 1, 1], [0, 1, 0, 1], 0),
+        ("matthews", [0, 0, 0], [0, 0, 0], 0),
+        ("f1", [0, 0, 0, 0], [0, 1, 0, 1], 0),
+        ("f1", [0, 0], [0, 0], 0),
+        ("pearson", [3.0, 3.0, 3.0], [1.0, 2.0, 5.0], math.nan),
+        ("spearman", [3.0, 3.0, 3.0], [1.0, 2.0, 5.0], math.nan),
+        ("pearson", [1.0, math.nan, 2.0], [1.0, 2.0, 5.0], math.nan),
+    ],
+)
+def test_degenerate_predictions_have_a_value_and_no_error(metric, predictions, references, value):
+    assert METRICS[metric](predictions, references) == pytest.approx(value, nan_ok=True)
+
+
+# ---- --check-metrics ----
+
+
+def put_evaluate(monkeypatch: pytest.MonkeyPatch, values: dict[str, float] | Exception) -> list[tuple]:
+    """Stand in for the package `evaluate`; what it was asked is in the list."""
+    asked: list[tuple] = []
+
+    def compute(**given):
+        asked.append(given)
+        return values
+
+    def load(*names):
+        asked.append(names)
+        if isinstance(values, Exception):
+            raise values
+        return types.SimpleNamespace(compute=compute)
+
+    monkeypatch.setitem(sys.modules, "evaluate", types.SimpleNamespace(load=load))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("subset", "theirs", "ours"),
+    [
+        ("cola", {"matthews_correlation": 0.5}, {"matthews": 0.5, "accuracy": 0.7}),
+        ("stsb", {"pearson": 0.8, "spearmanr": 0.7 + 1e-12}, {"pearson": 0.8, "spearman": 0.7}),
+        ("stsb", {"pearson": math.nan, "spearmanr": math.nan}, {"pearson": math.nan, "spearman": math.nan}),
+        ("mrpc", {"accuracy": 0.8, "f1": 0.7}, {"accuracy": 0.8, "f1": 0.7}),
+    ],
+)
+def test_metrics_that_agree_with_evaluates_are_said_to(monkeypatch, subset, theirs, ours):
+    asked = put_evaluate(monkeypatch, theirs)
+    line = compare_with_evaluate(subset, [1, 0], [1, 1], ours)
+    assert "equal" in line
+    assert all(name in line for name in theirs)
+    assert asked == [("glue", subset), {"predictions": [1, 0], "references": [1, 1]}]
+
+
+@pytest.mark.parametrize("value", [0.5 + 1e-6, math.nan])
+def test_a_metric_that_differs_from_evaluates_ends_the_run(monkeypatch, value):
+    put_evaluate(monkeypatch, {"matthews_correlation": value})
+    with pytest.raises(UserError, match=r"matthews_correlation is .* by evaluate and 0.5 here"):
+        compare_with_evaluate("cola", [1, 0], [1, 1], {"matthews": 0.5})
+
+
+def test_without_evaluates_hub_the_comparison_is_left_out_in_words(monkeypatch):
+    put_evaluate(monkeypatch, ConnectionError("no route to the hub"))
+    assert "not compared" in compare_with_evaluate("cola", [1, 0], [1, 1], {"matthews": 0.5})
+
+
+def test_without_the_package_the_comparison_is_left_out_in_words(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)  # importing it fails
+    assert "not compared" in compare_with_evaluate("cola", [1, 0], [1, 1], {"matthews": 0.5})

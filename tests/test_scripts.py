@@ -1,0 +1,144 @@
+"""The scripts as a user runs them: a process each, in an empty folder."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bert_tickets.demo import DEV_WORDS, TRAIN_WORDS, sentences
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small(bert_dir, glue_dir):
+    return ["--task", "sst2", "--model", bert_dir, "--data-dir", glue_dir, "--levels", "2", "--max-steps", "4"]
+
+
+def test_ticket_random_ticket_and_picture(run_script, small, bert_dir, tmp_path):
+    found = run_script("lt_glue.py", *small)
+    assert found.returncode == 0, found.stderr
+    assert "level 1/1, 10% pruned: accuracy" in found.stdout
+    table = found.stdout.splitlines()[-4:]
+    assert table[0].split() == ["level", "sparsity", "accuracy", "accuracy", "-", "dense", "mask", "distance", "seconds"]
+    assert table[2].split()[:2] == ["1", "10.0%"]
+
+    made = run_script("oneshot.py", "--model", bert_dir, "--rate", "0.1", "--method", "random", "--output", "masks/r.safetensors")
+    assert made.returncode == 0, made.stderr
+    assert "10.0% of" in made.stdout
+    ticket = run_script("lt_glue.py", *small, "--mask", "masks/r.safetensors")
+    assert ticket.returncode == 0, ticket.stderr
+    assert len(list(tmp_path.glob("runs/*/run.json"))) == 2
+
+    picture = run_script("scripts/figures.py", "runs", "--output", "t.png")
+    assert picture.returncode == 0, picture.stderr
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert "random ticket" in picture.stdout
+    values = [json.loads(f.read_text())["metrics"]["accuracy"] for f in tmp_path.glob("runs/*/level_*/metrics.json")]
+    assert len(values) == 3
+    assert all(f"{value:.4f}" in picture.stdout for value in values)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--task", "nli"], "there is no task 'nli'; the tasks are cola, sst2"),
+        (["--data-dir", "nowhere"], "no SST-2 data"),
+        (["--model", "nowhere"], "no BERT checkpoint"),
+        (["--mask", "nothing.safetensors"], "no mask file at nothing.safetensors"),
+        (["--mask", str(ROOT / "LICENSE")], "damaged, or no mask file"),
+        (["--init", "nothing"], "there is no such file"),
+        (["--rate", "1.5"], "a share between 0 and 1"),
+        (["--levels", "12"], "at --rate 0.1 there are 10 levels at most"),
+        (["--device", "cuda:7"], "this machine has no such device"),
+        (["--device", "abacus"], "give auto, cpu, cuda"),
+        (["--rewind", "400"], "nothing would be trained"),
+        (["--max-length", "4096"], "has positions for 128 tokens"),
+        (["--output-dir", "/proc/nowhere"], "cannot write"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_users_mistake_is_a_sentence_and_exit_code_2(small, extra, words, tmp_path, monkeypatch, capsys):
+    """In this process, to save a start of the interpreter each; `run_command` is what the scripts call."""
+    import lt_glue
+    from bert_tickets.command import parse, run_command
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_command(lt_glue.main, parse("glue", None, [str(word) for word in [*small, *extra]]))
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_mistake_shows_no_traceback(run_script):
+    found = run_script("lt_glue.py", "--task", "sst2", "--model", "nowhere")
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: no BERT checkpoint")
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["nowhere"], "no run directory in nowhere"), (["."], "no run directory")],
+)
+def test_figures_without_runs_say_so(run_script, arguments, words):
+    found = run_script("scripts/figures.py", *arguments, "--output", "x.png")
+    assert found.returncode == 2
+    assert words in found.stderr
+
+
+def test_the_demos_task_cannot_be_solved_by_the_words_it_trains_on():
+    train, dev = list(sentences(1280, TRAIN_WORDS, 0)), list(sentences(400, DEV_WORDS, 1))
+    assert len({text for text, _ in train}) == 1280
+    assert sum(label for _, label in train) == 640
+    assert sum(label for _, label in dev) == 200
+    opinions = [set(" ".join(words).split()) for words in (TRAIN_WORDS, DEV_WORDS)]
+    assert not opinions[0] & opinions[1]
+    assert not opinions[1] & {word for text, _ in train for word in text.split()}
+    negations = ("not", "never", "nobody", "but", "nothing", "cannot")
+    negated = [any(word in negations for word in text.split()) for text, _ in dev]
+    assert sum(negated) / len(negated) == pytest.approx(1 / 3, abs=0.01)
+    assert list(sentences(50, DEV_WORDS, 1)) == dev[:50]
+
+
+def test_the_shell_scripts_say_what_they_miss(tmp_path):
+    """A Python that is too old, and one without venv, each in words; nothing half-made is left behind."""
+    clone = tmp_path / "clone"
+    (clone / "scripts").mkdir(parents=True)
+    for name in ("environment.sh", "test.sh"):
+        (clone / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
+    old, bare = tmp_path / "old", tmp_path / "bare"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    bare.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nmkdir -p .venv/bin\nexit 1\n')
+    for script in (old, bare):
+        script.chmod(0o755)
+
+    def call(python: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(clone / "scripts" / "test.sh")],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": str(python)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    assert "Python 3.11 or newer is needed" in (found := call(old)).stderr
+    assert found.returncode == 1
+    assert "python3-venv" in (found := call(bare)).stderr
+    assert found.returncode == 1
+    assert not (clone / ".venv").exists()
+
+
+def test_help_answers_without_torch(run_script):
+    import time
+
+    began = time.monotonic()
+    found = run_script("lt_glue.py", "--help")
+    assert found.returncode == 0
+    assert "--task TASK" in found.stdout
+    assert time.monotonic() - began < 2  # a start with torch takes three
