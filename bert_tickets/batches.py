@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from bert_tickets.tokens import Tokens
 
 
 def seeded(seed: int, *purpose: object) -> torch.Generator:
@@ -37,33 +39,19 @@ class Batch:
 
 
 class TokenStore:
-    """A set of tokenised examples, resident on a device.
+    """A set of tokenised examples with a label each ([n], class indices or floats), resident on a device."""
 
-    `ids` and `types` (token types) are one sequence of integers per example, `labels` one number per example; a
-    floating-point `labels` stays one (regression).
-    """
-
-    def __init__(
-        self,
-        ids: Sequence[Sequence[int]],
-        types: Sequence[Sequence[int]],
-        labels: np.ndarray,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.lengths = np.array([len(example) for example in ids], dtype=np.int64)
-        ends = np.cumsum(self.lengths)
-        flat = np.fromiter((token for example in ids for token in example), np.int32, int(self.lengths.sum()))
-        kinds = np.fromiter((token for example in types for token in example), np.uint8, flat.size)
-        digest = hashlib.sha256(self.lengths.tobytes())
-        for part in (flat, kinds, labels):
-            digest.update(part.tobytes())
-        self.sha256 = digest.hexdigest()
+    def __init__(self, tokens: Tokens, labels: np.ndarray, device: torch.device | str = "cpu") -> None:
+        if len(labels) != len(tokens.lengths):
+            raise ValueError(f"{len(labels)} labels for {len(tokens.lengths)} examples")
+        self.sha256 = hashlib.sha256(tokens.sha256().encode() + labels.tobytes()).hexdigest()
         self.device = torch.device(device)
-        self._ids = torch.from_numpy(flat).to(device)
-        self._types = torch.from_numpy(kinds).to(device)
-        self._lengths = torch.from_numpy(self.lengths).to(device)
-        self._offsets = torch.from_numpy(ends - self.lengths).to(device)
+        self.lengths = tokens.lengths  # on the host as well, to know a batch's shape without asking the device
         self.labels = torch.from_numpy(labels).to(device)
+        self._ids = torch.from_numpy(tokens.ids).to(device)
+        self._types = torch.from_numpy(tokens.types).to(device)
+        self._lengths = torch.from_numpy(tokens.lengths).to(device)
+        self._offsets = torch.from_numpy(np.cumsum(tokens.lengths) - tokens.lengths).to(device)
 
     def __len__(self) -> int:
         return len(self.lengths)

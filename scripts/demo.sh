@@ -22,7 +22,7 @@ $python -m bert_tickets.demo --output runs/demo/data
 run="$python lt_glue.py --task sst2 --model $model --data-dir runs/demo/data --lr 1e-4 --output-dir runs/demo"
 
 echo; echo "== tickets by iterative magnitude pruning =="
-$run --rate 0.2 --levels 5
+$run --rate 0.2 --levels 4
 
 for percent in 20 40 60; do
   echo; echo "== a random ticket, $percent % removed =="
@@ -32,4 +32,4 @@ for percent in 20 40 60; do
 done
 
 echo
-$python scripts/figures.py runs/demo --output runs/demo/tickets.png
+$python scripts/figures.py runs/demo --title "Generated sentiment, all-MiniLM-L6-v2" --output runs/demo/tickets.png

@@ -89,7 +89,7 @@ def draw(title: str, metric: str, series: Series, output: Path) -> None:
     if dense:
         level = mean(value for values in dense for value in values)
         axes.axhline(level, color="0.5", linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate("dense", (axes.get_xlim()[1], level), ha="right", va="bottom", color="0.35", fontsize=9)
+        axes.text(0.99, level, "dense", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="0.35", fontsize=9)
     axes.set(xlabel="weights removed (%)", ylabel=f"{metric} on the evaluation set", title=title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)

@@ -14,6 +14,7 @@ PACKAGE = Path(bert_tickets.__file__).parent
 FLOORS = {
     "config": 0,
     "files": 0,
+    "tokens": 0,
     "metrics": 0,
     "mask": 0,
     "prune": 0,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from bert_tickets.attention import Dropout, drop
 from bert_tickets.batches import Batches, TokenStore, order, seeded
 from bert_tickets.models import classify, load_classifier
+from bert_tickets.tokens import Tokens
 from bert_tickets.train import evaluate
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def store_of(lengths: list[int], vocabulary: int = 100) -> TokenStore:
     rng = np.random.default_rng(len(lengths))
     ids = [rng.integers(5, vocabulary, n).tolist() for n in lengths]
     types = [[0] * (n // 2) + [1] * (n - n // 2) for n in lengths]
-    return TokenStore(ids, types, rng.integers(0, 3, len(lengths)))
+    return TokenStore(Tokens.of(ids, types), rng.integers(0, 3, len(lengths)))
 
 
 def padded(store: TokenStore, examples: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -104,7 +105,7 @@ def test_dropout_follows_the_seed_and_rests_in_evaluation():
 @given(count=st.integers(1, 70), batch_size=st.integers(1, 33), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_an_epoch_holds_every_example_exactly_once(count, batch_size, seed, epoch):
-    store = TokenStore([[i] for i in range(count)], [[0]] * count, np.arange(count))
+    store = TokenStore(Tokens.of([[i] for i in range(count)], [[0]] * count), np.arange(count))
     batches = Batches(store, batch_size, seed)
     steps = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
     seen = torch.cat([batches[step].labels for step in steps])

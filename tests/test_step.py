@@ -16,6 +16,7 @@ from bert_tickets.models import classify, prunable
 from bert_tickets.prune import magnitude, prune
 from bert_tickets.step import Step
 from bert_tickets.tasks.glue import Glue
+from bert_tickets.tokens import Tokens
 
 CPU = torch.device("cpu")
 STEPS = 30
@@ -170,7 +171,7 @@ def test_a_step_on_cuda_never_waits_for_the_device(setting, precision):
     net, mask, batches, loss = setting
     device = torch.device("cuda")
     net.to(device)
-    batches = Batches(TokenStore([[2, 9, 3]] * 99, [[0, 0, 0]] * 99, np.arange(99) % 2, device), 8, 0)
+    batches = Batches(TokenStore(Tokens.of([[2, 9, 3]] * 99, [[0, 0, 0]] * 99), np.arange(99) % 2, device), 8, 0)
     step = Step(
         lambda batch: loss(net, batch), dict(net.named_parameters()), replace(settings(0.0), precision=precision), mask, device
     )

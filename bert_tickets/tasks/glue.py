@@ -17,6 +17,7 @@ from bert_tickets.batches import Batch, TokenStore, order
 from bert_tickets.config import Config
 from bert_tickets.metrics import METRICS, compare_with_evaluate
 from bert_tickets.models import Net, classify, load_classifier
+from bert_tickets.tokens import tokenize
 
 HUB = "nyu-mll/glue"
 BROKEN = 0.01  # a file with a larger share of broken lines is not the file it should be
@@ -89,9 +90,8 @@ class Glue:
 
     def _store(self, examples: list[Example], tokenizer: Any, max_length: int, device: torch.device) -> TokenStore:
         columns = [list(column) for column in zip(*(texts for texts, _ in examples), strict=True)]
-        encoded = tokenizer(*columns, truncation="longest_first", max_length=max_length, return_attention_mask=False)
         labels = np.array([label for _, label in examples], dtype=np.float32 if self.regression else np.int64)
-        return TokenStore(encoded["input_ids"], encoded["token_type_ids"], labels, device)
+        return TokenStore(tokenize(tokenizer, columns, max_length), labels, device)
 
     def logits(self, net: Net, batch: Batch) -> Tensor:
         return classify(net, batch)

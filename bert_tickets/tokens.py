@@ -1,0 +1,88 @@
+"""Texts to tokens, once: a cache beside the Hugging Face caches, shared by levels, seeds and runs.
+
+An entry's name is a hash of all that its content depends on (the texts, the tokenizer, the cut), so it is never out of
+date; it carries a checksum, and a damaged one is made again. `$HF_HOME/bert_tickets` may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from huggingface_hub.constants import HF_HOME
+
+from bert_tickets import UserError
+from bert_tickets.files import read_facts, read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of n examples, N in all, end to end."""
+
+    ids: np.ndarray  # [N], int32
+    types: np.ndarray  # [N], uint8: 0 in the first text, 1 in the second
+    lengths: np.ndarray  # [n], int64
+
+    @classmethod
+    def of(cls, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> Tokens:
+        """From a list an example."""
+        lengths = np.array([len(example) for example in ids], dtype=np.int64)
+        flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        return cls(flat, np.fromiter(chain.from_iterable(types), np.uint8, flat.size), lengths)
+
+    def sha256(self) -> str:
+        """A digest of the content."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        digest.update(self.ids.tobytes())
+        digest.update(self.types.tobytes())
+        return digest.hexdigest()
+
+
+def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> Tokens:
+    """Encode one or two columns of n texts each; of a pair that is too long, the longer text is cut.
+
+    Raises `ValueError` where the columns differ in length.
+    """
+    path = Path(HF_HOME) / "bert_tickets" / f"tokens-{_key(tokenizer, columns, max_length)}.safetensors"
+    if (cached := _read(path)) is not None:
+        return cached
+    columns = [list(column) for column in columns]
+    encoded = tokenizer(*columns, truncation="longest_first", max_length=max_length, return_attention_mask=False)
+    tokens = Tokens.of(encoded["input_ids"], encoded["token_type_ids"])
+    parts = {name: torch.from_numpy(getattr(tokens, name)) for name in ("ids", "types", "lengths")}
+    try:
+        write_tensors(path, parts, {"sha256": tokens.sha256()})
+    except UserError as error:
+        print(f"the tokens are not cached: {error}")
+    return tokens
+
+
+def _key(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> str:
+    what = json.loads(tokenizer.backend_tokenizer.to_str())
+    what |= {"truncation": max_length, "padding": None}  # it remembers the last call's
+    digest = hashlib.sha256(json.dumps([1, tokenizers.__version__, what], sort_keys=True).encode())
+    for column in columns:
+        digest.update(f"\n{len(column)}\n".encode())
+        for text in column:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(4, "little") + data)
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path) -> Tokens | None:
+    if not path.exists():
+        return None
+    try:
+        expected = read_facts(path)["sha256"]
+        tokens = Tokens(**{name: tensor.numpy() for name, tensor in read_tensors(path).items()})
+    except (UserError, KeyError, TypeError):
+        return None
+    return tokens if tokens.sha256() == expected else None
