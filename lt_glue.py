@@ -24,7 +24,10 @@ def main(cfg: Config) -> None:
         if not run.complete:
             mask = Mask.load(cfg.mask) if cfg.mask else None  # a bad file is met before the model is loaded
             setup = prepare(Glue(cfg.task), cfg, run)
-            finetune(setup, run, mask) if mask else imp(setup, run)
+            if mask is None:
+                imp(setup, run)
+            else:
+                finetune(setup, run, mask)
         print_levels(run)
 
 

@@ -13,8 +13,11 @@ class UserError(Exception):
     """
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C, after all that can be kept was written. `code` is the process's exit status."""
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C, after all that can be kept was written. `code` is the process's exit status.
+
+    Like KeyboardInterrupt no Exception: what catches every error of a library must not swallow it.
+    """
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

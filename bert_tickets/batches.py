@@ -18,10 +18,15 @@ from torch import Tensor
 from bert_tickets.tokens import Tokens
 
 
-def seeded(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for one purpose of a run; different purposes give independent streams."""
+def derive(seed: int, *purpose: object) -> int:
+    """A seed for one purpose of a run; different purposes give independent streams."""
     text = "/".join(map(str, (seed, *purpose)))
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def seeded(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU generator for one purpose of a run."""
+    return torch.Generator().manual_seed(derive(seed, *purpose))
 
 
 @dataclass(frozen=True)

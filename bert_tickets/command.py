@@ -85,6 +85,6 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
-        print("interrupted before anything was begun", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -38,8 +38,9 @@ class Training:
     max_grad_norm: float = flag("clip the gradient to this norm", 1.0)
     precision: Literal["auto", "fp16", "bf16", "fp32"] = flag("auto: fp16 on CUDA, fp32 on a CPU", "auto")
     seed: int = flag("fixes the head, the order of the examples, dropout and random weights", 57)
-    log_every: int = flag("read the loss every so many steps", 50, identity=False)
-    save_steps: int = flag("write a checkpoint every so many steps; 0: only when stopped", 500, identity=False)
+    log_every: int = flag("read the loss every so many steps; the windows of the loss curve", 50)
+    save_minutes: float = flag("write a checkpoint every so many minutes", 10.0, identity=False)
+    save_steps: int | None = flag("write one every so many steps as well", None, identity=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,8 @@ def build(preset: str, given: dict[str, Any]) -> Config:
     protocol = given.get("protocol", FIELDS["protocol"].default)
     values = preset_values(preset, protocol) | given
     training = {name: values.pop(name) for name in list(values) if name in Training.__dataclass_fields__}
-    if "levels" not in given:
+    _check_effect(given)
+    if "levels" not in values:
         values["levels"] = min(10, most_levels(values.get("rate", Config.rate), values.get("schedule", Config.schedule)))
     if "rewind" in given:
         values["rewind"] = _plain_rewind(given["rewind"])  # 0%, 00 and 0 are one run
@@ -162,9 +164,26 @@ def most_levels(rate: float, schedule: str) -> float:
 def _plain_rewind(text: str) -> str:
     """The shortest way to write the same; what cannot be read stays, for `_check` to refuse."""
     try:
-        return text if text == "none" else f"{float(text[:-1]):g}%" if text.endswith("%") else str(int(text))
+        if text == "none":
+            return text
+        share = float(text[:-1]) if text.endswith("%") else None
+        return str(int(text)) if share is None else f"{share:.15g}%" if share else "0"
     except ValueError:
         return text
+
+
+def _check_effect(given: dict[str, Any]) -> None:
+    """Refuse a flag that could do nothing: its user would believe it did."""
+    idle: dict[str, str] = {}
+    if given.get("mask") is not None:
+        finding = ("levels", "rate", "schedule", "scope", "rewind", "rewind_head", "decay", "reset_optimizer")
+        idle = dict.fromkeys(finding, "belongs to finding a ticket, and --mask trains a given one")
+        idle["rewind"] += " (to start it from later weights: --init runs/.../rewind.safetensors)"
+    elif given.get("rewind") == "none":
+        idle["rewind_head"] = "has no meaning with --rewind none"
+    for name, why in idle.items():
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')} {why}")
 
 
 def _check(cfg: Config) -> None:
@@ -172,16 +191,15 @@ def _check(cfg: Config) -> None:
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} {flat(cfg)[name]}: {what}")
 
-    for name in ("batch_size", "log_every", "max_steps", "limit_train", "limit_eval", "levels"):
+    for name in ("batch_size", "log_every", "max_steps", "save_steps", "limit_train", "limit_eval", "levels"):
         value = flat(cfg)[name]
         need(value is None or value >= 1, name, "at least 1 is needed")
-    for name in ("epochs", "lr", "max_grad_norm", "adam_epsilon"):
+    for name in ("epochs", "lr", "max_grad_norm", "adam_epsilon", "save_minutes"):
         need(math.isfinite(flat(cfg)[name]) and flat(cfg)[name] > 0, name, "a number above 0 is needed")
     need(0 < cfg.rate < 1, "rate", "a share between 0 and 1 is needed")
     if cfg.mask is None:
         _ = cfg.fractions  # a level beyond what is left is met now
     need(cfg.max_length >= 3, "max_length", "an example has three tokens at least")
-    need(cfg.train.save_steps >= 0, "save_steps", "0 or more is needed")
     need(0 <= cfg.train.weight_decay < 1, "weight_decay", "a number from 0 to below 1 is needed")
     need(0 <= cfg.train.seed < 2**32, "seed", "a whole number from 0 to 2^32 - 1 is needed")
     try:
@@ -201,7 +219,10 @@ def identity(cfg: Config, preset: str) -> dict[str, Any]:
     differs = {name: value for name, value in values.items() if FIELDS[name].metadata["identity"] and value != plain[name]}
     for name in ("mask", "init"):
         if name in differs and Path(differs[name]).is_file():
-            differs[name] = "sha256:" + hashlib.sha256(Path(differs[name]).read_bytes()).hexdigest()
+            try:
+                differs[name] = "sha256:" + hashlib.sha256(Path(differs[name]).read_bytes()).hexdigest()
+            except OSError as error:
+                raise UserError(f"cannot read {differs[name]}: {error.strerror}") from None
     for name in ("data_dir", "model"):
         if name in differs and Path(differs[name]).is_dir():
             differs[name] = str(Path(differs[name]).resolve())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -19,7 +21,7 @@ from bert_tickets import UserError
 
 def write(path: Path, data: bytes) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -29,6 +31,8 @@ def write(path: Path, data: bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()  # what fills the disk
         raise cannot_write(path, error) from None
 
 
@@ -40,8 +44,8 @@ def read_json(path: Path) -> Any:
     """A JSON file's value; `UserError` where it is not one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or missing: {error}") from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -62,7 +66,29 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         errno.EACCES: "permission is denied",
     }
     reason = reasons.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
-    return UserError(f"cannot write {path}: {reason}. What was there before is intact; the same command goes on from it.")
+    return UserError(f"cannot write {path}: {reason}. What was there before is intact; the same command can be given again.")
+
+
+def take_lock(path: Path) -> IO[str]:
+    """The opened lock file, held until it is closed; `UserError` where another process holds it, `OSError` where it cannot be.
+
+    The file names its holder. The kernel lets go of it however the process ends.
+    """
+    lock = path.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        raise UserError(f"{path.parent} is in use by {holder}; wait for it, or stop it") from None
+    except OSError as error:
+        raise UserError(f"{path.parent} is on a file system without locks ({error.strerror}); give another place") from None
+    if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:  # its holder removed it meanwhile
+        raise UserError(f"{path.parent} was just given up by another process; give the command again")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
 
 
 def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.deterministic as deterministic
 
@@ -15,10 +16,13 @@ from bert_tickets.config import Config
 from bert_tickets.mask import Mask
 from bert_tickets.models import Net, digest, encoder_weights, prunable, rewind, snapshot
 from bert_tickets.prune import magnitude, prune, random_scores
-from bert_tickets.runs import Run
+from bert_tickets.runs import Level, Run
 from bert_tickets.step import precision_of
 from bert_tickets.tasks import Task
 from bert_tickets.train import Result, evaluate, total_steps, train
+
+# What of a model's configuration, beside its weights' shapes, the result depends on.
+ARCHITECTURE = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Setup:
     cfg: Config
     batches: Batches
     evals: dict[str, TokenStore]
+    tokenizer: Any
 
     @property
     def steps(self) -> int:
@@ -40,7 +45,7 @@ class Setup:
 def imp(setup: Setup, run: Run) -> Mask:
     """Iterative magnitude pruning with rewinding to the pre-trained weights (Chen et al. 2020, Algorithm 1)."""
     net, cfg = setup.net, setup.cfg
-    theta, mask = snapshot(net), Mask.ones(prunable(net))
+    theta, mask = snapshot(net), Mask.ones(prunable(net))  # a snapshot clones: a state_dict only aliases
     i = cfg.rewind_step(setup.steps)
     for level, fraction in enumerate(cfg.fractions):
         if run.finished(level):  # never train a finished level again
@@ -59,9 +64,10 @@ def imp(setup: Setup, run: Run) -> Mask:
 
 def finetune(setup: Setup, run: Run, mask: Mask) -> None:
     """Train one given ticket on the task: TRANSFER(source, target), or a row of Table 2."""
-    mask.check_fits(prunable(setup.net), "the model")
+    params, matrices = dict(setup.net.named_parameters()), prunable(setup.net)
+    mask.check_fits({name: p for name, p in params.items() if name in matrices or name in mask}, "the model")
     if not run.finished(0):
-        mask.apply(prunable(setup.net))
+        mask.apply(params)
         fit(setup, run, 0, mask, mask)
 
 
@@ -76,12 +82,12 @@ def fit(setup: Setup, run: Run, level: int, mask: Mask, before: Mask, start: int
     """Train and score the network as it stands under `mask`, and write the level down."""
     net, task, cfg = setup.net, setup.task, setup.cfg
     begins_at = digest(encoder_weights(net))
-    keeper = run.at(level, mask.sparsity)
+    keeper = Level(run, level, mask.sparsity)
     i = cfg.rewind_step(setup.steps)
     net.train()
     result = train(
         lambda batch: task.loss(task.logits(net, batch), batch),
-        dict(net.named_parameters()),
+        {name: p for name, p in net.named_parameters() if p.requires_grad},
         setup.batches,
         cfg.train,
         keeper,
@@ -94,7 +100,7 @@ def fit(setup: Setup, run: Run, level: int, mask: Mask, before: Mask, start: int
     metrics = score(setup)
     print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
     moments = {} if cfg.resets_optimizer else result.moments
-    run.finish(level, net, mask, _line(result, metrics, task, mask, before, begins_at), moments)
+    run.finish(level, net, setup.tokenizer, mask, _line(result, metrics, task, mask, before, begins_at), moments)
 
 
 def score(setup: Setup) -> dict[str, float]:
@@ -102,6 +108,9 @@ def score(setup: Setup) -> dict[str, float]:
     net, task = setup.net, setup.task
     precision = setup.cfg.train.precision
     logits = {name: evaluate(net, lambda batch: task.logits(net, batch), store, precision) for name, store in setup.evals.items()}
+    for name, values in logits.items():
+        if not np.isfinite(values).all():
+            raise UserError(f"the network's outputs on {name} are not finite; --precision bf16 or fp32 may help")
     labels = {name: store.labels.cpu().numpy() for name, store in setup.evals.items()}
     metrics = task.score(logits, labels)
     if setup.cfg.check_metrics:
@@ -128,19 +137,20 @@ def _line(result: Result, metrics: dict[str, float], task: Task, mask: Mask, bef
 
 def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     """Load the model and the data onto the device, and write down what they are."""
-    device = pick_device(cfg.device)
+    device = prepare_device(cfg.device)
     net, tokenizer = task.load_net(cfg)
     limit = net.config.max_position_embeddings
     if cfg.max_length > limit:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
     train_set, evals = task.load_data(cfg, tokenizer, device)
-    setup = Setup(net, task, cfg, Batches(train_set, cfg.train.batch_size, cfg.train.seed), evals)
+    setup = Setup(net, task, cfg, Batches(train_set, cfg.train.batch_size, cfg.train.seed), evals, tokenizer)
     cfg.rewind_step(setup.steps)
     run.describe(
         {
             "device": device.type,
             "precision": precision_of(cfg.train.precision, device),
             "model": digest(encoder_weights(net)),
+            "architecture": {key: value for key, value in net.config.to_dict().items() if key in ARCHITECTURE},
             "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
             "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},
         }
@@ -149,8 +159,11 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     return setup
 
 
-def pick_device(asked: str) -> torch.device:
-    """`auto` is CUDA where there is one. Also makes torch's algorithms deterministic: equal runs, equal bits."""
+def prepare_device(asked: str) -> torch.device:
+    """The device asked for, `auto` being CUDA where there is one; and torch made deterministic: equal runs, equal bits.
+
+    Raises `UserError` for a device that is not there.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
     except RuntimeError:

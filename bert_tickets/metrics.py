@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bert_tickets import UserError
+from bert_tickets import UserError, first_line
 
 Array = np.ndarray | Sequence[float]
 
@@ -68,9 +68,9 @@ def compare_with_evaluate(subset: str, predictions: Array, references: Array, ou
         import evaluate
 
         metric = evaluate.load("glue", subset)
+        theirs = metric.compute(predictions=predictions, references=references)
     except Exception as error:  # no package, no network, no cached module: each means it cannot be compared here
-        return f"metrics not compared with evaluate, which cannot be loaded here ({type(error).__name__})"
-    theirs = metric.compute(predictions=predictions, references=references)
+        return f"metrics not compared with evaluate, which does not work here ({type(error).__name__}: {first_line(error)})"
     for name, value in theirs.items():
         mine = ours[names.get(name, name)]
         if not np.isclose(mine, value, rtol=0, atol=1e-9, equal_nan=True):

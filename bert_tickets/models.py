@@ -46,7 +46,9 @@ def encode(net: Net, batch: Batch) -> Tensor:
 def classify(net: Net, batch: Batch) -> Tensor:
     """The logits of a sequence classifier on a packed batch: [B, labels]. Equal to the padded model's."""
     first = encode(net, batch)[batch.starts]
-    return net.classifier(net.dropout(net.bert.pooler(first[:, None])))
+    pooled = net.dropout(net.bert.pooler(first[:, None]))
+    with torch.autocast(pooled.device.type, enabled=False):  # half-precision logits tie, and argmax then picks class 0
+        return net.classifier(pooled.to(net.classifier.weight.dtype))
 
 
 # ---- loading ----
@@ -71,8 +73,9 @@ def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[Net, 
             dtype=torch.float32,  # otherwise the checkpoint's own, half for some
             attn_implementation="packed",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of another head, which is drawn anew anyway
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = f"the folder {name}" if Path(name).exists() else f"{name} (no such folder here, and the hub did not give it)"
         raise UserError(
             f"no BERT checkpoint to be had from {where}: {first_line(error)}\n"
@@ -88,6 +91,9 @@ def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[Net, 
     if any(not key.startswith("bert.pooler.") for key in missing):
         raise UserError(f"{name} lacks {sorted(missing)[0]} and {len(missing) - 1} more of BERT's weights")
     draw(net, seeded(seed, "head"), [key for key, _ in net.named_parameters() if not key.startswith(ENCODER)])
+    misfits = [key for key, *_ in info["mismatched_keys"] if key.startswith(ENCODER)]
+    if misfits:
+        raise UserError(f"{misfits[0]} of {name} has another shape than its config.json says")
     if missing:
         print(f"{name} has no pooler: its two tensors are drawn at random")
         draw(net, seeded(seed, "pooler"), sorted(missing))

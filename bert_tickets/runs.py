@@ -13,28 +13,35 @@ A level's folder appears by one rename, complete. Everything else is derived fro
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import platform
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import bert_tickets
 from bert_tickets import Stopped, UserError
 from bert_tickets.config import Config, flat, identity, run_name
-from bert_tickets.files import cannot_write, read_facts, read_json, read_tensors, sync_folder, write, write_json, write_tensors
+from bert_tickets.environment import environment
+from bert_tickets.files import (
+    cannot_write,
+    read_facts,
+    read_json,
+    read_tensors,
+    sync_folder,
+    take_lock,
+    write,
+    write_json,
+    write_tensors,
+)
 from bert_tickets.mask import Mask
 
 FORMAT = 1  # of the run directory; a newer one is refused
@@ -55,27 +62,21 @@ class Run:
     def __enter__(self) -> Run:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.dir / "lock").open("a+")
+            self._lock = take_lock(self.dir / "lock")
         except OSError as error:
-            raise cannot_write(self.dir, error) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            raise UserError(f"{self.dir} is in use by {holder}; wait for it, or stop it") from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
-        self._recover()
+            if not self.complete:
+                raise cannot_write(self.dir, error) from None
+            self._lock = open(os.devnull)  # a finished run in a read-only archive: there is nothing to write
+        else:
+            self._recover()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if not (self.dir / "run.json").exists():  # nothing was begun: leave no folder behind a mistyped flag
-            with contextlib.suppress(OSError):
+        if not (self.dir / "run.json").exists():
+            with contextlib.suppress(OSError):  # nothing was begun: leave no folder behind a mistyped flag
                 (self.dir / "lock").unlink()
                 self.dir.rmdir()
         self._lock.close()
@@ -84,7 +85,7 @@ class Run:
         if not self.saves_on_stop or self.stop_signal is not None:  # nothing to save; or asked a second time
             raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command goes on from there", 128 + number)
         self.stop_signal = number
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this step or evaluation; once more to stop at once\n")  # print may be at work
 
     def _recover(self) -> None:
         """Finish what a kill may have left undone."""
@@ -124,18 +125,23 @@ class Run:
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Write run.json, or hold `facts` (model, data, precision) against the one that is there."""
-        path = self.dir / "run.json"
+        path, here = self.dir / "run.json", environment()
         if path.exists():
-            before = read_json(path)["fingerprint"]
+            about = read_json(path)
+            before = about["fingerprint"]
             for key, value in facts.items():
                 if before.get(key) != value:
                     raise UserError(
                         f"{self.dir} was begun with {key} {_brief(before.get(key))}, and now it is {_brief(value)}. "
                         "Going on would mix two runs: restore the former, or give another --output-dir."
                     )
-            self.log("resume")
+            changed = {key: now for key, now in here.items() if about["environment"].get(key) != now}
+            for key, now in changed.items():
+                print(
+                    f"going on with {key} {_brief(now)}, begun with {_brief(about['environment'].get(key))}: the bits may differ"
+                )
+            self.log("resume", changed=changed)
             return
-        packages = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
         write_json(
             path,
             {
@@ -143,9 +149,7 @@ class Run:
                 "config": {key: value for key, value in flat(self.cfg).items() if key != "dry_run"},
                 "differs_from_preset": identity(self.cfg, self.preset),
                 "argv": sys.argv,
-                "git": _git(),
-                "versions": {"python": platform.python_version(), "bert_tickets": bert_tickets.__version__}
-                | {name: version(name) for name in packages},
+                "environment": here,
                 "fingerprint": facts,
             },
         )
@@ -154,13 +158,11 @@ class Run:
     def log(self, event: str, **facts: Any) -> None:
         line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), **facts})
         try:
-            with (self.dir / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with (self.dir / "log.jsonl").open("ab+") as file:
+                torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+                file.write(b"\n" * torn + line.encode() + b"\n")
         except OSError as error:
             raise cannot_write(self.dir / "log.jsonl", error) from None
-
-    def at(self, level: int, sparsity: float) -> Level:
-        return Level(self, level, sparsity)
 
     def restore(self, level: int, net: nn.Module) -> Mask:
         """A finished level's mask; of the newest one also its trained weights, into `net`."""
@@ -178,7 +180,9 @@ class Run:
     def load_rewind(self) -> dict[str, Tensor]:
         return read_tensors(self.dir / "rewind.safetensors")
 
-    def finish(self, level: int, net: nn.Module, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]) -> None:
+    def finish(
+        self, level: int, net: nn.Module, tokenizer: Any, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]
+    ) -> None:
         """Make the level's folder appear, complete; then tidy up."""
         seconds = result.pop("seconds")
         folder = self.level_dir(level)
@@ -193,19 +197,23 @@ class Run:
             if moments:
                 write_tensors(temporary / "moments.safetensors", moments)
             if self.cfg.keep_models:
-                net.save_pretrained(temporary / "model")  # type: ignore[operator]  # Hugging Face's, not torch's
+                _keep_model(net, tokenizer, temporary / "model")
             write_json(temporary / "metrics.json", {"level": level, **result})
             self.log("level", level=level, seconds=round(seconds, 2))
             temporary.rename(folder)
             sync_folder(self.dir)
         except OSError as error:
             raise cannot_write(folder, error) from None
+        except SafetensorError as error:  # save_pretrained's word for a disk that refuses
+            raise UserError(f"cannot write {temporary / 'model'}: {error}. The levels before are intact.") from None
         self._settle()
 
     def _settle(self) -> None:
         """results.jsonl from the levels' folders; remove what only the level before needed."""
         lines = [json.dumps(result, sort_keys=True) for result in self.results()]
-        write(self.dir / "results.jsonl", "".join(line + "\n" for line in lines).encode())
+        path, data = self.dir / "results.jsonl", "".join(line + "\n" for line in lines).encode()
+        if not path.exists() or path.read_bytes() != data:
+            write(path, data)
         for level in range(self.done - 1):
             for name in ("weights.safetensors", "moments.safetensors"):
                 (self.level_dir(level) / name).unlink(missing_ok=True)
@@ -223,8 +231,13 @@ class Run:
         """Wall-clock seconds of training and evaluation by level, from log.jsonl."""
         path = self.dir / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return {event["level"]: event["seconds"] for event in events if event["event"] == "level"}
+        seconds = {}
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill tore is worth no crash
+                event = json.loads(line)
+                if event["event"] == "level":
+                    seconds[event["level"]] = event["seconds"]
+        return seconds
 
 
 class Level:
@@ -278,14 +291,9 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _git() -> dict[str, Any] | None:
-    """The commit the code stands at, and whether it was changed since."""
-    here = Path(__file__).parent
-
-    def ask(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20).stdout
-
-    try:
-        return {"sha": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain", "-uno").strip())}
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _keep_model(net: Any, tokenizer: Any, folder: Path) -> None:
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())

@@ -49,7 +49,9 @@ class Step:
         self.precision = precision_of(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.masks = {  # in the gradients' own type, so that one fused product masks them; all-true ones do nothing
-            name: kept.to(device, params[name].dtype) for name, kept in (mask or {}).items() if not kept.all()
+            name: kept.to(device, params[name].dtype)
+            for name, kept in (mask or {}).items()
+            if name in params and not kept.all()  # a frozen tensor is zero where the mask says, and stays so
         }
         decays = [p for name, p in self.params.items() if not name.endswith("bias") and "LayerNorm" not in name]
         spared = [p for name, p in self.params.items() if name.endswith("bias") or "LayerNorm" in name]

@@ -1,4 +1,4 @@
-"""Texts to tokens, once: a cache beside the Hugging Face caches, shared by levels, seeds and runs.
+"""Texts to tokens, once: a cache beside the Hugging Face caches, shared by seeds and runs.
 
 An entry's name is a hash of all that its content depends on (the texts, the tokenizer, the cut), so it is never out of
 date; it carries a checksum, and a damaged one is made again. `$HF_HOME/bert_tickets` may be deleted at any time.
@@ -55,7 +55,8 @@ def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) 
     if (cached := _read(path)) is not None:
         return cached
     columns = [list(column) for column in columns]
-    encoded = tokenizer(*columns, truncation="longest_first", max_length=max_length, return_attention_mask=False)
+    options = {"truncation": "longest_first", "max_length": max_length}
+    encoded = tokenizer(*columns, **options, return_token_type_ids=True, return_attention_mask=False)
     tokens = Tokens.of(encoded["input_ids"], encoded["token_type_ids"])
     parts = {name: torch.from_numpy(getattr(tokens, name)) for name in ("ids", "types", "lengths")}
     try:
@@ -67,7 +68,7 @@ def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) 
 
 def _key(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> str:
     what = json.loads(tokenizer.backend_tokenizer.to_str())
-    what |= {"truncation": max_length, "padding": None}  # it remembers the last call's
+    what |= {"truncation": [max_length, tokenizer.truncation_side, "longest_first"], "padding": None}  # not the last call's
     digest = hashlib.sha256(json.dumps([1, tokenizers.__version__, what], sort_keys=True).encode())
     for column in columns:
         digest.update(f"\n{len(column)}\n".encode())
@@ -78,11 +79,11 @@ def _key(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> s
 
 
 def _read(path: Path) -> Tokens | None:
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         expected = read_facts(path)["sha256"]
         tokens = Tokens(**{name: tensor.numpy() for name, tensor in read_tensors(path).items()})
-    except (UserError, KeyError, TypeError):
+    except (UserError, OSError, KeyError, TypeError):
         return None
     return tokens if tokens.sha256() == expected else None

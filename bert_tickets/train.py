@@ -6,7 +6,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bert_tickets import UserError
-from bert_tickets.batches import Batch, Batches, TokenStore, seeded
+from bert_tickets.batches import Batch, Batches, TokenStore, derive
 from bert_tickets.config import Training
 from bert_tickets.mask import Mask
 from bert_tickets.step import Loss, Step, autocast, precision_of
@@ -44,12 +45,12 @@ class Result:
     steps: int
     seconds: float
     losses: list[tuple[int, float]]  # (step, mean loss since the one before)
-    metrics: dict[str, float] = field(default_factory=dict)
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor]  # AdamW's state at the end
 
 
 def total_steps(cfg: Training, per_epoch: int) -> int:
-    return cfg.max_steps or max(1, math.ceil(cfg.epochs * per_epoch))
+    """Optimisation steps of one level, of `per_epoch` steps an epoch."""
+    return cfg.max_steps or math.ceil(Fraction(str(cfg.epochs)) * per_epoch)  # exact: in floats 1.1 * 10 is above 11
 
 
 def train(
@@ -68,8 +69,9 @@ def train(
     """Train `params` to minimise `loss` from step `start` to the last, or on from the keeper's checkpoint.
 
     The learning rate falls linearly to zero over `span` steps (the level's own, unless given). `capture` is a step and
-    what to call when it is reached; `moments` is AdamW's state to begin with. (config, seed) fixes the outcome: batches
-    and dropout are the same on every level, so that two levels differ by their masks alone.
+    what to call when it is reached; `moments` is AdamW's state to begin with. (config, seed) fixes the outcome: a step's batch
+    and dropout are the same on every level, so that two levels differ by their masks alone. Raises `UserError` where the
+    loss or a weight stops being finite.
     """
     device = batches.store.device
     steps = total_steps(cfg, batches.per_epoch)
@@ -80,28 +82,31 @@ def train(
     at, seconds = start, 0.0
     checkpoint = keeper.load_checkpoint()
     if checkpoint is None:
-        torch.manual_seed(seeded(cfg.seed, "dropout").initial_seed())
         step.set_moments(moments or {})
     else:
         tensors, facts = checkpoint
         at, seconds, losses = facts["step"], facts["seconds"], [(s, x) for s, x in facts["losses"]]
         total.copy_(tensors["total"])
         _restore(step, tensors, facts)
-    began = time.monotonic() - seconds
+    began = saved = time.monotonic()
+
+    def check(ok: bool, what: str) -> None:
+        if not ok:
+            raise UserError(
+                f"{keeper.title}: {what} by step {at}. Nothing of it was saved; what was finished or saved before is intact. "
+                "A lower --lr, or --precision bf16 or fp32, may help."
+            )
 
     def look() -> float:
         """The mean loss since the last look; where the host waits for the device."""
         mean = total.item() / (at - max(start, (at - 1) // cfg.log_every * cfg.log_every))
-        if not math.isfinite(mean):
-            raise UserError(
-                f"{keeper.title}: the loss became {mean} in the {cfg.log_every} steps before step {at}. Nothing of them was "
-                "saved; what was finished before is intact. A lower --lr, or --precision bf16 or fp32, may help."
-            )
+        check(math.isfinite(mean), f"the loss became {mean}")
         return mean
 
     def save() -> None:
-        look()  # a checkpoint never holds weights that a NaN has reached
-        facts = {"step": at, "seconds": time.monotonic() - began, "losses": losses, "scaler": step.scaler.state_dict()}
+        check(_finite(step.params), "a weight became infinite or NaN")
+        spent = seconds + time.monotonic() - began
+        facts = {"step": at, "seconds": spent, "losses": losses, "scaler": step.scaler.state_dict()}
         keeper.save_checkpoint({"total": total, **_state(step)}, facts)
 
     bar = tqdm(total=steps, initial=at, desc=keeper.title, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -109,6 +114,7 @@ def train(
         while at < steps:
             if capture is not None and at == capture[0]:
                 capture[1]()
+            torch.manual_seed(derive(cfg.seed, "dropout", at))  # each step's own: no state to carry, the same on every level
             total += step(batches[at], cfg.lr * max(0.0, 1 - at / span))
             at += 1
             bar.update()
@@ -116,20 +122,23 @@ def train(
                 losses.append((at, look()))
                 total.zero_()
                 bar.set_postfix({"loss": losses[-1][1], **keeper.note}, refresh=False)
-            if keeper.stop_requested or (cfg.save_steps and at % cfg.save_steps == 0 and at < steps):
+            due = time.monotonic() - saved > 60 * cfg.save_minutes or (cfg.save_steps and at % cfg.save_steps == 0)
+            if keeper.stop_requested or (due and at < steps):
                 save()
+                saved = time.monotonic()
                 if keeper.stop_requested:
                     keeper.stopped(at)
-    return Result(steps - start, time.monotonic() - began, losses, moments=step.moments())
+    check(_finite(step.params), "a weight became infinite or NaN")
+    return Result(steps - start, seconds + time.monotonic() - began, losses, step.moments())
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all())
 
 
 def _state(step: Step) -> dict[str, Tensor]:
     """All that the next step depends on, but for the step's number and the scaler."""
-    state = {f"param/{name}": p.detach() for name, p in step.params.items()} | step.moments()
-    state["rng/cpu"] = torch.get_rng_state()
-    if step.device.type == "cuda":
-        state["rng/cuda"] = torch.cuda.get_rng_state(step.device)
-    return state
+    return {f"param/{name}": p.detach() for name, p in step.params.items()} | step.moments()
 
 
 @torch.no_grad()
@@ -138,9 +147,6 @@ def _restore(step: Step, tensors: Mapping[str, Tensor], facts: dict) -> None:
         p.copy_(tensors[f"param/{name}"])
     step.set_moments(tensors)
     step.scaler.load_state_dict(facts["scaler"])
-    torch.set_rng_state(tensors["rng/cpu"].cpu())
-    if step.device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"].cpu(), step.device)
 
 
 @torch.inference_mode()

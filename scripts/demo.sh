@@ -19,16 +19,16 @@ sys.exit(0 if found == expected else f"{sys.argv[1]} is not the published file: 
 END
 
 $python -m bert_tickets.demo --output runs/demo/data
-run="$python lt_glue.py --task sst2 --model $model --data-dir runs/demo/data --lr 1e-4 --output-dir runs/demo"
+run=($python lt_glue.py --task sst2 --model "$model" --data-dir runs/demo/data --lr 1e-4 --output-dir runs/demo)
 
 echo; echo "== tickets by iterative magnitude pruning =="
-$run --rate 0.2 --levels 4
+"${run[@]}" --rate 0.2 --levels 4
 
 for percent in 20 40 60; do
   echo; echo "== a random ticket, $percent % removed =="
   mask=runs/demo/random_$percent.safetensors
   $python oneshot.py --model "$model" --method random --rate 0.$percent --output $mask
-  $run --mask $mask
+  "${run[@]}" --mask $mask
 done
 
 echo

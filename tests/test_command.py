@@ -54,9 +54,10 @@ GIVEN = {  # a value for every flag, none of them its default
     "precision": "bf16",
     "seed": 1,
     "log_every": 10,
-    "save_steps": 0,
+    "save_steps": 7,
+    "save_minutes": 2.5,
 }
-NOT_IN_THE_NAME = {"output_dir", "device", "keep_models", "check_metrics", "dry_run", "log_every", "save_steps"}
+NOT_IN_THE_NAME = {"output_dir", "device", "keep_models", "check_metrics", "dry_run", "save_steps", "save_minutes"}
 
 
 def words(name: str, value: Any) -> list[str]:
@@ -198,7 +199,8 @@ OUT_OF_RANGE = {
     "max_grad_norm": ["0", "nan"],
     "seed": ["-1", str(2**32)],
     "log_every": ["0"],
-    "save_steps": ["-1"],
+    "save_steps": ["0"],
+    "save_minutes": ["0", "nan"],
 }
 
 
@@ -259,7 +261,7 @@ def exit_of(capsys, monkeypatch):
     [
         (UserError("the disk is full"), 2, "error: the disk is full\n"),
         (Stopped("stopped; the same command goes on", 143), 143, "stopped; the same command goes on\n"),
-        (KeyboardInterrupt(), 130, "interrupted before anything was begun\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_what_ends_a_run_is_said_on_stderr_and_by_the_exit_code(exit_of, error, code, says):
@@ -322,8 +324,8 @@ def test_presets_set_only_fields(protocol):
 # ---- the run's name ----
 
 
-@settings(deadline=None)
-@given(st.permutations(sorted(set(GIVEN) - {"task", "mask"})))
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(sorted(set(GIVEN) - {"task", "mask", "rewind"})))
 def test_a_name_does_not_depend_on_the_order_of_the_flags(order):
     assert name(**{field: GIVEN[field] for field in order}) == name(**{field: GIVEN[field] for field in sorted(order)})
 
@@ -358,3 +360,34 @@ def test_a_folder_counts_by_its_place(tmp_path, monkeypatch):
     (tmp_path / "glue").mkdir()
     monkeypatch.chdir(tmp_path)
     assert name(data_dir="glue") == name(data_dir=tmp_path / "glue") == name(data_dir="./glue/") != name()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            ["--mask", "m.pt", *flag.split()]
+            for flag in ("--levels 3", "--rate 0.2", "--rewind 5", "--scope tensor", "--decay run")
+        ),
+        ["--mask", "m.pt", "--no-rewind-head"],
+        ["--rewind", "none", "--no-rewind-head"],
+    ],
+    ids=" ".join,
+)
+def test_a_flag_that_could_do_nothing_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("glue", None, ["--task", "rte", *words])
+    assert end.value.code == 2
+    assert re.search(r"--mask trains a given one|no meaning with --rewind none", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("zero", ["0", "00", "+0", "0%", "0.0%"])
+def test_all_ways_to_write_zero_are_one_run(zero):
+    assert name(rewind=zero) == name()
+
+
+def test_rate_alone_takes_as_many_levels_as_it_allows():
+    assert config(rate=0.2).levels == 5
+    assert config(rate=0.3).levels == 4
+    assert config(rate=0.05).levels == 10
+    assert config(rate=0.2, schedule="geometric").levels == 10

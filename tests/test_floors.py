@@ -15,6 +15,7 @@ FLOORS = {
     "config": 0,
     "files": 0,
     "tokens": 0,
+    "environment": 0,
     "metrics": 0,
     "mask": 0,
     "prune": 0,

@@ -23,7 +23,8 @@ def run_glue(bert_dir, glue_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def go(*extra, model=bert_dir):
-        argv = f"--task sst2 --model {model} --data-dir {glue_dir} --levels 3 --rate 0.3 --batch-size 16 --epochs 2 --lr 1e-3"
+        argv = f"--task sst2 --model {model} --data-dir {glue_dir} --batch-size 16 --epochs 2 --lr 1e-3"
+        argv += "" if "--mask" in extra else " --levels 3 --rate 0.3"
         cfg = parse("glue", None, f"{argv} --log-every 2".split() + [str(word) for word in extra])
         lt_glue.main(cfg)
         run = Run(cfg, "glue")
@@ -231,6 +232,46 @@ def test_a_nan_loss_ends_the_run_in_words_and_saves_nothing_of_it(run_glue, watc
     with pytest.raises(UserError, match="loss became nan"):
         run_glue("--save-steps", "1")
     monkeypatch.undo()
+
+
+def test_an_all_ones_level_from_theta_i_replays_the_dense_level(run_glue, monkeypatch):
+    """Levels differ by their masks alone: with nothing pruned, and AdamW new at the step both start from, so do not they."""
+    monkeypatch.setattr("bert_tickets.lottery.prune", lambda mask, *_: mask)
+    _, results = run_glue("--levels", "2")
+    assert results[0]["losses"] == results[1]["losses"]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
+def test_dropout_of_a_step_does_not_depend_on_where_training_began(run_glue, monkeypatch):
+    draws: dict[int, list[float]] = {}
+    plain = Step.__call__
+
+    def call(self, batch, lr):
+        draws.setdefault(round(6 * (1 - lr / 1e-3)), []).append(torch.rand(1).item())
+        return plain(self, batch, lr)
+
+    monkeypatch.setattr(Step, "__call__", call)
+    run_glue("--rewind", "2", "--levels", "2")
+    assert [len(draws[step]) for step in range(6)] == [1, 1, 2, 2, 2, 2]
+    assert all(len(set(values)) == 1 for values in draws.values())
+    assert len({values[0] for values in draws.values()}) == 6
+
+
+def test_a_mask_may_name_biases_and_must_cover_every_matrix(run_glue, bert_dir):
+    net = load_classifier(str(bert_dir), 2, "pretrained", 0)[0]
+    ones = dict(Mask.ones(prunable(net)))
+    bias = "bert.encoder.layer.0.intermediate.dense.bias"
+    Mask(ones | {bias: torch.arange(64) % 2 == 0}).write("bias.safetensors")
+    run, _ = run_glue("--mask", "bias.safetensors", "--keep-models")
+    from safetensors.torch import load_file
+
+    trained = load_file(run.level_dir(0) / "weights.safetensors")[bias]
+    assert (trained[1::2] == 0).all()
+    assert (trained[::2] != 0).all()
+    ones.pop("bert.pooler.dense.weight")
+    Mask(ones).write("part.safetensors")
+    with pytest.raises(UserError, match=r"the model has bert\.pooler\.dense\.weight, which the mask does not cover"):
+        run_glue("--mask", "part.safetensors")
 
 
 def test_max_steps_and_limits(run_glue):

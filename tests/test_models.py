@@ -96,6 +96,24 @@ def test_what_is_no_bert_is_refused_in_words(bert_dir, tmp_path):
         load(tmp_path / "empty")
 
 
+def test_a_checkpoint_with_another_head_gives_its_encoder(bert_dir, tmp_path):
+    other = load_classifier(str(bert_dir), 3, "pretrained", 0)[0]
+    other.save_pretrained(tmp_path / "three")
+    shutil.copy(bert_dir / "tokenizer.json", tmp_path / "three")
+    shutil.copy(bert_dir / "tokenizer_config.json", tmp_path / "three")
+    net = load(tmp_path / "three")
+    assert net.classifier.weight.shape == (2, 32)
+    assert digest(encoder_weights(net)) == digest(encoder_weights(other))
+
+
+def test_a_config_that_does_not_fit_its_weights_is_refused(bert_dir, tmp_path):
+    shutil.copytree(bert_dir, tmp_path / "odd")
+    config = tmp_path / "odd" / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 48'))
+    with pytest.raises(UserError, match=r"bert\.encoder.* has another shape"):
+        load(tmp_path / "odd")
+
+
 def test_a_damaged_checkpoint_is_refused_in_words(bert_dir, tmp_path):
     shutil.copytree(bert_dir, tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"

@@ -154,7 +154,7 @@ def wait_for(condition, seconds: float = 60):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(go, monkeypatch, number, code, tmp_path):
     plain, calls = Step.__call__, 0
-    expected = go("undisturbed", "--save-steps", "0")
+    expected = go("undisturbed", "--save-steps", "999")
 
     def call(self, batch, lr):
         nonlocal calls
@@ -166,13 +166,13 @@ def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(go, monkeypatch, num
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", call)
         with pytest.raises(Stopped, match=r"level 1 after step 3, saved in runs/.*the same command goes on") as stop:
-            go("stopped", "--save-steps", "0")
+            go("stopped", "--save-steps", "999")
     assert stop.value.code == code
     assert list((tmp_path / "stopped").rglob("checkpoint.safetensors"))
     calls = 0
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", plain)
-        assert go("stopped", "--save-steps", "0") == expected
+        assert go("stopped", "--save-steps", "999") == expected
     assert not list((tmp_path / "stopped").rglob("checkpoint.safetensors"))
 
 
@@ -211,8 +211,8 @@ def test_what_a_run_directory_holds(go, tmp_path):
     about = json.loads(next(data for name, data in found.items() if name.endswith("run.json")))
     assert about["config"]["lr"] == 1e-3
     assert about["differs_from_preset"]["levels"] == 3
-    assert set(about["fingerprint"]) == {"device", "precision", "model", "train", "evaluation"}
-    assert {"torch", "transformers", "python"} <= set(about["versions"])
+    assert set(about["fingerprint"]) == {"device", "precision", "model", "architecture", "train", "evaluation"}
+    assert {"torch", "transformers", "python"} <= set(about["environment"]["versions"])
     lines = next(data for name, data in found.items() if name.endswith("results.jsonl")).splitlines()
     assert [json.loads(line)["level"] for line in lines] == [0, 1, 2]
 
@@ -253,6 +253,75 @@ def test_a_changed_model_or_other_data_are_not_mixed_in(go, monkeypatch, tmp_pat
     files.write_json(run_dir / "run.json", about)
     with pytest.raises(UserError, match=r"was begun with train .* would mix two runs"):
         go("run")
+
+
+def test_another_environment_is_said_and_written_down(go, monkeypatch, capsys, tmp_path):
+    """It may change the bits, so it is not silent; but a cluster's next node may well be another, so it is not refused."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", dying(Step.__call__, 8))
+        with pytest.raises(Killed):
+            go("run")
+    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
+    about = json.loads((run_dir / "run.json").read_text())
+    about["environment"]["threads"] = 99
+    files.write_json(run_dir / "run.json", about)
+    go("run")
+    assert "begun with 99: the bits may differ" in capsys.readouterr().out
+    events = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    (resume,) = (event for event in events if event["event"] == "resume")
+    assert list(resume["changed"]) == ["threads"]
+
+
+def test_a_torn_line_of_the_log_harms_nothing(go, tmp_path):
+    go("run")
+    (log,) = (tmp_path / "run").rglob("log.jsonl")
+    log.write_text(log.read_text() + '{"event": "le')
+    go("run")
+    run = Run(parse("glue", None, ["--task", "rte"]), "glue")
+    run.dir = log.parent
+    run.log("later")
+    assert sorted(run.seconds()) == [0, 1, 2]
+    assert json.loads(log.read_text().splitlines()[-1])["event"] == "later"
+
+
+def test_weights_that_stop_being_finite_are_never_saved(go, monkeypatch, tmp_path):
+    """The loss of the step that breaks them is still finite."""
+    plain, calls = Step.__call__, 0
+
+    def breaking(self, batch, lr):
+        nonlocal calls
+        calls += 1
+        loss = plain(self, batch, lr)
+        if calls == 8:
+            self.params["bert.pooler.dense.weight"].data[0, 0] = float("nan")
+        return loss
+
+    expected = go("undisturbed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", breaking)
+        with pytest.raises(UserError, match="a weight became infinite or NaN by step 2"):
+            go("run")
+    assert go("run") == expected
+
+
+def test_outputs_that_are_not_finite_are_no_result(go, monkeypatch):
+    from bert_tickets import lottery
+
+    plain = lottery.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(lottery, "evaluate", lambda *arguments: plain(*arguments) * float("inf"))
+        with pytest.raises(UserError, match="outputs on validation are not finite"):
+            go("run")
+    assert go("run") == go("undisturbed")
+
+
+def test_a_read_only_archive_of_a_finished_run_still_answers(go, monkeypatch, capsys):
+    go("run")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_tickets.runs.take_lock", lambda path: (_ for _ in ()).throw(PermissionError(13, "no")))
+        go("run")
+    assert "sparsity" in capsys.readouterr().out
 
 
 def test_a_newer_run_directory_is_refused(go, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bert_tickets import UserError
 from bert_tickets.demo import DEV_WORDS, TRAIN_WORDS, sentences
 
 ROOT = Path(__file__).parent.parent
@@ -14,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def small(bert_dir, glue_dir):
-    return ["--task", "sst2", "--model", bert_dir, "--data-dir", glue_dir, "--levels", "2", "--max-steps", "4"]
+    return ["--task", "sst2", "--model", bert_dir, "--data-dir", glue_dir, "--max-steps", "4"]
 
 
 def test_ticket_random_ticket_and_picture(run_script, small, bert_dir, tmp_path):
-    found = run_script("lt_glue.py", *small)
+    found = run_script("lt_glue.py", *small, "--levels", "2")
     assert found.returncode == 0, found.stderr
     assert "level 1/1, 10% pruned: accuracy" in found.stdout
     table = found.stdout.splitlines()[-4:]
@@ -81,14 +82,55 @@ def test_a_mistake_shows_no_traceback(run_script):
     assert "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [(["nowhere"], "no run directory in nowhere"), (["."], "no run directory")],
-)
-def test_figures_without_runs_say_so(run_script, arguments, words):
-    found = run_script("scripts/figures.py", *arguments, "--output", "x.png")
-    assert found.returncode == 2
-    assert words in found.stderr
+def fake_run(folder: Path, seed: int, values: list[float | None], **differs) -> None:
+    """A run directory as far as a picture reads it."""
+    config = {"mask": None, "seed": seed, "protocol": "paper", "lr": 2e-5, "init": "pretrained"} | differs
+    (folder / "level_00").parent.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"config": config, "differs_from_preset": {"seed": seed, **differs}}))
+    for level, value in enumerate(values):
+        (folder / f"level_0{level}").mkdir()
+        line = {"task": "rte", "metric": "accuracy", "metrics": {"accuracy": value}, "sparsity": level / 10}
+        (folder / f"level_0{level}" / "metrics.json").write_text(json.dumps(line))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import figures
+
+    return figures
+
+
+def test_only_seeds_are_pooled(figures, tmp_path):
+    fake_run(tmp_path / "a", 1, [0.6, 0.5])
+    fake_run(tmp_path / "b", 2, [0.8, 0.7])
+    fake_run(tmp_path / "c", 1, [0.3, 0.1], init="random")
+    fake_run(tmp_path / "d", 1, [0.4], protocol="released")
+    task, metric, series = figures.read_runs([tmp_path])
+    assert (task, metric) == ("rte", "accuracy")
+    assert {label: {s: list(v.values()) for s, v in values.items()} for label, values in series.items()} == {
+        "IMP (init pretrained, protocol paper)": {0.0: [0.6, 0.8], 0.1: [0.5, 0.7]},
+        "IMP (init random, protocol paper)": {0.0: [0.3], 0.1: [0.1]},
+        "IMP (init pretrained, protocol released)": {0.0: [0.4]},
+    }
+
+
+def test_a_seed_counts_once(figures, tmp_path):
+    fake_run(tmp_path / "a", 1, [0.6])
+    fake_run(tmp_path / "copy", 1, [0.6])
+    with pytest.raises(UserError, match="both 'IMP' with seed 1"):
+        figures.read_runs([tmp_path])
+
+
+def test_undefined_values_are_counted_not_hidden(figures, tmp_path, capsys):
+    fake_run(tmp_path / "a", 1, [0.6, None])
+    figures.read_runs([tmp_path])
+    assert "1 value(s) are undefined" in capsys.readouterr().out
+
+
+def test_figures_without_runs_say_so(figures, tmp_path):
+    with pytest.raises(UserError, match="no run directory in"):
+        figures.read_runs([tmp_path])
 
 
 def test_the_demos_task_cannot_be_solved_by_the_words_it_trains_on():

@@ -147,6 +147,18 @@ def test_weight_decay_spares_biases_and_layer_norms(setting):
     assert decayed + spared == sum(p.numel() for p in net.parameters())
 
 
+def test_a_frozen_tensor_may_be_masked(setting):
+    """As the pooler of a model for masked language modelling: covered by the mask, not trained."""
+    net, mask, batches, loss = setting
+    mask.apply(prunable(net))
+    params = {name: p for name, p in net.named_parameters() if not name.startswith("bert.pooler")}
+    net.bert.pooler.requires_grad_(False)
+    before = net.bert.pooler.dense.weight.clone()
+    step = Step(lambda batch: loss(net, batch), params, settings(0.01), mask, CPU)
+    step(batches[0], 1e-3)
+    assert torch.equal(net.bert.pooler.dense.weight, before)
+
+
 def test_moments_carry_over_but_not_to_what_a_later_mask_removes(setting):
     net, mask, batches, loss = setting
     params = dict(net.named_parameters())
@@ -171,7 +183,10 @@ def test_a_step_on_cuda_never_waits_for_the_device(setting, precision):
     net, mask, batches, loss = setting
     device = torch.device("cuda")
     net.to(device)
-    batches = Batches(TokenStore(Tokens.of([[2, 9, 3]] * 99, [[0, 0, 0]] * 99), np.arange(99) % 2, device), 8, 0)
+    ids = [[2] + [9] * (n % 17) + [3] for n in range(99)]
+    tokens = Tokens.of(ids, [[0] * len(example) for example in ids])
+    batches = Batches(TokenStore(tokens, np.arange(99) % 2, device), 8, 0)
+    torch.use_deterministic_algorithms(True)  # as a run does
     step = Step(
         lambda batch: loss(net, batch), dict(net.named_parameters()), replace(settings(0.0), precision=precision), mask, device
     )

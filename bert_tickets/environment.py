@@ -1,0 +1,39 @@
+"""Where a run runs: what may change the bits of a result and is no part of its configuration."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bert_tickets
+
+
+def environment() -> dict[str, Any]:
+    """What may change the bits of a result and is no part of its configuration."""
+    packages = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
+    return {
+        "git": _git(),
+        "versions": {"python": platform.python_version(), "bert_tickets": bert_tickets.__version__}
+        | {name: version(name) for name in packages},
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit the code stands at, and whether it was changed since."""
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20).stdout
+
+    try:
+        ask("ls-files", "--error-unmatch", __file__)  # installed inside somebody's repository, it is not that one
+        return {"sha": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain", "-uno").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None
