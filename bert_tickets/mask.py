@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bert_tickets import UserError
-from bert_tickets.files import safetensors_bytes, write
+from bert_tickets.files import safetensors_parts, write
 
 FORMAT = "1"  # of the mask file; a reader refuses a newer one
 
@@ -137,17 +137,16 @@ class Mask(Mapping[str, Tensor]):
     # ---- files ----
 
     def to_bytes(self, **info: str) -> bytes:
-        """The mask file: safetensors, a bit a weight, and what it says of itself as metadata."""
-        shapes = {name: list(tensor.shape) for name, tensor in self.items()}
+        """The mask file: safetensors, a bit a weight, and `info` beside what the mask says of itself already."""
         metadata = {
             **self.info,
             **info,
             "format": f"bert_tickets mask {FORMAT}",
-            "shapes": json.dumps(shapes),
+            "shapes": json.dumps({name: list(tensor.shape) for name, tensor in self.items()}),
             "density": repr(self.density),
             "sha256": self.sha256(),
         }
-        return safetensors_bytes({name: torch.from_numpy(_pack(tensor)) for name, tensor in self.items()}, metadata)
+        return b"".join(safetensors_parts({name: torch.from_numpy(_pack(kept)) for name, kept in self.items()}, metadata))
 
     def write(self, path: str | Path, **info: str) -> None:
         """Write the mask file, whole or not at all; `info` joins its metadata."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,18 +49,17 @@ def prune(mask: Mask, scores: Mapping[str, Tensor], fraction: float, scope: Scop
 def _remove(mask: dict[str, Tensor], scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
     """Global removal over the tensors of `mask`."""
     scores = {name: scores[name].to(tensor.device) for name, tensor in mask.items()}
-    kept = torch.cat(
-        [scores[name].flatten() if tensor.all() else scores[name].masked_select(tensor) for name, tensor in mask.items()]
-    )
-    count = round(fraction * kept.numel())
+    kept = [scores[name].flatten() if tensor.all() else scores[name].masked_select(tensor) for name, tensor in mask.items()]
+    total = sum(part.numel() for part in kept)
+    count = round(fraction * total)
     if count == 0:
         return mask
-    if kept.isnan().any():
+    if any(part.isnan().any() for part in kept):
         raise UserError("the scores to prune by contain NaN: the weights they come from are not sound")
     threshold = _kth_smallest(kept, count)
     pruned = {name: (tensor & (scores[name] > threshold)).contiguous() for name, tensor in mask.items()}
     # Of those that sit at the threshold itself, the first by index go until the count is exact.
-    spare = kept.numel() - count - sum(int(tensor.count_nonzero()) for tensor in pruned.values())
+    spare = total - count - sum(int(tensor.count_nonzero()) for tensor in pruned.values())
     for name in reversed(pruned):
         if spare == 0:
             break
@@ -71,9 +69,19 @@ def _remove(mask: dict[str, Tensor], scores: Mapping[str, Tensor], fraction: flo
     return pruned
 
 
-def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    """The k-th smallest (from 1) of a flat tensor, as a scalar tensor."""
-    if values.is_cuda:
-        return torch.kthvalue(values, k).values
-    # NumPy's partition is vectorised: three times as fast as torch's kthvalue on 85 M floats.
-    return torch.from_numpy(np.partition(values.numpy(), k - 1)[k - 1 : k])[0]
+def _kth_smallest(parts: list[Tensor], k: int) -> Tensor:
+    """The k-th smallest (from 1) of the values of all parts together, exactly, as a scalar tensor.
+
+    A sample of a million brackets it to about a hundredth of the values, which alone are gathered and searched: for the
+    85 M weights of BERT-base that moves a third of the memory that putting all in one tensor would. Where the sample
+    misleads, all are searched.
+    """
+    total = sum(part.numel() for part in parts)
+    sample = torch.cat([part[:: max(1, total >> 20)] for part in parts]).sort().values
+    place, margin = k * len(sample) // total, 4000  # eight standard deviations of the rank in a random sample
+    low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
+    below = sum(int((part < low).count_nonzero()) for part in parts)
+    inside = torch.cat([part[(part >= low) & (part <= high)] for part in parts])
+    if not below < k <= below + len(inside):
+        below, inside = 0, torch.cat(parts)
+    return torch.kthvalue(inside, k - below).values

@@ -38,6 +38,8 @@ def print_levels(run: Run) -> None:
         )
     print(table(["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"], rows))
     print(f"in {run.dir}")
+    if run.cfg.keep_models and not all((run.level_dir(level) / "model").is_dir() for level in range(run.done)):
+        print("the levels that were finished before --keep-models was given have no model folder")
 
 
 def _number(value: float | None) -> str:

@@ -30,7 +30,6 @@ from bert_tickets import UserError
 from bert_tickets.command import hyphens, run_command
 from bert_tickets.config import Config, build, tasks
 from bert_tickets.files import write_json
-from bert_tickets.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,7 +41,9 @@ LENGTHS = {"cola": (11.3, 0.33), "sst2": (13.3, 0.68), "mnli": (40.2, 0.47), "qq
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["cola", "sst2", "mnli", "rte"], metavar="TASK", help="GLUE tasks")
+    parser.add_argument(
+        "--tasks", nargs="*", default=["cola", "sst2", "mnli", "rte"], metavar="TASK", help="none: only a level's costs"
+    )
     parser.add_argument("--model", default=Config.model, metavar="TEXT", help="a BERT checkpoint")
     parser.add_argument("--data-dir", metavar="DIR", help="real texts in GLUE's layout; otherwise lengths are drawn")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
@@ -282,7 +283,7 @@ def measure_level(model: str) -> dict[str, float]:
 
 def measure_start(args: argparse.Namespace) -> float:
     """Seconds of a whole process that loads model and data, takes one step and writes its level."""
-    if args.data_dir is None:
+    if args.data_dir is None or not args.tasks:
         return math.nan
     with tempfile.TemporaryDirectory() as folder:
         words = f"--task {args.tasks[0]} --levels 1 --max-steps 1 --limit-eval 8 --device {args.device} --output-dir {folder}"
@@ -302,15 +303,17 @@ def main(args: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         figures["machine"] = torch.cuda.get_device_name()
     figures |= {"torch": torch.__version__, "arguments": vars(args)}
+    print(" " * 26, *(f"{task:>10}" for task in args.tasks))
     figures["tasks"] = {name: measure_task(name, args) for name in args.tasks}
-    names = list(next(iter(figures["tasks"].values())))
-    print(table(["", *args.tasks], [[name, *(f"{figures['tasks'][t][name]:.4g}" for t in args.tasks)] for name in names]))
+    for name in next(iter(figures["tasks"].values()), {}):
+        print(name.rjust(26), *(f"{figures['tasks'][task][name]:10.4g}" for task in args.tasks))
     figures["level"] = measure_level(args.model) | {"one-step run from a warm cache, s": measure_start(args)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures["level"]["peak memory of the process, MiB"] = peak
     if torch.cuda.is_available():
         figures["level"]["peak memory of the GPU, MiB"] = torch.cuda.max_memory_allocated() / 2**20
-    print(table(["", ""], [[name, f"{value:.4g}"] for name, value in figures["level"].items()]))
+    for name, value in figures["level"].items():
+        print(f"{name:>32} {value:.4g}")
     print(f"{figures['machine']}, torch {figures['torch']}")
     if args.json:
         write_json(Path(args.json), figures)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from bert_tickets import UserError
-from bert_tickets.files import safetensors_bytes
+from bert_tickets.files import safetensors_parts
 from bert_tickets.mask import Mask
 
 QUERY, BIAS = "bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.attention.self.query.bias"
@@ -262,7 +262,7 @@ def edited(**changes: str) -> bytes:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-    return safetensors_bytes(tensors, header["__metadata__"] | changes)
+    return b"".join(safetensors_parts(tensors, header["__metadata__"] | changes))
 
 
 def flipped(data: bytes, bit: int) -> bytes:

@@ -16,7 +16,7 @@ from torch.nn.utils import prune as torch_prune
 from bert_tickets import UserError
 from bert_tickets.config import fractions
 from bert_tickets.mask import Mask
-from bert_tickets.prune import magnitude, prune, random_scores
+from bert_tickets.prune import _kth_smallest, magnitude, prune, random_scores
 
 SHAPES = {"query": (30, 40), "bias": (40,), "output": (17, 23), "pooler": (50, 10), "scalar": (1,)}
 LINEAR = [0.0, 1 / 10, 1 / 9, 1 / 8, 1 / 7, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2]
@@ -212,3 +212,14 @@ def test_a_run_has_one_level_at_least(schedule):
     assert fractions(1, 0.9, schedule) == [0.0]
     with pytest.raises(UserError, match="one level"):
         fractions(0, 0.1, schedule)
+
+
+@pytest.mark.parametrize("k", [1, 1000, 2_500_000, 4_999_999, 5_000_000])
+@pytest.mark.parametrize("order", ["random", "misleading"])
+def test_the_threshold_is_exact_also_where_the_sample_misleads(k, order):
+    """Every fourth value, which is what the sample takes, is larger than all others: no bracket holds."""
+    values = torch.rand(5_000_000, generator=torch.Generator().manual_seed(k))
+    if order == "misleading":
+        values[::4] += 1
+    expected = values.sort().values[k - 1]
+    assert _kth_smallest([values[:2_000_000], values[2_000_000:]], k) == expected
