@@ -133,6 +133,54 @@ def test_figures_without_runs_say_so(figures, tmp_path):
         figures.read_runs([tmp_path])
 
 
+@pytest.mark.parametrize("source", ["data", "drawn"])
+def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, glue_dir, tmp_path, capsys, source):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench
+
+    words = f"bench.py --tasks sst2 rte --model {bert_dir} --batch-size 4 --max-length 48 --turns 1 --turn-steps 2"
+    words += f" --json {tmp_path}/b.json" + (f" --data-dir {glue_dir}" if source == "data" else "")
+    monkeypatch.setattr("sys.argv", words.split())
+    monkeypatch.setattr(bench, "measure_start", lambda args: 1.0)  # starts processes; run by hand
+    bench.main(bench.parse())
+    assert "times faster" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "b.json").read_text())
+    for task in figures["tasks"].values():
+        assert 4 * 3 <= task["real tokens a step"] <= task["padded tokens a step"] == 4 * 48
+        assert task["times faster"] == pytest.approx(task["steps/s"] / task["released steps/s"])
+        assert task["share of it"] > 0
+    assert figures["level"]["mask file, MB"] > 0
+
+
+def test_the_released_loop_of_bench_learns_what_ours_learns(monkeypatch, calm_bert_dir, glue_dir):
+    """Same network, same examples, no dropout, one batch that holds them all: the same step, but for rounding."""
+    import copy
+
+    import torch
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench
+
+    from bert_tickets.config import build
+    from bert_tickets.lottery import oneshot
+    from bert_tickets.tasks.glue import Glue
+
+    task = Glue("sst2")
+    given = {"task": "sst2", "model": str(calm_bert_dir), "data_dir": str(glue_dir), "batch_size": 44, "max_length": 48}
+    cfg = build("glue", given | {"lr": 1e-3})
+    net, tokenizer = task.load_net(cfg)
+    store, _ = task.load_data(cfg, tokenizer, torch.device("cpu"))
+    mask, other = oneshot(net, 0.5, "magnitude", 0), copy.deepcopy(net)
+    ours, released = bench.our_loop(net, task, mask, store, cfg), bench.released_loop(other, task, mask, store, cfg)
+    for i in range(3):
+        ours(i)
+        released(i)
+    theirs = {name.removesuffix("_orig"): p for name, p in other.named_parameters()}
+    for name, p in net.named_parameters():
+        expected = theirs[name] * mask[name] if name in mask else theirs[name]
+        torch.testing.assert_close(p, expected, rtol=0, atol=2e-4, msg=name)
+
+
 def test_the_demos_task_cannot_be_solved_by_the_words_it_trains_on():
     train, dev = list(sentences(1280, TRAIN_WORDS, 0)), list(sentences(400, DEV_WORDS, 1))
     assert len({text for text, _ in train}) == 1280
