@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -391,3 +392,17 @@ def test_rate_alone_takes_as_many_levels_as_it_allows():
     assert config(rate=0.3).levels == 4
     assert config(rate=0.05).levels == 10
     assert config(rate=0.2, schedule="geometric").levels == 10
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [line.partition("#")[0].split()[2:] for line in README.splitlines() if line.startswith("python lt_glue.py")]
+
+
+@pytest.mark.parametrize("words", EXAMPLES, ids=" ".join)
+def test_the_readmes_commands_are_accepted(words):
+    assert parse("glue", None, words).task == words[words.index("--task") + 1]
+
+
+def test_the_readme_shows_every_flag():
+    shown = {word.removeprefix("--").removeprefix("no-") for words in EXAMPLES for word in words if word.startswith("--")}
+    assert {field.replace("_", "-") for field in FIELDS} <= shown
