@@ -71,6 +71,14 @@ def dying(function, at: int, *, before: bool = True):
     return call
 
 
+def die(go, monkeypatch, step: int) -> None:
+    """A run in the folder "run", killed at this step of all its levels (six each)."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", dying(Step.__call__, step))
+        with pytest.raises(Killed):
+            go("run")
+
+
 VARIANTS = [[], ["--rewind", "3"], ["--rewind", "none"], ["--protocol", "released"]]
 
 
@@ -186,10 +194,7 @@ def test_a_finished_run_answers_at_once_and_writes_nothing(go, monkeypatch, caps
 
 
 def test_finished_levels_are_not_trained_again(go, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", dying(Step.__call__, 14))
-        with pytest.raises(Killed):
-            go("run")
+    die(go, monkeypatch, 14)
     steps = 0
     plain = Step.__call__
 
@@ -219,10 +224,7 @@ def test_what_a_run_directory_holds(go, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_the_level_begins_again(go, monkeypatch, capsys, tmp_path):
     expected = go("undisturbed")
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", dying(Step.__call__, 10))
-        with pytest.raises(Killed):
-            go("run")
+    die(go, monkeypatch, 10)
     (checkpoint,) = (tmp_path / "run").rglob("checkpoint.safetensors")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     assert go("run") == expected
@@ -231,10 +233,7 @@ def test_a_damaged_checkpoint_is_named_and_the_level_begins_again(go, monkeypatc
 
 @pytest.mark.parametrize("file", ["run.json", "level_00/metrics.json", "level_01/weights.safetensors"])
 def test_damaged_state_is_named_and_refused(go, monkeypatch, tmp_path, file):
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", dying(Step.__call__, 15))
-        with pytest.raises(Killed):
-            go("run")
+    die(go, monkeypatch, 15)
     (run_dir,) = (tmp_path / "run" / "runs").iterdir()
     data = (run_dir / file).read_bytes()
     (run_dir / file).write_bytes(data[: len(data) // 2])
@@ -243,10 +242,7 @@ def test_damaged_state_is_named_and_refused(go, monkeypatch, tmp_path, file):
 
 
 def test_a_changed_model_or_other_data_are_not_mixed_in(go, monkeypatch, tmp_path, glue_dir):
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", dying(Step.__call__, 8))
-        with pytest.raises(Killed):
-            go("run")
+    die(go, monkeypatch, 8)
     (run_dir,) = (tmp_path / "run" / "runs").iterdir()
     about = json.loads((run_dir / "run.json").read_text())
     about["fingerprint"]["train"]["sha256"] = "another"
@@ -257,10 +253,7 @@ def test_a_changed_model_or_other_data_are_not_mixed_in(go, monkeypatch, tmp_pat
 
 def test_another_environment_is_said_and_written_down(go, monkeypatch, capsys, tmp_path):
     """It may change the bits, so it is not silent; but a cluster's next node may well be another, so it is not refused."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", dying(Step.__call__, 8))
-        with pytest.raises(Killed):
-            go("run")
+    die(go, monkeypatch, 8)
     (run_dir,) = (tmp_path / "run" / "runs").iterdir()
     about = json.loads((run_dir / "run.json").read_text())
     about["environment"]["threads"] = 99
