@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -11,22 +13,27 @@ from torch import Tensor, nn
 
 from bert_tickets.batches import Batch
 
+# ---- dropout ----
+
+
+def _factors(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """What dropout multiplies by: 0 with probability round(p * 2^16) / 2^16, else what keeps the mean. 16 bits a draw."""
+    dropped, factors = round(p * 2**16), like.new_empty(shape)
+    bits = torch.empty((factors.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    torch.ge(bits.view(torch.int16)[: factors.numel()].view(shape), dropped - 2**15, out=factors)
+    return factors.mul_(2**16 / (2**16 - dropped))
+
 
 class _Drop(torch.autograd.Function):
-    """Zero entries with probability round(p * 2^16) / 2^16 and scale the others; four entries a 64-bit random draw."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        dropped = round(p * 2**16)
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        keep = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view(x.shape)
-        ctx.scale = 2**16 / (2**16 - dropped)
-        ctx.save_for_backward(keep)
-        return x.mul(keep).mul_(ctx.scale)
+        factors = _factors(x, x.shape, p)
+        ctx.save_for_backward(factors)
+        return x * factors
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.mul(ctx.saved_tensors[0]).mul_(ctx.scale), None
+        return grad * ctx.saved_tensors[0], None
 
 
 def drop(x: Tensor, p: float) -> Tensor:
@@ -49,31 +56,134 @@ def replace_dropout(net: nn.Module) -> None:
                 setattr(module, name, Dropout(child.p))
 
 
-class _Pad(torch.autograd.Function):
-    """Tokens [T, H] to their places in a padded [places, H], zeros elsewhere; the backward is the exact inverse."""
+# ---- where the tokens of a packed batch stand in attention ----
+
+ALIKE = 0.75  # on a CPU, examples whose lengths differ by no more than this share are padded together
+
+
+@dataclass(frozen=True)
+class Block:
+    """b examples padded to L tokens: b * heads * L rows of the grid, from `start` on."""
+
+    start: int
+    shape: tuple[int, int, int]  # b, heads, L
+    shortest: int
+    real: Tensor  # [b, 1, 1, L], True at tokens
+
+    def of(self, grid: Tensor) -> Tensor:
+        """This block of a grid [G, d], as a view [b, heads, L, d]."""
+        b, heads, longest = self.shape
+        return grid[self.start : self.start + b * heads * longest].view(b, heads, longest, -1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attention's grid of G places: each head of each token, padded block by block. One gather leads there, one back."""
+
+    blocks: list[Block]
+    there: Tensor  # [G], which of the T * heads rows a place shows; padding shows a token of its own example
+    back: Tensor  # [T * heads], each row's place
+    padding: Tensor  # [G, 1], True at padding
+
+
+def layout(batch: Batch, heads: int) -> Layout:
+    """The grid of a packed batch. Never waits for the device.
+
+    On a CPU, where a padded place costs what a token costs, examples of like length share a block; elsewhere there is
+    one block, as more launches cost more.
+    """
+    device = batch.starts.device
+    groups: list[Any] = alike(batch.lengths) if device.type == "cpu" else [slice(None)]
+    base, width, head = torch.empty_like(batch.starts), torch.empty_like(batch.starts), torch.arange(heads, device=device)
+    blocks, there, padding, start = [], [], [], 0
+    for rows in groups:
+        lengths, first, lens = batch.lengths[rows], batch.starts[rows], batch.lens[rows, None]
+        longest = int(lengths.max()) if device.type == "cpu" else batch.longest
+        position = torch.arange(longest, device=device)
+        real = (position < lens)[:, None]  # [b, 1, L]
+        token = first[:, None] + torch.minimum(position, lens - 1)
+        there.append((token[:, None] * heads + head[:, None]).flatten())
+        padding.append((~real).expand(-1, heads, -1).flatten())
+        blocks.append(Block(start, (len(lengths), heads, longest), int(lengths.min()), real[:, :, None]))
+        base[rows] = start + torch.arange(len(lengths), device=device) * heads * longest
+        width[rows] = longest
+        start += len(lengths) * heads * longest
+    back = base[batch.rows][:, None] + head * width[batch.rows][:, None] + batch.position_ids[0][:, None]
+    return Layout(blocks, torch.cat(there), back.flatten(), torch.cat(padding)[:, None])
+
+
+def alike(lengths: np.ndarray) -> list[np.ndarray]:
+    """The examples, longest first, cut into groups of like length."""
+    order = np.argsort(-lengths, kind="stable")
+    groups, start = [], 0
+    for at in range(1, len(order) + 1):
+        if at == len(order) or lengths[order[at]] < ALIKE * lengths[order[start]]:
+            groups.append(order[start:at])
+            start = at
+    return groups
+
+
+# ---- attention ----
+
+
+class _Gather(torch.autograd.Function):
+    """Rows to the grid, or back: `x[index]`. The backward is a gather too, as the two indices are each other's inverse;
+    padding, which shows a row a second time, never carries a gradient, nor takes one (`none` is True there)."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, places: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return tokens.new_zeros(count, tokens.shape[1]).index_copy_(0, places, tokens)
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Tensor:
+        ctx.inverse, ctx.none = inverse, none
+        return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad.index_select(0, ctx.inverse)
+        return (grad if ctx.none is None else grad.masked_fill_(ctx.none, 0)), None, None, None
 
 
-class _Unpad(torch.autograd.Function):
-    """The tokens [T, H] out of a padded [places, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.count = len(padded)
-        return padded.index_select(0, places)
+class _Attention(torch.autograd.Function):
+    """Attention with dropout on a CPU, where torch has no fused kernel for it: q, k, v [T * heads, d] to the same."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: Layout, p: float, scale: float) -> Tensor:
+        ctx.grid, ctx.scale = grid, scale
+        q, k, v = (x.index_select(0, grid.there) for x in (q, k, v))
+        q.mul_(scale)
+        out, saved = torch.empty_like(q), []
+        with torch.autocast("cpu", enabled=False):
+            for block in grid.blocks:
+                scores = (block.of(q) @ block.of(k).mT).to(_wide(q))
+                if block.shortest < block.shape[2]:
+                    scores[..., block.shortest :].masked_fill_(~block.real[..., block.shortest :], float("-inf"))
+                weights = torch.softmax(scores, -1, out=scores)
+                dropped = weights * _factors(weights, weights.shape, p)
+                torch.matmul(dropped.to(v.dtype), block.of(v), out=block.of(out))
+                saved += [weights, dropped]
+        ctx.save_for_backward(q, k, v, out, *saved)
+        return out.index_select(0, grid.back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *saved = ctx.saved_tensors
+        grid = ctx.grid
+        grad = grad.index_select(0, grid.there).masked_fill_(grid.padding, 0)
+        into = [torch.empty_like(q) for _ in range(3)]
+        # d(softmax) wants sum(weights * d(weights)) of each row, which is sum(out * grad)
+        totals = (out.to(_wide(q)) * grad).sum(-1, keepdim=True)
+        for block, weights, dropped in zip(grid.blocks, saved[::2], saved[1::2], strict=True):
+            dq, dk, dv = map(block.of, into)
+            g = block.of(grad)
+            torch.matmul(dropped.to(g.dtype).mT, g, out=dv)
+            scores = (g @ block.of(v).mT).to(weights.dtype).mul_(dropped).addcmul_(weights, block.of(totals), value=-1)
+            scores = scores.to(g.dtype)
+            torch.matmul(scores, block.of(k), out=dq)
+            torch.matmul(scores.mT, block.of(q), out=dk)
+        into[0].mul_(ctx.scale)
+        return *(x.index_select(0, grid.back) for x in into), None, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)  # softmax in half precision loses what it sums
 
 
 def packed_attention(
@@ -83,41 +193,34 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    batch: Batch | None = None,
+    grid: Layout | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each example of a packed batch: q, k, v [1, heads, T, d] to [1, T, heads, d].
 
-    Only here are the tokens padded; every matrix product outside sees real tokens alone. Without `batch` it is plain
+    Only here are the tokens padded; every matrix product outside sees real tokens alone. Without `grid` it is plain
     attention within each row.
     """
-    if batch is None:
-        return _attend(query, key, value, attention_mask, dropout, scaling).transpose(1, 2), None
+    if grid is None:
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2), None
     _, heads, tokens, width = query.shape
-    rows, longest = batch.shape
-
-    def padded(x: Tensor) -> Tensor:  # [1, heads, T, d] -> [B, heads, L, d]
-        x = x[0].transpose(0, 1).reshape(tokens, heads * width)
-        x = _Pad.apply(x, batch.places, rows * longest) if batch.key_mask is not None else x
-        return x.view(rows, longest, heads, width).transpose(1, 2)
-
-    out = _attend(padded(query), padded(key), padded(value), batch.key_mask, dropout, scaling)
-    out = out.transpose(1, 2).reshape(rows * longest, heads * width)
-    out = _Unpad.apply(out, batch.places) if batch.key_mask is not None else out
+    scale = width**-0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1).reshape(tokens * heads, width) for x in (query, key, value))
+    if dropout > 0 and q.device.type == "cpu":
+        out = _Attention.apply(q, k, v, grid, dropout, scale)
+    else:
+        q, k, v = (_Gather.apply(x, grid.there, grid.back, None) for x in (q, k, v))
+        parts = []
+        for block in grid.blocks:
+            mask = block.real if block.shortest < block.shape[2] else None
+            part = F.scaled_dot_product_attention(block.of(q), block.of(k), block.of(v), mask, dropout_p=dropout, scale=scale)
+            parts.append(part.reshape(-1, width))
+        out = torch.cat(parts)
+        out = _Gather.apply(out, grid.back, grid.there, grid.padding)
     return out.view(1, tokens, heads, width), None
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None) -> Tensor:
-    """softmax(q k^T) v on [B, heads, L, d]; `mask` is True where a key may be seen."""
-    if dropout == 0 or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
-    # torch has no fused kernel with dropout on a CPU; its fallback computes this, with the slower draws.
-    scores = torch.matmul(q * (q.shape[-1] ** -0.5 if scaling is None else scaling), k.transpose(-2, -1))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.matmul(drop(scores.softmax(-1), dropout), v)
 
 
 transformers.AttentionInterface.register("packed", packed_attention)

@@ -36,11 +36,12 @@ class Batch:
     input_ids: Tensor  # [1, T]
     token_type_ids: Tensor  # [1, T]
     position_ids: Tensor  # [1, T], from 0 in each example
+    rows: Tensor  # [T], the example of each token
     starts: Tensor  # [B], where each example begins
-    places: Tensor  # [T], row * L + position: a token's place when padded to [B * L]
-    key_mask: Tensor | None  # [B, 1, 1, L], True at tokens; None where all examples have L tokens
+    lens: Tensor  # [B], its tokens
     labels: Tensor  # [B]
-    shape: tuple[int, int]  # (B, L)
+    lengths: np.ndarray  # [B], `lens` on the host, to know shapes without asking the device
+    longest: int  # L
 
 
 class TokenStore:
@@ -63,28 +64,25 @@ class TokenStore:
 
     def batch(self, examples: Tensor) -> Batch:
         """The examples of these indices ([B], int64, on the CPU), packed in their order. Never waits for the device."""
-        lengths = self.lengths[examples.numpy()]
-        tokens, rows, longest = int(lengths.sum()), len(lengths), int(lengths.max())
-        device = self.device
+        lengths, device = self.lengths[examples.numpy()], self.device
+        tokens = int(lengths.sum())
         if device.type == "cuda":
             examples = examples.pin_memory().to(device, non_blocking=True)
         lens = self._lengths[examples]
         starts = lens.cumsum(0) - lens
-        row = torch.repeat_interleave(torch.arange(rows, device=device), lens, output_size=tokens)
-        position = torch.arange(tokens, device=device) - starts[row]
-        source = self._offsets[examples][row] + position
-        key_mask = None
-        if tokens != rows * longest:
-            key_mask = (torch.arange(longest, device=device) < lens[:, None])[:, None, None, :]
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=device), lens, output_size=tokens)
+        position = torch.arange(tokens, device=device) - starts[rows]
+        source = self._offsets[examples][rows] + position
         return Batch(
             input_ids=self._ids[source].long()[None],
             token_type_ids=self._types[source].long()[None],
             position_ids=position[None],
+            rows=rows,
             starts=starts,
-            places=row * longest + position,
-            key_mask=key_mask,
+            lens=lens,
             labels=self.labels[examples],
-            shape=(rows, longest),
+            lengths=lengths,
+            longest=int(lengths.max()),
         )
 
     def by_length(self, max_tokens: int) -> Iterator[tuple[Tensor, Batch]]:

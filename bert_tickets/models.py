@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification
 
 from bert_tickets import UserError, first_line
-from bert_tickets.attention import replace_dropout
+from bert_tickets.attention import layout, replace_dropout
 from bert_tickets.batches import Batch, seeded
 from bert_tickets.mask import Mask
 
@@ -40,7 +40,8 @@ def encode(net: Net, batch: Batch) -> Tensor:
     """The encoder's last hidden states of a packed batch: [T, hidden]."""
     bert = net.bert
     hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
-    return bert.encoder(hidden, attention_mask=None, batch=batch).last_hidden_state[0]
+    grid = layout(batch, net.config.num_attention_heads)
+    return bert.encoder(hidden, attention_mask=None, grid=grid).last_hidden_state[0]
 
 
 def classify(net: Net, batch: Batch) -> Tensor:

@@ -128,8 +128,8 @@ def released_loop(net: Any, task: Any, mask: Any, store: Any, cfg: Config) -> Ca
     device, precision = store.device, precision_of(cfg.train.precision, store.device)
     rows = store.batch(torch.arange(len(store)))
     spread = torch.zeros(3, len(store) * cfg.max_length, dtype=torch.long)
-    places = (rows.places // rows.shape[1] * cfg.max_length + rows.position_ids[0]).cpu()
-    for at, values in enumerate((rows.input_ids[0], rows.token_type_ids[0], torch.ones_like(rows.places))):
+    places = (rows.rows * cfg.max_length + rows.position_ids[0]).cpu()
+    for at, values in enumerate((rows.input_ids[0], rows.token_type_ids[0], torch.ones_like(rows.rows))):
         spread[at, places] = values.cpu()
     data = TensorDataset(*spread.view(3, len(store), cfg.max_length), rows.labels.cpu())
     loader = DataLoader(data, sampler=RandomSampler(data), batch_size=cfg.train.batch_size)

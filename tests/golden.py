@@ -43,10 +43,11 @@ def losses(cfg: Config, *, packed: bool) -> list[float]:
 
 def padded(batch) -> dict[str, torch.Tensor]:
     """A packed batch, padded to its longest example."""
-    rows, longest = batch.shape
+    rows, longest = len(batch.lengths), batch.longest
+    places = batch.rows * longest + batch.position_ids[0]
 
     def spread(tokens: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(rows * longest, dtype=torch.long).index_copy(0, batch.places, tokens[0]).view(rows, longest)
+        return torch.zeros(rows * longest, dtype=torch.long).index_copy(0, places, tokens[0]).view(rows, longest)
 
     inputs = {"input_ids": spread(batch.input_ids), "token_type_ids": spread(batch.token_type_ids)}
     return inputs | {"attention_mask": spread(torch.ones_like(batch.input_ids))}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_tickets.attention import Dropout, drop
+from bert_tickets.attention import ALIKE, Dropout, _Attention, _factors, alike, drop, layout
 from bert_tickets.batches import Batches, TokenStore, order, seeded
 from bert_tickets.models import classify, load_classifier
 from bert_tickets.tokens import Tokens
@@ -63,14 +63,60 @@ def test_packed_equals_padded_in_logits_loss_and_gradients(net, dtype, tolerance
         torch.testing.assert_close(gradients[name], p.grad, rtol=0, atol=tolerance, msg=name)
 
 
-def test_attention_in_training_is_softmax_attention_with_dropout_on_its_weights(net, monkeypatch):
-    """With the draws made to keep everything, training attention equals evaluation's."""
-    store = store_of([5, 30, 11])
-    batch = store.batch(torch.arange(3))
+def test_attention_in_training_without_its_draws_is_evaluations(net, monkeypatch):
+    store = store_of([5, 30, 11, 28, 30])
+    batch = store.batch(torch.arange(5))
     net.eval()
     expected = classify(net, batch)
-    monkeypatch.setattr("bert_tickets.attention.drop", lambda x, p: x)
+    monkeypatch.setattr("bert_tickets.attention._factors", lambda like, shape, p: torch.ones(shape))
     torch.testing.assert_close(classify(net.train(), batch), expected, rtol=0, atol=1e-5)
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_attention_with_dropout_and_its_gradients_equal_the_definition(lengths, seed):
+    """softmax(q k^T scale), times the draws, times v: example by example, in fp64."""
+    heads, width, p, scale = 3, 4, 0.25, 0.7
+    batch = store_of(lengths).batch(torch.arange(len(lengths)))
+    torch.manual_seed(seed)
+    q, k, v, upstream = torch.randn(4, sum(lengths) * heads, width, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.manual_seed(seed)
+    out = _Attention.apply(*inputs, layout(batch, heads), p, scale)
+    out.backward(upstream)
+
+    torch.manual_seed(seed)
+    expected, again = torch.empty_like(q), [x.clone().requires_grad_() for x in (q, k, v)]
+    rows = [x.view(-1, heads, width).split(lengths) for x in again]
+    pieces = [None] * len(lengths)
+    for group in alike(batch.lengths):
+        longest = max(lengths[i] for i in group)
+        draws = _factors(q, (len(group), heads, longest, longest), p)
+        for i, drawn in zip(group, draws, strict=True):
+            query, key, value = (x[i].transpose(0, 1) for x in rows)
+            weights = torch.softmax(query @ key.mT * scale, -1) * drawn[:, : lengths[i], : lengths[i]]
+            pieces[i] = (weights @ value).transpose(0, 1).reshape(-1, width)
+    expected = torch.cat(pieces)
+    expected.backward(upstream)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    for ours, theirs in zip(inputs, again, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10)
+
+
+@given(lengths=st.lists(st.integers(1, 128), min_size=1, max_size=64))
+@settings(max_examples=60, deadline=None)
+def test_the_grid_of_attention_holds_every_token_once_and_pads_only_like_with_like(lengths):
+    batch, heads = store_of(lengths).batch(torch.arange(len(lengths))), 2
+    grid = layout(batch, heads)
+    assert len(grid.back.unique()) == len(grid.back) == sum(lengths) * heads
+    assert torch.equal(grid.there[grid.back], torch.arange(sum(lengths) * heads))
+    assert int((~grid.padding).sum()) == sum(lengths) * heads
+    assert not grid.padding[grid.back].any()
+    example = batch.rows.repeat_interleave(heads)
+    for block in grid.blocks:
+        assert block.shortest >= ALIKE * block.shape[2]
+        shown = example[block.of(grid.there[:, None]).squeeze(-1)]
+        assert (shown == shown[:, :1, :1]).all()  # also padding shows its own example
 
 
 def test_examples_of_a_batch_do_not_see_each_other(net):
@@ -133,7 +179,7 @@ def test_evaluation_packs_hold_every_example_once_within_the_limit(lengths, most
     store, seen = store_of(lengths), []
     for indices, batch in store.by_length(most):
         seen += indices.tolist()
-        assert batch.shape[0] * batch.shape[1] <= most
+        assert len(batch.lengths) * batch.longest <= most
     assert sorted(seen) == list(range(len(lengths)))
 
 
