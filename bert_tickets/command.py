@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -76,13 +77,15 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next allocation, where this is glibc. No result depends on it.
 
     By itself it hands every large tensor back to the system at once, and a training step on a CPU then spends up to a
-    quarter of its time on page faults, most of them for the embedding's gradient.
+    seventh of its time on page faults, most of them for the embedding's gradient. Where the user has set glibc's variables,
+    theirs hold.
     """
     trim_threshold, mmap_max = -1, -4  # names of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)  # large blocks from the heap as well
-        mallopt(trim_threshold, -1)  # and the heap never shrinks
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(mmap_max, 0)  # large blocks from the heap as well
+            mallopt(trim_threshold, -1)  # and the heap never shrinks
 
 
 def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:

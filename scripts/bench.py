@@ -1,20 +1,22 @@
 """Measure training on this machine, ours beside the released loop, in one run; ratios are what to quote.
 
   python scripts/bench.py --model DIR --data-dir glue --tasks cola sst2 mnli rte
+  python scripts/bench.py --model DIR --data-dir glue --tasks cola rte --levers    # each lever off in turn: its share
+  python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # where a step's time goes
   python scripts/bench.py --model bert-base-uncased --tasks mnli --precision fp16 --json bench.json
 
-The released loop is modelled faithfully: every example padded to --max-length by a DataLoader, torch.nn.utils.prune's
-hooks, eager attention, loss.item() every step, AdamW tensor by tensor. Both train the same network at the same sparsity on
-the same examples, in turns of a few steps, so that a change of the machine's speed meets both; each figure is the median of
-the turns. Arithmetic is counted on real tokens only, and as a share of the machine's own rate on large matrix products,
-measured between the turns.
+The released loop is modelled faithfully (loops.py). All loops train the same network at the same sparsity on the same
+examples, in turns of a few steps, so that a change of the machine's speed meets each; a figure is the median of the turns.
+Arithmetic is counted on real tokens only, and as a share of the machine's own rate on large matrix products, measured
+between the turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import math
+import os
 import platform
 import resource
 import statistics
@@ -22,21 +24,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bert_tickets import UserError
 from bert_tickets.command import hyphens, run_command
-from bert_tickets.config import Config, build, tasks
+from bert_tickets.config import Config, tasks
 from bert_tickets.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# To draw lengths from where no data are given: mean tokens of a training example at most 128 long, and the spread (standard
-# deviation of the logarithm). Measured with BERT's uncased vocabulary on the published CoLA and RTE, on the first 9,000 of
-# SST-2, and on samples of 8,999 of MNLI and of QQP.
-LENGTHS = {"cola": (11.3, 0.33), "sst2": (13.3, 0.68), "mnli": (40.2, 0.47), "qqp": (30.8, 0.36), "rte": (66.6, 0.48)}
 
 
 def parse() -> argparse.Namespace:
@@ -53,173 +49,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turn-steps", type=int, default=4, metavar="N", help="steps a turn (default: 4)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp16", "bf16", "fp32"), help="(default: auto)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="(default: auto)")
+    parser.add_argument("--levers", action="store_true", help="measure ours with each lever off, and nothing else")
+    parser.add_argument("--profile", action="store_true", help="show where a step's time goes, and nothing else")
+    parser.add_argument("--alone", choices=("ours", "released"), help="run this loop alone: its time and peak memory")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
-    args = parser.parse_args(hyphens(None))
-    for task in args.tasks:
-        if task not in tasks("glue") or (args.data_dir is None and task not in LENGTHS):
-            parser.error(f"no lengths for {task!r}: give --data-dir, or tasks of {', '.join(LENGTHS)}")
-    return args
+    return parser.parse_args(hyphens(None))
 
 
-# ---- what is measured ----
+def prepare(name: str, args: argparse.Namespace) -> Any:
+    import loops
+
+    if name not in tasks("glue") or (args.data_dir is None and name not in loops.LENGTHS):
+        raise UserError(f"no lengths for {name!r}: give --data-dir, or tasks of {', '.join(loops.LENGTHS)}")
+    fields = ("model", "data_dir", "batch_size", "max_length", "precision", "device")
+    given = {field: getattr(args, field) for field in fields}
+    return loops.prepare(name, given | {"limit_train": args.batch_size * args.turn_steps * (args.turns + 1)}, args.sparsity)
 
 
-def machine_rate(precision: str, device: Any) -> float:
-    """Floating-point operations a second of one large square matrix product in the precision trained in."""
-    import torch
-
-    n = 8192 if device.type == "cuda" else 2048
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(3):
-        a @ b
-    _wait(device)
-    return 3 * 2 * n**3 / (time.perf_counter() - began)
-
-
-def arithmetic(net: Any, lengths: Any) -> float:
-    """Floating-point operations of one training step on examples of these lengths, none spent on padding.
-
-    Six a weight and token (two forward, four backward) in the encoder's matrices, and the two products of attention
-    within each example; the pooler and the head see one token an example and are left out.
-    """
-    from bert_tickets.models import prunable
-
-    weights = sum(p.numel() for name, p in prunable(net).items() if "pooler" not in name)
-    attention = 12 * net.config.hidden_size * net.config.num_hidden_layers * (lengths.astype(float) ** 2).sum()
-    return 6 * weights * lengths.sum() + attention
-
-
-def our_loop(net: Any, task: Any, mask: Any, store: Any, cfg: Config) -> Callable[[int], Any]:
-    """One of our steps, by number."""
-    from bert_tickets.batches import Batches
-    from bert_tickets.models import prunable
-    from bert_tickets.step import Step
-
-    net.train()
-    mask.apply(prunable(net))
-    batches = Batches(store, cfg.train.batch_size, 0)
-    step = Step(lambda b: task.loss(task.logits(net, b), b), dict(net.named_parameters()), cfg.train, mask, store.device)
-    return lambda i: step(batches[i], cfg.train.lr)
-
-
-def released_loop(net: Any, task: Any, mask: Any, store: Any, cfg: Config) -> Callable[[int], Any]:
-    """One step of the released loop as it was written, on today's torch and transformers."""
-    import torch
-    import torch.nn.utils.prune as torch_prune
-    from torch import nn
-    from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-
-    from bert_tickets.attention import Dropout
-    from bert_tickets.step import autocast, precision_of
-
-    net.train()
-    net.set_attn_implementation("eager")
-    for parent in list(net.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Dropout):
-                setattr(parent, name, nn.Dropout(child.p))
-    for name, kept in mask.items():
-        torch_prune.custom_from_mask(net.get_submodule(name.removesuffix(".weight")), "weight", kept)
-
-    device, precision = store.device, precision_of(cfg.train.precision, store.device)
-    rows = store.batch(torch.arange(len(store)))
-    spread = torch.zeros(3, len(store) * cfg.max_length, dtype=torch.long)
-    places = (rows.rows * cfg.max_length + rows.position_ids[0]).cpu()
-    for at, values in enumerate((rows.input_ids[0], rows.token_type_ids[0], torch.ones_like(rows.rows))):
-        spread[at, places] = values.cpu()
-    data = TensorDataset(*spread.view(3, len(store), cfg.max_length), rows.labels.cpu())
-    loader = DataLoader(data, sampler=RandomSampler(data), batch_size=cfg.train.batch_size)
-
-    def forever() -> Iterator[Any]:
-        while True:
-            yield from loader
-
-    spared = [p for name, p in net.named_parameters() if "bias" in name or "LayerNorm" in name]
-    rest = [p for name, p in net.named_parameters() if not ("bias" in name or "LayerNorm" in name)]
-    groups = [{"params": rest, "weight_decay": cfg.train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.train.lr, eps=1e-8, foreach=False)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    batches, total = forever(), 0.0
-
-    def step(_: int) -> None:
-        nonlocal total
-        ids, types, attention, labels = (tensor.to(device) for tensor in next(batches))
-        with autocast(precision, device):
-            logits = net(input_ids=ids, token_type_ids=types, attention_mask=attention).logits
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-        scaler.scale(loss).backward()
-        total += loss.item()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(net.parameters(), cfg.train.max_grad_norm, foreach=False)
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        net.zero_grad()
-
-    return step
-
-
-def take_turns(loops: dict[str, Callable[[int], Any]], turns: int, steps: int, device: Any) -> dict[str, list[float]]:
-    """Seconds a step of each loop, a value a turn; the first turn of each is a warm-up and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for turn in range(turns + 1):
-        for name, loop in loops.items():
-            _wait(device)
-            began = time.perf_counter()
-            for i in range(turn * steps, (turn + 1) * steps):
-                loop(i)
-            _wait(device)
-            if turn:
-                seconds[name].append((time.perf_counter() - began) / steps)
-    return seconds
-
-
-def _wait(device: Any) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-
-
-# ---- the report ----
+# ---- the reports ----
 
 
 def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Ours, dense and masked, beside the released loop on one task."""
-    import torch
+    import loops
 
-    from bert_tickets.lottery import oneshot, prepare_device
-    from bert_tickets.mask import Mask
-    from bert_tickets.models import prunable
-    from bert_tickets.step import precision_of
-    from bert_tickets.tasks.glue import Glue
-
-    device = prepare_device(args.device)
-    examples = args.batch_size * args.turn_steps * (args.turns + 1)
-    given = {"task": name, "model": args.model, "data_dir": args.data_dir, "batch_size": args.batch_size}
-    given |= {"max_length": args.max_length, "precision": args.precision, "limit_train": examples}
-    cfg, task = build("glue", given), Glue(name)
-    net, tokenizer = task.load_net(cfg)
-    store = task.load_data(cfg, tokenizer, device)[0] if args.data_dir else drawn(name, net, examples, args.max_length, device)
-    mask = oneshot(net, args.sparsity, "magnitude", 0)
-    net.to(device)
-    copies = [copy.deepcopy(net) for _ in range(2)]
-    torch.use_deterministic_algorithms(False)  # the released loop did not ask for it
-    loops = {
-        "ours": our_loop(net, task, mask, store, cfg),
-        "dense": our_loop(copies[0], task, Mask.ones(prunable(net)), store, cfg),
-        "released": released_loop(copies[1], task, mask, store, cfg),
-    }
-    rates = [machine_rate(precision := precision_of(cfg.train.precision, device), device)]
-    seconds = {name: statistics.median(values) for name, values in take_turns(loops, args.turns, args.turn_steps, device).items()}
-    rates.append(machine_rate(precision, device))
-    tokens = float(store.lengths.mean()) * args.batch_size
-    share = arithmetic(net, store.lengths) / len(store) * args.batch_size / statistics.mean(rates)
+    case = prepare(name, args)
+    sides = {side: getattr(loops, side)(case) for side in ("ours", "dense", "released")}
+    rates = [loops.machine_rate(case.precision, case.device)]
+    seconds = loops.take_turns(sides, args.turns, args.turn_steps, case.device)
+    rates.append(loops.machine_rate(case.precision, case.device))
+    tokens = float(case.store.lengths.mean()) * args.batch_size
+    share = loops.arithmetic(case.net, case.store.lengths) / len(case.store) * args.batch_size / statistics.mean(rates)
     return {
         "real tokens a step": tokens,
         "padded tokens a step": args.batch_size * args.max_length,
@@ -232,26 +92,77 @@ def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
         "machine GFLOP/s": statistics.mean(rates) / 1e9,
         "share of it": share / seconds["ours"],
         "released share of it": share / seconds["released"],
-        "masking adds": seconds["ours"] / seconds["dense"] - 1,
+        "masked over dense, %": 100 * (seconds["ours"] / seconds["dense"] - 1),
+        "masking alone, %": 100 * loops.masking_seconds(case) / seconds["ours"],
+        "peak memory, MiB": measure_alone(name, "ours", args)["peak memory, MiB"],
+        "released peak memory, MiB": measure_alone(name, "released", args)["peak memory, MiB"],
     }
 
 
-def drawn(task: str, net: Any, count: int, longest: int, device: Any) -> Any:
-    """A store of random tokens with the task's published lengths."""
-    import numpy as np
+def measure_alone(name: str, side: str, args: argparse.Namespace, **environment: str) -> dict[str, float]:
+    """One loop in a process of its own, which says its time and peak memory."""
+    command = [sys.executable, __file__, "--alone", side, "--tasks", name]
+    for field in ("model", "data_dir", "batch_size", "max_length", "sparsity", "turns", "turn_steps", "precision", "device"):
+        if getattr(args, field) is not None:
+            command += ["--" + field.replace("_", "-"), str(getattr(args, field))]
+    return json.loads(_output(command, **environment))
 
-    from bert_tickets.batches import TokenStore
-    from bert_tickets.tokens import Tokens
 
-    mean, spread = LENGTHS[task]
-    rng = np.random.default_rng(0)
-    lengths = rng.lognormal(math.log(mean) - spread**2 / 2, spread, count).round().clip(3, longest).astype(np.int64)
-    ids = rng.integers(5, net.config.vocab_size, lengths.sum(), dtype=np.int32)
-    return TokenStore(Tokens(ids, np.zeros(len(ids), np.uint8), lengths), rng.integers(0, 2, count), device)
+def alone(args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds a step, and MiB at most in use by this process (on CUDA, of the GPU's memory)."""
+    import loops
+    import torch
+
+    case = prepare(args.tasks[0], args)
+    seconds = loops.take_turns({args.alone: getattr(loops, args.alone)(case)}, args.turns, args.turn_steps, case.device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if case.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(case.device)
+    return {"a step, ms": 1000 * seconds[args.alone], "peak memory, MiB": used / 2**20}
+
+
+def measure_levers(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """How much longer a step takes with each lever off, %."""
+    import loops
+
+    case = prepare(name, args)
+    sides = {"all on": loops.ours(case)} | {lever: build(case) for lever, build in loops.LEVERS.items()}
+    seconds = loops.take_turns(sides, args.turns, args.turn_steps, case.device)
+    on = seconds.pop("all on")
+    figures = {"all on, ms": 1000 * on} | {f"{lever}, %": 100 * (value / on - 1) for lever, value in seconds.items()}
+    if case.device.type == "cpu":  # glibc's default cannot be had back in a process that left it
+        kept, returned = (
+            measure_alone(name, "ours", args, **variables)["a step, ms"] for variables in ({}, {"MALLOC_PERTURB_": "0"})
+        )
+        figures["freed memory kept, %"] = 100 * (returned / kept - 1)
+    return figures
+
+
+def profile(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds a step of the costliest operations, by their own time on the device (on a CPU, by their own time)."""
+    import loops
+    import torch
+
+    case = prepare(name, args)
+    loop = loops.ours(case)
+    for i in range(args.turn_steps):
+        loop(i)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = case.device.type == "cuda"
+    with torch.profiler.profile(activities=kinds + [torch.profiler.ProfilerActivity.CUDA] * on_gpu) as found:
+        began = time.perf_counter()
+        for i in range(args.turn_steps, 2 * args.turn_steps):
+            loop(i)
+        loops.wait(case.device)
+        figures = {"a step, ms": 1000 * (time.perf_counter() - began) / args.turn_steps}
+    own = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in found.key_averages()}
+    for key in sorted(own, key=lambda key: -own[key])[:16]:
+        figures[key[:60]] = own[key] / 1000 / args.turn_steps
+    return figures
 
 
 def measure_level(model: str) -> dict[str, float]:
-    """What a level costs beside its training: choosing the mask, writing it, writing a checkpoint."""
+    """What a level costs beside its training: choosing the mask, writing it, writing a checkpoint. Medians of three."""
     from bert_tickets.config import Training
     from bert_tickets.files import write_tensors
     from bert_tickets.mask import Mask
@@ -260,25 +171,22 @@ def measure_level(model: str) -> dict[str, float]:
 
     net, _ = load_classifier(model, 2, "pretrained", Training.seed)
     weights = prunable(net)
-    began = time.perf_counter()
-    mask = prune(Mask.ones(weights), magnitude(weights), 0.1)
-    chosen = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        mask.write(path := Path(folder) / "mask.safetensors")
-        written, size = time.perf_counter(), path.stat().st_size
-        params = dict(net.named_parameters())  # and AdamW's two moments of each
-        state = {
-            f"{part}/{name}": p.detach().clone() for part in ("param", "exp_avg", "exp_avg_sq") for name, p in params.items()
-        }
-        write_tensors(Path(folder) / "checkpoint.safetensors", state)
-        saved = time.perf_counter()
-    return {
-        "prunable weights": mask.total,
-        "choose the mask, s": chosen - began,
-        "write the mask, s": written - chosen,
-        "mask file, MB": size / 1e6,
-        "write a checkpoint, s": saved - written,
-    }
+    params = dict(net.named_parameters())  # and AdamW's two moments of each
+    state = {f"{part}/{name}": p.detach().clone() for part in ("param", "exp_avg", "exp_avg_sq") for name, p in params.items()}
+    costs: list[tuple[float, float, float]] = []
+    for _ in range(3):
+        began = time.perf_counter()
+        mask = prune(Mask.ones(weights), magnitude(weights), 0.1)
+        chosen = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            mask.write(path := Path(folder) / "mask.safetensors")
+            written, size = time.perf_counter(), path.stat().st_size
+            write_tensors(Path(folder) / "checkpoint.safetensors", state)
+            costs.append((chosen - began, written - chosen, time.perf_counter() - written))
+    names = ("choose the mask, s", "write the mask, s", "write a checkpoint, s")
+    figures = {name: statistics.median(values) for name, values in zip(names, zip(*costs, strict=True), strict=True)}
+    figures["together, s"] = statistics.median(map(sum, costs))
+    return {"prunable weights": mask.total, "mask file, MB": size / 1e6} | figures
 
 
 def measure_start(args: argparse.Namespace) -> float:
@@ -290,33 +198,44 @@ def measure_start(args: argparse.Namespace) -> float:
         command = [sys.executable, str(ROOT / "lt_glue.py"), *words.split(), "--model", args.model, "--data-dir", args.data_dir]
         for extra in (["--seed", "1"], []):  # the first fills the cache of tokens
             began = time.perf_counter()
-            done = subprocess.run(command + extra, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise UserError(done.stderr.strip().splitlines()[-1])
+            _output(command + extra)
     return time.perf_counter() - began
+
+
+def _output(command: list[str], **environment: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or [f"{command[1]} ended with {done.returncode}"])[-1])
+    return done.stdout
+
+
+def show(figures: dict[str, dict[str, float]]) -> None:
+    """A column a task."""
+    rows = list(dict.fromkeys(row for column in figures.values() for row in column))
+    print(" " * 40, *(f"{task:>10}" for task in figures))
+    for row in rows:
+        print(f"{row[-40:]:>40}", *(f"{column[row]:10.4g}" if row in column else " " * 10 for column in figures.values()))
 
 
 def main(args: argparse.Namespace) -> None:
     import torch
 
+    if args.alone:
+        print(json.dumps(alone(args)))
+        return
     figures: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         figures["machine"] = torch.cuda.get_device_name()
     figures |= {"torch": torch.__version__, "arguments": vars(args)}
-    print(" " * 26, *(f"{task:>10}" for task in args.tasks))
-    figures["tasks"] = {name: measure_task(name, args) for name in args.tasks}
-    for name in next(iter(figures["tasks"].values()), {}):
-        print(name.rjust(26), *(f"{figures['tasks'][task][name]:10.4g}" for task in args.tasks))
-    figures["level"] = measure_level(args.model) | {"one-step run from a warm cache, s": measure_start(args)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    figures["level"]["peak memory of the process, MiB"] = peak
-    if torch.cuda.is_available():
-        figures["level"]["peak memory of the GPU, MiB"] = torch.cuda.max_memory_allocated() / 2**20
-    for name, value in figures["level"].items():
-        print(f"{name:>32} {value:.4g}")
+    measure = measure_levers if args.levers else profile if args.profile else measure_task
+    figures["tasks"] = {name: measure(name, args) for name in args.tasks}
+    show(figures["tasks"])
+    if measure is measure_task:
+        figures["level"] = measure_level(args.model) | {"one-step run from a warm cache, s": measure_start(args)}
+        show({"": figures["level"]})
     print(f"{figures['machine']}, torch {figures['torch']}")
     if args.json:
-        write_json(Path(args.json), figures)
+        write_json(Path(args.json), json.loads(json.dumps(figures).replace("NaN", "null")))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,6 +143,7 @@ def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, g
     words += f" --json {tmp_path}/b.json" + (f" --data-dir {glue_dir}" if source == "data" else "")
     monkeypatch.setattr("sys.argv", words.split())
     monkeypatch.setattr(bench, "measure_start", lambda args: 1.0)  # starts processes; run by hand
+    monkeypatch.setattr(bench, "measure_alone", lambda *_: {"peak memory, MiB": 1.0})
     bench.main(bench.parse())
     assert "times faster" in capsys.readouterr().out
     figures = json.loads((tmp_path / "b.json").read_text())
@@ -159,26 +161,52 @@ def test_the_released_loop_of_bench_learns_what_ours_learns(monkeypatch, calm_be
     import torch
 
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import bench
+    import loops
 
-    from bert_tickets.config import build
-    from bert_tickets.lottery import oneshot
-    from bert_tickets.tasks.glue import Glue
-
-    task = Glue("sst2")
-    given = {"task": "sst2", "model": str(calm_bert_dir), "data_dir": str(glue_dir), "batch_size": 44, "max_length": 48}
-    cfg = build("glue", given | {"lr": 1e-3})
-    net, tokenizer = task.load_net(cfg)
-    store, _ = task.load_data(cfg, tokenizer, torch.device("cpu"))
-    mask, other = oneshot(net, 0.5, "magnitude", 0), copy.deepcopy(net)
-    ours, released = bench.our_loop(net, task, mask, store, cfg), bench.released_loop(other, task, mask, store, cfg)
+    given = {"model": str(calm_bert_dir), "data_dir": str(glue_dir), "batch_size": 44, "max_length": 48}
+    case = loops.prepare("sst2", given | {"lr": 1e-3, "limit_train": 44}, sparsity=0.5)
+    nets = []
+    kept = SimpleNamespace(deepcopy=lambda net: nets.append(copy.deepcopy(net)) or nets[-1])
+    monkeypatch.setattr(loops, "copy", kept)
+    both = loops.ours(case), loops.released(case)
     for i in range(3):
-        ours(i)
-        released(i)
+        for loop in both:
+            loop(i)
+    net, other = nets
     theirs = {name.removesuffix("_orig"): p for name, p in other.named_parameters()}
     for name, p in net.named_parameters():
-        expected = theirs[name] * mask[name] if name in mask else theirs[name]
+        expected = theirs[name] * case.mask[name] if name in case.mask else theirs[name]
         torch.testing.assert_close(p, expected, rtol=0, atol=2e-4, msg=name)
+
+
+def test_bench_takes_each_lever_away(monkeypatch, bert_dir, calm_bert_dir, glue_dir, tmp_path, capsys):
+    """Every loop runs; and each lever that does not change the arithmetic leaves the training as it is."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench
+    import loops
+
+    words = (
+        f"bench.py --tasks rte --model {bert_dir} --data-dir {glue_dir} --batch-size 4 --max-length 48 --turns 1 --turn-steps 1"
+    )
+    monkeypatch.setattr(bench, "measure_alone", lambda *_, **more: {"a step, ms": 2.0 if more else 1.0})
+    for option in ("--levers", "--profile"):
+        monkeypatch.setattr("sys.argv", [*words.split(), option])
+        bench.main(bench.parse())
+    shown = capsys.readouterr().out
+    assert all(f"{lever}, %" in shown for lever in loops.LEVERS)
+    assert "freed memory kept, %        100" in shown
+    assert "aten::addmm" in shown
+
+    given = {"model": str(calm_bert_dir), "data_dir": str(glue_dir), "batch_size": 4, "max_length": 48, "limit_train": 40}
+    case = loops.prepare("rte", given | {"lr": 1e-3}, sparsity=0.5)
+    curves = {}
+    for name, build in {"ours": loops.ours, **loops.LEVERS}.items():
+        loop = build(case)
+        curves[name] = [float(loop(i)) for i in range(4)]
+    expected = curves.pop("ours")
+    assert curves.pop("packing") != pytest.approx(expected, abs=1e-5)  # its padding is counted as tokens, to cost what they cost
+    for name, curve in curves.items():
+        assert curve == pytest.approx(expected, abs=1e-5), name
 
 
 def test_the_demos_task_cannot_be_solved_by_the_words_it_trains_on():

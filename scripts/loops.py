@@ -1,0 +1,300 @@
+"""The training loops that bench.py puts side by side, ours, ours with one lever off and the released code's; and clocks.
+
+Each loop takes a `Case` and returns a function that takes one step, by number. They train copies of one network at one
+sparsity on one set of examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.utils.prune as torch_prune
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from bert_tickets import attention
+from bert_tickets.attention import Dropout
+from bert_tickets.batches import Batches, TokenStore
+from bert_tickets.config import Config, build
+from bert_tickets.lottery import oneshot, prepare_device
+from bert_tickets.mask import Mask
+from bert_tickets.models import Net, load_classifier, prunable
+from bert_tickets.step import Step, autocast, precision_of
+from bert_tickets.tasks.glue import Glue
+from bert_tickets.tokens import Tokens
+
+Loop = Callable[[int], Any]
+
+# To draw lengths from where no data are given: mean tokens of a training example at most 128 long, and the spread (standard
+# deviation of the logarithm). Measured with BERT's uncased vocabulary on the published CoLA and RTE, on the first 9,000 of
+# SST-2, and on samples of 8,999 of MNLI and of QQP.
+LENGTHS = {"cola": (11.3, 0.33), "sst2": (13.3, 0.68), "mnli": (40.2, 0.47), "qqp": (30.8, 0.36), "rte": (66.6, 0.48)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network at a sparsity, and examples to train it on."""
+
+    net: Net
+    task: Glue
+    mask: Mask
+    store: TokenStore
+    cfg: Config
+
+    @property
+    def device(self) -> torch.device:
+        return self.store.device
+
+    @property
+    def precision(self) -> str:
+        return precision_of(self.cfg.train.precision, self.device)
+
+
+def prepare(name: str, given: dict[str, Any], sparsity: float) -> Case:
+    """The case of one task: `given` holds fields of `Config`; without a `data_dir`, lengths are drawn."""
+    cfg, task = build("glue", {"task": name, **given}), Glue(name)
+    device = prepare_device(cfg.device)
+    torch.use_deterministic_algorithms(False)  # the released loop did not ask for it
+    net, tokenizer = load_classifier(cfg.model, len(task.row.labels) or 1, "pretrained", 0)
+    assert cfg.limit_train is not None
+    if cfg.data_dir:
+        store = task.load_data(cfg, tokenizer, device)[0]
+    else:
+        store = drawn(name, net.config.vocab_size, cfg.limit_train, cfg.max_length, device)
+    mask = oneshot(net, sparsity, "magnitude", 0)
+    return Case(net.to(device).train(), task, mask, store, cfg)
+
+
+def drawn(task: str, vocabulary: int, count: int, longest: int, device: torch.device) -> TokenStore:
+    """Random tokens with the task's published lengths."""
+    mean, spread = LENGTHS[task]
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(math.log(mean) - spread**2 / 2, spread, count).round().clip(3, longest).astype(np.int64)
+    ids = rng.integers(5, vocabulary, lengths.sum(), dtype=np.int32)
+    return TokenStore(Tokens(ids, np.zeros(len(ids), np.uint8), lengths), rng.integers(0, 2, count), device)
+
+
+# ---- ours ----
+
+
+def ours(case: Case) -> Loop:
+    """The package's own step."""
+    return _step(case)[1]
+
+
+def dense(case: Case) -> Loop:
+    """Ours without a mask."""
+    return ours(dataclasses.replace(case, mask=Mask.ones(prunable(case.net))))
+
+
+def _step(case: Case) -> tuple[Step, Loop]:
+    net, cfg = copy.deepcopy(case.net), case.cfg.train
+    case.mask.apply(prunable(net))
+    batches = Batches(case.store, cfg.batch_size, 0)
+    step = Step(lambda b: case.task.loss(case.task.logits(net, b), b), dict(net.named_parameters()), cfg, case.mask, case.device)
+    return step, lambda i: step(batches[i], cfg.lr)
+
+
+# ---- ours, with one lever off ----
+
+
+def without_packing(case: Case) -> Loop:
+    """Every example takes --max-length tokens, and all of them are computed."""
+    store, longest = case.store, case.cfg.max_length
+    tokens = Tokens(
+        np.resize(np.arange(5, 100, dtype=np.int32), len(store) * longest),
+        np.zeros(len(store) * longest, np.uint8),
+        np.full(len(store), longest),
+    )
+    return ours(dataclasses.replace(case, store=TokenStore(tokens, store.labels.cpu().numpy(), store.device)))
+
+
+def without_groups(case: Case) -> Loop:
+    """Attention pads all examples of a batch to its longest."""
+    return _patched(ours(case), lambda: patch.object(attention, "alike", lambda lengths: [np.arange(len(lengths))]))
+
+
+def without_short_draws(case: Case) -> Loop:
+    """Dropout draws torch's Bernoulli numbers."""
+
+    def factors(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+        return like.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+
+    return _patched(ours(case), lambda: patch.object(attention, "_factors", factors))
+
+
+def without_fused_update(case: Case) -> Loop:
+    """AdamW and the clip go tensor by tensor."""
+    step, loop = _step(case)
+    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in step.optimizer.param_groups]
+    step.optimizer = torch.optim.AdamW(groups, lr=case.cfg.train.lr, eps=case.cfg.train.adam_epsilon, foreach=False)
+    clip = nn.utils.clip_grad_norm_
+
+    def tensor_by_tensor(params: Any, norm: float, foreach: bool) -> Tensor:
+        return clip(params, norm, foreach=False)
+
+    return _patched(loop, lambda: patch.object(nn.utils, "clip_grad_norm_", tensor_by_tensor))
+
+
+def without_gradient_masks(case: Case) -> Loop:
+    """The weights are masked in every forward pass, by torch's hooks."""
+    net, cfg = copy.deepcopy(case.net), case.cfg.train
+    _hook(net, case.mask)
+    batches = Batches(case.store, cfg.batch_size, 0)
+    step = Step(lambda b: case.task.loss(case.task.logits(net, b), b), dict(net.named_parameters()), cfg, None, case.device)
+    return lambda i: step(batches[i], cfg.lr)
+
+
+def with_waiting(case: Case) -> Loop:
+    """The loss is read on the host after every step."""
+    loop = ours(case)
+    return lambda i: loop(i).item()
+
+
+LEVERS = {
+    "packing": without_packing,
+    "attention by like lengths": without_groups,
+    "16-bit dropout draws": without_short_draws,
+    "fused AdamW and clip": without_fused_update,
+    "masks on gradients": without_gradient_masks,
+    "no wait for the loss": with_waiting,
+}
+
+
+def _patched(loop: Loop, context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Loop:
+    def step(i: int) -> Any:
+        with context():
+            return loop(i)
+
+    return step
+
+
+# ---- the released code's ----
+
+
+def released(case: Case) -> Loop:
+    """The released loop as it was written, on today's torch and transformers: every example padded to --max-length by a
+    DataLoader, torch.nn.utils.prune's hooks, eager attention, loss.item() every step, AdamW tensor by tensor."""
+    net, cfg, device = copy.deepcopy(case.net), case.cfg, case.device
+    net.set_attn_implementation("eager")
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Dropout):
+                setattr(parent, name, nn.Dropout(child.p))
+    _hook(net, case.mask)
+
+    rows = case.store.batch(torch.arange(len(case.store)))
+    spread = torch.zeros(3, len(case.store) * cfg.max_length, dtype=torch.long)
+    places = (rows.rows * cfg.max_length + rows.position_ids[0]).cpu()
+    for at, values in enumerate((rows.input_ids[0], rows.token_type_ids[0], torch.ones_like(rows.rows))):
+        spread[at, places] = values.cpu()
+    data = TensorDataset(*spread.view(3, len(case.store), cfg.max_length), rows.labels.cpu())
+    loader = DataLoader(data, sampler=RandomSampler(data), batch_size=cfg.train.batch_size)
+
+    def forever() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    spared = [p for name, p in net.named_parameters() if "bias" in name or "LayerNorm" in name]
+    rest = [p for name, p in net.named_parameters() if not ("bias" in name or "LayerNorm" in name)]
+    groups = [{"params": rest, "weight_decay": cfg.train.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.train.lr, eps=1e-8, foreach=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16")
+    batches, total = forever(), 0.0
+
+    def step(_: int) -> None:
+        nonlocal total
+        ids, types, attended, labels = (tensor.to(device) for tensor in next(batches))
+        with autocast(case.precision, device):
+            logits = net(input_ids=ids, token_type_ids=types, attention_mask=attended).logits
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+        scaler.scale(loss).backward()
+        total += loss.item()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(net.parameters(), cfg.train.max_grad_norm, foreach=False)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        net.zero_grad()
+
+    return step
+
+
+def _hook(net: Net, mask: Mask) -> None:
+    for name, kept in mask.items():
+        torch_prune.custom_from_mask(net.get_submodule(name.removesuffix(".weight")), "weight", kept.to(net.device))
+
+
+# ---- timing ----
+
+
+def machine_rate(precision: str, device: torch.device) -> float:
+    """Floating-point operations a second of one large square matrix product in the precision trained in."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(3):
+        a @ b
+    wait(device)
+    return 3 * 2 * n**3 / (time.perf_counter() - began)
+
+
+def arithmetic(net: Net, lengths: np.ndarray) -> float:
+    """Floating-point operations of one training step on examples of these lengths, none spent on padding.
+
+    Six a weight and token (two forward, four backward) in the encoder's matrices, and the two products of attention
+    within each example; the pooler and the head see one token an example and are left out.
+    """
+    weights = sum(p.numel() for name, p in prunable(net).items() if "pooler" not in name)
+    attention = 12 * net.config.hidden_size * net.config.num_hidden_layers * (lengths.astype(float) ** 2).sum()
+    return 6 * weights * lengths.sum() + attention
+
+
+def take_turns(loops: dict[str, Callable[[int], Any]], turns: int, steps: int, device: torch.device) -> dict[str, float]:
+    """Median seconds a step of each loop. The first turn is a warm-up and does not count; who begins a turn changes."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
+    for turn in range(turns + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            wait(device)
+            began = time.perf_counter()
+            for i in range(turn * steps, (turn + 1) * steps):
+                loops[name](i)
+            wait(device)
+            if turn:
+                seconds[name].append((time.perf_counter() - began) / steps)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def masking_seconds(case: Case) -> float:
+    """What masking adds to a step, alone and warm: one multiplication of every masked gradient."""
+    masks = [kept.to(case.device, torch.float32) for kept in case.mask.values()]
+    grads = [torch.randn_like(kept) for kept in masks]
+    seconds = []
+    for _ in range(12):
+        wait(case.device)
+        began = time.perf_counter()
+        torch._foreach_mul_(grads, masks)
+        wait(case.device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
