@@ -67,7 +67,7 @@ class Block:
 
     start: int
     shape: tuple[int, int, int]  # b, heads, L
-    shortest: int
+    shortest: int  # no example has fewer tokens
     real: Tensor  # [b, 1, 1, L], True at tokens
 
     def of(self, grid: Tensor) -> Tensor:
@@ -93,18 +93,22 @@ def layout(batch: Batch, heads: int) -> Layout:
     one block, as more launches cost more.
     """
     device = batch.starts.device
-    groups: list[Any] = alike(batch.lengths) if device.type == "cpu" else [slice(None)]
+    grouped = device.type == "cpu" and not batch.spare
+    groups: list[Any] = alike(batch.lengths) if grouped else [slice(None)]
     base, width, head = torch.empty_like(batch.starts), torch.empty_like(batch.starts), torch.arange(heads, device=device)
     blocks, there, padding, start = [], [], [], 0
     for rows in groups:
         lengths, first, lens = batch.lengths[rows], batch.starts[rows], batch.lens[rows, None]
-        longest = int(lengths.max()) if device.type == "cpu" else batch.longest
+        longest = int(lengths.max()) if grouped else batch.longest
         position = torch.arange(longest, device=device)
         real = (position < lens)[:, None]  # [b, 1, L]
         token = first[:, None] + torch.minimum(position, lens - 1)
         there.append((token[:, None] * heads + head[:, None]).flatten())
         padding.append((~real).expand(-1, heads, -1).flatten())
-        blocks.append(Block(start, (len(lengths), heads, longest), int(lengths.min()), real[:, :, None]))
+        shortest = int(lengths.min())
+        if not grouped and shortest < longest:
+            shortest = 0  # a captured step serves batches of other lengths
+        blocks.append(Block(start, (len(lengths), heads, longest), shortest, real[:, :, None]))
         base[rows] = start + torch.arange(len(lengths), device=device) * heads * longest
         width[rows] = longest
         start += len(lengths) * heads * longest

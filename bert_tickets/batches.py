@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bert_tickets.tokens import Tokens
@@ -31,7 +32,11 @@ def seeded(seed: int, *purpose: object) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples of T tokens together, the longest of L tokens. Index tensors are int64, on the device."""
+    """B examples of T tokens together, none of more than L. Index tensors are int64, on the device.
+
+    In a bucketed batch T and L are rounded up, so that a few shapes serve all: the last `spare` tokens belong to no
+    example, stand where attention pads the shortest one, and neither change a result nor take a gradient.
+    """
 
     input_ids: Tensor  # [1, T]
     token_type_ids: Tensor  # [1, T]
@@ -42,6 +47,7 @@ class Batch:
     labels: Tensor  # [B]
     lengths: np.ndarray  # [B], `lens` on the host, to know shapes without asking the device
     longest: int  # L
+    spare: int = 0
 
 
 class TokenStore:
@@ -62,10 +68,10 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, examples: Tensor) -> Batch:
+    def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch:
         """The examples of these indices ([B], int64, on the CPU), packed in their order. Never waits for the device."""
         lengths, device = self.lengths[examples.numpy()], self.device
-        tokens = int(lengths.sum())
+        tokens, longest = int(lengths.sum()), int(lengths.max())
         if device.type == "cuda":
             examples = examples.pin_memory().to(device, non_blocking=True)
         lens = self._lengths[examples]
@@ -73,6 +79,13 @@ class TokenStore:
         rows = torch.repeat_interleave(torch.arange(len(lengths), device=device), lens, output_size=tokens)
         position = torch.arange(tokens, device=device) - starts[rows]
         source = self._offsets[examples][rows] + position
+        spare = 0
+        if bucketed:
+            longest = min(_round_up(longest, 32), int(self.lengths.max()))
+            spare = min(_round_up(tokens, max(32, (1 << tokens.bit_length()) // 32)), len(lengths) * longest) - tokens
+            rows = F.pad(rows, (0, spare), value=int(lengths.argmin()))
+            position = F.pad(position, (0, spare), value=longest - 1)
+            source = F.pad(source, (0, spare))
         return Batch(
             input_ids=self._ids[source].long()[None],
             token_type_ids=self._types[source].long()[None],
@@ -82,7 +95,8 @@ class TokenStore:
             lens=lens,
             labels=self.labels[examples],
             lengths=lengths,
-            longest=int(lengths.max()),
+            longest=longest,
+            spare=spare,
         )
 
     def by_length(self, max_tokens: int) -> Iterator[tuple[Tensor, Batch]]:
@@ -96,6 +110,10 @@ class TokenStore:
             start += rows
 
 
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
 def order(count: int, seed: int, epoch: int) -> Tensor:
     """The permutation of `count` examples in which an epoch sees them ([count], int64, CPU)."""
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
@@ -104,8 +122,8 @@ def order(count: int, seed: int, epoch: int) -> Tensor:
 class Batches:
     """The training batches of a level, by step: a cursor that can be set anywhere at no cost."""
 
-    def __init__(self, store: TokenStore, batch_size: int, seed: int) -> None:
-        self.store, self.batch_size, self.seed = store, batch_size, seed
+    def __init__(self, store: TokenStore, batch_size: int, seed: int, *, bucketed: bool = False) -> None:
+        self.store, self.batch_size, self.seed, self.bucketed = store, batch_size, seed, bucketed
         self.per_epoch = math.ceil(len(store) / batch_size)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
@@ -113,4 +131,5 @@ class Batches:
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, order(len(self.store), self.seed, epoch)
-        return self.store.batch(self._order[place * self.batch_size : (place + 1) * self.batch_size])
+        examples = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.store.batch(examples, bucketed=self.bucketed)

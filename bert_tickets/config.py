@@ -37,6 +37,7 @@ class Training:
     adam_epsilon: float = flag("AdamW's epsilon", 1e-8)
     max_grad_norm: float = flag("clip the gradient to this norm", 1.0)
     precision: Literal["auto", "fp16", "bf16", "fp32"] = flag("auto: fp16 on CUDA, fp32 on a CPU", "auto")
+    graphs: bool = flag("CUDA: replay steps as CUDA graphs, each checked against the eager step", False)
     seed: int = flag("fixes the head, the order of the examples, dropout and random weights", 57)
     log_every: int = flag("read the loss every so many steps; the windows of the loss curve", 50)
     save_minutes: float = flag("write a checkpoint every so many minutes", 10.0, identity=False)

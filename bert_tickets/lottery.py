@@ -138,12 +138,15 @@ def _line(result: Result, metrics: dict[str, float], task: Task, mask: Mask, bef
 def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     """Load the model and the data onto the device, and write down what they are."""
     device = prepare_device(cfg.device)
+    if cfg.train.graphs and device.type != "cuda":
+        raise UserError("--graphs needs a CUDA device; a CPU has no launches to save")
     net, tokenizer = task.load_net(cfg)
     limit = net.config.max_position_embeddings
     if cfg.max_length > limit:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
     train_set, evals = task.load_data(cfg, tokenizer, device)
-    setup = Setup(net, task, cfg, Batches(train_set, cfg.train.batch_size, cfg.train.seed), evals, tokenizer)
+    batches = Batches(train_set, cfg.train.batch_size, cfg.train.seed, bucketed=cfg.train.graphs)
+    setup = Setup(net, task, cfg, batches, evals, tokenizer)
     cfg.rewind_step(setup.steps)
     run.describe(
         {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bert_tickets import UserError
 from bert_tickets.batches import Batch
 from bert_tickets.config import Training
+from bert_tickets.graphs import Graphs, Record, Recorder
 from bert_tickets.mask import Mask
 
 Loss = Callable[[Batch], Tensor]  # a packed batch to its mean loss, a scalar
@@ -43,7 +44,13 @@ class Step:
     """
 
     def __init__(
-        self, loss: Loss, params: Mapping[str, nn.Parameter], cfg: Training, mask: Mask | None, device: torch.device
+        self,
+        loss: Loss,
+        params: Mapping[str, nn.Parameter],
+        cfg: Training,
+        mask: Mask | None,
+        device: torch.device,
+        record: Record | None = None,
     ) -> None:
         self.loss, self.params, self.cfg, self.device = loss, dict(params), cfg, device
         self.precision = precision_of(cfg.precision, device)
@@ -57,14 +64,22 @@ class Step:
         spared = [p for name, p in self.params.items() if name.endswith("bias") or "LayerNorm" in name]
         self.optimizer = torch.optim.AdamW(
             [{"params": decays, "weight_decay": cfg.weight_decay}, {"params": spared, "weight_decay": 0.0}],
-            lr=cfg.lr,
+            lr=torch.tensor(cfg.lr, device=device) if cfg.graphs else cfg.lr,  # a graph reads it where it lies
             eps=cfg.adam_epsilon,
             fused=True,
+            capturable=cfg.graphs and device.type == "cuda",
         )
+        self.graphs = Graphs(self._take, self._state, record or Recorder()) if cfg.graphs else None
 
     def __call__(self, batch: Batch, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        return self.graphs(batch) if self.graphs else self._take(batch)
+
+    def _take(self, batch: Batch) -> Tensor:
         with autocast(self.precision, self.device):
             loss = self.loss(batch)
         self.scaler.scale(loss).backward()
@@ -82,6 +97,12 @@ class Step:
             grad = self.params[name].grad
             assert grad is not None, f"{name} is masked and takes no part in the loss"
             yield grad
+
+    def _state(self) -> list[Tensor]:
+        """Every tensor that a step changes, but for its loss."""
+        moments = [state[moment] for state in self.optimizer.state.values() for moment in MOMENTS]
+        scaler = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler.is_enabled() else []
+        return [*self.params.values(), *moments, *scaler]
 
     # ---- what a checkpoint holds ----
 

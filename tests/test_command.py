@@ -52,6 +52,7 @@ GIVEN = {  # a value for every flag, none of them its default
     "weight_decay": 0.01,
     "adam_epsilon": 1e-6,
     "max_grad_norm": 0.5,
+    "graphs": True,
     "precision": "bf16",
     "seed": 1,
     "log_every": 10,

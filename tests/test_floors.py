@@ -26,6 +26,7 @@ FLOORS = {
     "models": 1,
     "tasks": 1,
     "tasks.glue": 1,
+    "graphs": 2,
     "step": 2,
     "train": 2,
     "runs": 2,
