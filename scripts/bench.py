@@ -69,21 +69,42 @@ def prepare(name: str, args: argparse.Namespace) -> Any:
 # ---- the reports ----
 
 
+def machine_rate(precision: str, device: Any) -> float:
+    """Floating-point operations a second of one large square matrix product in the precision trained in."""
+    import loops
+    import torch
+
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    loops.wait(device)
+    began = time.perf_counter()
+    for _ in range(3):
+        a @ b
+    loops.wait(device)
+    return 3 * 2 * n**3 / (time.perf_counter() - began)
+
+
 def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Ours, dense and masked, beside the released loop on one task."""
     import loops
 
     case = prepare(name, args)
     sides = {side: getattr(loops, side)(case) for side in ("ours", "dense", "released")}
-    rates = [loops.machine_rate(case.precision, case.device)]
+    if case.device.type == "cuda":
+        sides["graphs"] = loops.with_graphs(case)
+    rates = [machine_rate(case.precision, case.device)]
     seconds = loops.take_turns(sides, args.turns, args.turn_steps, case.device)
-    rates.append(loops.machine_rate(case.precision, case.device))
+    rates.append(machine_rate(case.precision, case.device))
+    graphs = {"steps/s with --graphs": 1 / seconds["graphs"]} if "graphs" in seconds else {}
     tokens = float(case.store.lengths.mean()) * args.batch_size
     share = loops.arithmetic(case.net, case.store.lengths) / len(case.store) * args.batch_size / statistics.mean(rates)
     return {
         "real tokens a step": tokens,
         "padded tokens a step": args.batch_size * args.max_length,
         "steps/s": 1 / seconds["ours"],
+        **graphs,
         "released steps/s": 1 / seconds["released"],
         "times faster": seconds["released"] / seconds["ours"],
         "real tokens/s": tokens / seconds["ours"],
@@ -116,6 +137,8 @@ def alone(args: argparse.Namespace) -> dict[str, float]:
     case = prepare(args.tasks[0], args)
     seconds = loops.take_turns({args.alone: getattr(loops, args.alone)(case)}, args.turns, args.turn_steps, case.device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if (status := Path("/proc/self/status")).exists():  # on Linux the other starts with the parent's peak
+        used = int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     if case.device.type == "cuda":
         used = torch.cuda.max_memory_allocated(case.device)
     return {"a step, ms": 1000 * seconds[args.alone], "peak memory, MiB": used / 2**20}

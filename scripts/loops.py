@@ -98,11 +98,21 @@ def dense(case: Case) -> Loop:
     return ours(dataclasses.replace(case, mask=Mask.ones(prunable(case.net))))
 
 
-def _step(case: Case) -> tuple[Step, Loop]:
+def with_graphs(case: Case) -> Loop:
+    """Ours by CUDA graphs; its turns hold captures, as shapes come back."""
+    train = dataclasses.replace(case.cfg.train, graphs=True)
+    return ours(dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, train=train)))
+
+
+def _step(case: Case, *, hooked: bool = False) -> tuple[Step, Loop]:
     net, cfg = copy.deepcopy(case.net), case.cfg.train
-    case.mask.apply(prunable(net))
-    batches = Batches(case.store, cfg.batch_size, 0)
-    step = Step(lambda b: case.task.loss(case.task.logits(net, b), b), dict(net.named_parameters()), cfg, case.mask, case.device)
+    if hooked:
+        _hook(net, case.mask)
+    else:
+        case.mask.apply(prunable(net))
+    batches = Batches(case.store, cfg.batch_size, 0, bucketed=cfg.graphs)
+    params, mask = dict(net.named_parameters()), None if hooked else case.mask
+    step = Step(lambda b: case.task.loss(case.task.logits(net, b), b), params, cfg, mask, case.device)
     return step, lambda i: step(batches[i], cfg.lr)
 
 
@@ -149,11 +159,7 @@ def without_fused_update(case: Case) -> Loop:
 
 def without_gradient_masks(case: Case) -> Loop:
     """The weights are masked in every forward pass, by torch's hooks."""
-    net, cfg = copy.deepcopy(case.net), case.cfg.train
-    _hook(net, case.mask)
-    batches = Batches(case.store, cfg.batch_size, 0)
-    step = Step(lambda b: case.task.loss(case.task.logits(net, b), b), dict(net.named_parameters()), cfg, None, case.device)
-    return lambda i: step(batches[i], cfg.lr)
+    return _step(case, hooked=True)[1]
 
 
 def with_waiting(case: Case) -> Loop:
@@ -238,20 +244,6 @@ def _hook(net: Net, mask: Mask) -> None:
 
 
 # ---- timing ----
-
-
-def machine_rate(precision: str, device: torch.device) -> float:
-    """Floating-point operations a second of one large square matrix product in the precision trained in."""
-    n = 8192 if device.type == "cuda" else 2048
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    wait(device)
-    began = time.perf_counter()
-    for _ in range(3):
-        a @ b
-    wait(device)
-    return 3 * 2 * n**3 / (time.perf_counter() - began)
 
 
 def arithmetic(net: Net, lengths: np.ndarray) -> float:
