@@ -26,9 +26,9 @@ def parse() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.lottery import oneshot
-    from bert_tickets.models import load_classifier
+    from bert_tickets.models import load_bert
 
-    net, _ = load_classifier(args.model, 2, args.init, args.seed)
+    net, _ = load_bert(args.model, "classifier", args.init, args.seed)
     mask = oneshot(net, args.rate, args.method, args.seed)
     mask.write(args.output, base_model=args.model, method=f"oneshot {args.method}", init=args.init, seed=str(args.seed))
     print(f"{args.output}: {mask.sparsity:.1%} of {mask.total:,} weights removed by {args.method}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,8 +51,19 @@ class Batch:
     spare: int = 0
 
 
+class Store(Protocol):
+    """A set of examples on a device, of which batches are cut."""
+
+    sha256: str  # of the content
+    device: torch.device
+    lengths: np.ndarray  # [n], int64: tokens of each example
+
+    def __len__(self) -> int: ...
+    def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch: ...
+
+
 class TokenStore:
-    """A set of tokenised examples with a label each ([n], class indices or floats), resident on a device."""
+    """A set of tokenised examples with labels ([n, ...], class indices, places or floats), resident on a device."""
 
     def __init__(self, tokens: Tokens, labels: np.ndarray, device: torch.device | str = "cpu") -> None:
         if len(labels) != len(tokens.lengths):
@@ -99,15 +111,16 @@ class TokenStore:
             spare=spare,
         )
 
-    def by_length(self, max_tokens: int) -> Iterator[tuple[Tensor, Batch]]:
-        """Every example once, the longest first, in packs of at most `max_tokens` padded tokens: (indices, batch)."""
-        order = np.argsort(-self.lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            rows = max(1, max_tokens // int(self.lengths[order[start]]))
-            indices = torch.from_numpy(order[start : start + rows])
-            yield indices, self.batch(indices)
-            start += rows
+
+def by_length(store: Store, max_tokens: int) -> Iterator[tuple[Tensor, Batch]]:
+    """Every example once, the longest first, in packs of at most `max_tokens` padded tokens: (indices, batch)."""
+    order = np.argsort(-store.lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        rows = max(1, max_tokens // int(store.lengths[order[start]]))
+        indices = torch.from_numpy(order[start : start + rows])
+        yield indices, store.batch(indices)
+        start += rows
 
 
 def _round_up(number: int, unit: int) -> int:
@@ -119,11 +132,16 @@ def order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
 
 
+Alter = Callable[[Batch, int], Batch]  # a batch and its step to what the step sees
+
+
 class Batches:
     """The training batches of a level, by step: a cursor that can be set anywhere at no cost."""
 
-    def __init__(self, store: TokenStore, batch_size: int, seed: int, *, bucketed: bool = False) -> None:
-        self.store, self.batch_size, self.seed, self.bucketed = store, batch_size, seed, bucketed
+    def __init__(
+        self, store: Store, batch_size: int, seed: int, *, bucketed: bool = False, alter: Alter = lambda batch, step: batch
+    ) -> None:
+        self.store, self.batch_size, self.seed, self.bucketed, self.alter = store, batch_size, seed, bucketed, alter
         self.per_epoch = math.ceil(len(store) / batch_size)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
@@ -132,4 +150,4 @@ class Batches:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, order(len(self.store), self.seed, epoch)
         examples = self._order[place * self.batch_size : (place + 1) * self.batch_size]
-        return self.store.batch(examples, bucketed=self.bucketed)
+        return self.alter(self.store.batch(examples, bucketed=self.bucketed), step)

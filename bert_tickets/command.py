@@ -24,7 +24,8 @@ def parse(preset: str, description: str | None, argv: Sequence[str] | None = Non
     names = tasks(preset)
     defaults = flat(Config(task=names[0])) | preset_values(preset, "paper")
     for name, f in FIELDS.items():
-        _add_flag(parser, name, f, defaults[name], names)
+        if f.metadata["only"] in (None, preset) and (name != "task" or len(names) > 1):
+            _add_flag(parser, name, f, defaults[name], names)
     given = vars(parser.parse_args(hyphens(argv)))
     if "task" not in given and len(names) > 1:
         parser.error(f"--task is needed, one of {', '.join(names)}")

@@ -20,9 +20,10 @@ from bert_tickets import UserError
 PRESETS = Path(__file__).parent / "presets"
 
 
-def flag(help: str, default: Any = dataclasses.MISSING, *, identity: bool = True) -> Any:
-    """A field and its flag. `identity=False`: the result does not depend on it, so the run's name does not either."""
-    return field(default=default, metadata={"help": help, "identity": identity})
+def flag(help: str, default: Any = dataclasses.MISSING, *, identity: bool = True, only: str | None = None) -> Any:
+    """A field and its flag. `identity=False`: the result does not depend on it, so the run's name does not either.
+    `only`: the preset whose script has it."""
+    return field(default=default, metadata={"help": help, "identity": identity, "only": only})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Config:
     scope: Literal["global", "tensor"] = flag("rank the weights together, or within each matrix", "global")
     rewind: str = flag("weights a level starts from: 0, a step (500) or share (5%) of training, or none", "0")
     rewind_head: bool = flag("rewind the task's head with the encoder", True)
+    prune_first: bool = flag("level 0 is for comparison: level 1 prunes the pre-trained weights and starts from them", False)
     decay: Literal["level", "run"] = flag("the learning rate reaches zero at each level's end, or spans all levels", "level")
     reset_optimizer: bool | None = flag("a new AdamW each level; unless given: yes, but not with --rewind none", None)
     max_length: int = flag("tokens of an example, the rest is cut", 128)
@@ -177,7 +179,7 @@ def _check_effect(given: dict[str, Any]) -> None:
     """Refuse a flag that could do nothing: its user would believe it did."""
     idle: dict[str, str] = {}
     if given.get("mask") is not None:
-        finding = ("levels", "rate", "schedule", "scope", "rewind", "rewind_head", "decay", "reset_optimizer")
+        finding = ("levels", "rate", "schedule", "scope", "rewind", "rewind_head", "prune_first", "decay", "reset_optimizer")
         idle = dict.fromkeys(finding, "belongs to finding a ticket, and --mask trains a given one")
         idle["rewind"] += " (to start it from later weights: --init runs/.../rewind.safetensors)"
     elif given.get("rewind") == "none":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.deterministic as deterministic
+from torch import Tensor
 
 from bert_tickets import UserError
-from bert_tickets.batches import Batches, TokenStore, seeded
+from bert_tickets.batches import Batches, Store, seeded
 from bert_tickets.config import Config
 from bert_tickets.mask import Mask
 from bert_tickets.models import Net, digest, encoder_weights, prunable, rewind, snapshot
@@ -33,7 +35,7 @@ class Setup:
     task: Task
     cfg: Config
     batches: Batches
-    evals: dict[str, TokenStore]
+    evals: Mapping[str, Store]
     tokenizer: Any
 
     @property
@@ -45,7 +47,8 @@ class Setup:
 def imp(setup: Setup, run: Run) -> Mask:
     """Iterative magnitude pruning with rewinding to the pre-trained weights (Chen et al. 2020, Algorithm 1)."""
     net, cfg = setup.net, setup.cfg
-    theta, mask = snapshot(net), Mask.ones(prunable(net))  # a snapshot clones: a state_dict only aliases
+    theta0, mask = snapshot(net), Mask.ones(prunable(net))  # a snapshot clones: a state_dict only aliases
+    theta = theta0
     i = cfg.rewind_step(setup.steps)
     for level, fraction in enumerate(cfg.fractions):
         if run.finished(level):  # never train a finished level again
@@ -53,12 +56,15 @@ def imp(setup: Setup, run: Run) -> Mask:
             continue
         if level > 0 and i > 0:
             theta = run.load_rewind()  # theta_i, which level 0 passed and left behind
+        if level == 1 and cfg.prune_first:  # level 0 was for comparison only
+            rewind(net, theta0, mask)
         before, mask = mask, prune(mask, magnitude(prunable(net)), fraction, cfg.scope)  # by what the last level trained
         if cfg.rewind == "none":
             mask.apply(prunable(net))
         else:
             rewind(net, theta, mask, head=cfg.rewind_head)
-        fit(setup, run, level, mask, before, start=i if level else 0)
+        carried = run.moments() if level > cfg.prune_first and not cfg.resets_optimizer else None
+        fit(setup, run, level, mask, before, start=i if level else 0, moments=carried)
     return mask
 
 
@@ -78,7 +84,15 @@ def oneshot(net: Net, rate: float, method: str, seed: int) -> Mask:
     return prune(Mask.ones(weights), scores, rate)
 
 
-def fit(setup: Setup, run: Run, level: int, mask: Mask, before: Mask, start: int = 0) -> None:
+def fit(
+    setup: Setup,
+    run: Run,
+    level: int,
+    mask: Mask,
+    before: Mask,
+    start: int = 0,
+    moments: Mapping[str, Tensor] | None = None,
+) -> None:
     """Train and score the network as it stands under `mask`, and write the level down."""
     net, task, cfg = setup.net, setup.task, setup.cfg
     begins_at = digest(encoder_weights(net))
@@ -86,7 +100,7 @@ def fit(setup: Setup, run: Run, level: int, mask: Mask, before: Mask, start: int
     i = cfg.rewind_step(setup.steps)
     net.train()
     result = train(
-        lambda batch: task.loss(task.logits(net, batch), batch),
+        lambda batch: task.loss(net, batch),
         {name: p for name, p in net.named_parameters() if p.requires_grad},
         setup.batches,
         cfg.train,
@@ -95,26 +109,28 @@ def fit(setup: Setup, run: Run, level: int, mask: Mask, before: Mask, start: int
         span=setup.steps * run.levels if cfg.decay == "run" else None,
         start=start,
         capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
-        moments=run.moments() if level and not cfg.resets_optimizer else None,
+        moments=moments,
     )
     metrics = score(setup)
     print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
-    moments = {} if cfg.resets_optimizer else result.moments
-    run.finish(level, net, setup.tokenizer, mask, _line(result, metrics, task, mask, before, begins_at), moments)
+    kept = {} if cfg.resets_optimizer else result.moments
+    run.finish(level, net, setup.tokenizer, mask, _line(result, metrics, task, mask, before, begins_at), kept)
 
 
 def score(setup: Setup) -> dict[str, float]:
     """The task's metrics on all its evaluation sets."""
     net, task = setup.net, setup.task
     precision = setup.cfg.train.precision
-    logits = {name: evaluate(net, lambda batch: task.logits(net, batch), store, precision) for name, store in setup.evals.items()}
-    for name, values in logits.items():
+    outputs = {
+        name: evaluate(net, lambda batch: task.outputs(net, batch), store, precision, task.rows)
+        for name, store in setup.evals.items()
+    }
+    for name, values in outputs.items():
         if not np.isfinite(values).all():
             raise UserError(f"the network's outputs on {name} are not finite; --precision bf16 or fp32 may help")
-    labels = {name: store.labels.cpu().numpy() for name, store in setup.evals.items()}
-    metrics = task.score(logits, labels)
+    metrics = task.score(outputs, setup.evals)
     if setup.cfg.check_metrics:
-        print(task.check(logits, labels, metrics))
+        print(task.check(outputs, setup.evals, metrics))
     return metrics
 
 
@@ -145,7 +161,14 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     if cfg.max_length > limit:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
     train_set, evals = task.load_data(cfg, tokenizer, device)
-    batches = Batches(train_set, cfg.train.batch_size, cfg.train.seed, bucketed=cfg.train.graphs)
+    seed = cfg.train.seed
+    batches = Batches(
+        train_set,
+        cfg.train.batch_size,
+        seed,
+        bucketed=cfg.train.graphs,
+        alter=lambda batch, step: task.alter(batch, step, seed),
+    )
     setup = Setup(net, task, cfg, batches, evals, tokenizer)
     cfg.rewind_step(setup.steps)
     run.describe(

@@ -10,14 +10,15 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
+from transformers.models.bert.modeling_bert import BertPooler
 
 from bert_tickets import UserError, first_line
 from bert_tickets.attention import layout, replace_dropout
@@ -55,11 +56,32 @@ def classify(net: Net, batch: Batch) -> Tensor:
 # ---- loading ----
 
 
-def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[Net, Any]:
-    """A BERT checkpoint under a new classification head, in fp32 on the CPU, and its tokenizer.
+def _with_pooler(kind: type) -> type:
+    """A Hugging Face class that leaves BERT's pooler out, with it: masks cover the same tensors under every head."""
+
+    class Pooled(kind):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.bert.pooler = BertPooler(config)
+
+    Pooled.__name__ = kind.__name__  # what a saved config.json says
+    return Pooled
+
+
+HEADS = {
+    "classifier": BertForSequenceClassification,
+    "qa": _with_pooler(BertForQuestionAnswering),
+    "mlm": _with_pooler(BertForMaskedLM),
+}
+
+
+def load_bert(name: str, head: Literal["classifier", "qa", "mlm"], init: str, seed: int, labels: int = 2) -> tuple[Net, Any]:
+    """A BERT checkpoint under a head, in fp32 on the CPU, and its tokenizer.
 
     `init` is what the encoder holds: `pretrained`, `random` (BERT's own initialisation, drawn by `seed`) or a
-    safetensors file of weights. The head is always drawn anew, by `seed`. Raises `UserError` for what is no BERT.
+    safetensors file of weights. The head is drawn anew, by `seed`; but the checkpoint's own is kept for masked language
+    modelling, where it is pre-trained too. Where a head does not use the pooler, it is there, masked and never trained.
+    Raises `UserError` for what is no BERT.
     """
     transformers.logging.set_verbosity_error()  # its table of new head weights reads like a failure; ours say it
     transformers.utils.logging.disable_progress_bar()
@@ -68,7 +90,7 @@ def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[Net, 
         if config.model_type != "bert":
             raise UserError(f"{name} is a {config.model_type} model; this package prunes BERT")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        net, info = BertForSequenceClassification.from_pretrained(
+        net, info = HEADS[head].from_pretrained(
             name,
             num_labels=labels,
             dtype=torch.float32,  # otherwise the checkpoint's own, half for some
@@ -91,10 +113,17 @@ def load_classifier(name: str, labels: int, init: str, seed: int) -> tuple[Net, 
     missing = {key for key in info["missing_keys"] if key.startswith(ENCODER)}
     if any(not key.startswith("bert.pooler.") for key in missing):
         raise UserError(f"{name} lacks {sorted(missing)[0]} and {len(missing) - 1} more of BERT's weights")
-    draw(net, seeded(seed, "head"), [key for key, _ in net.named_parameters() if not key.startswith(ENCODER)])
     misfits = [key for key, *_ in info["mismatched_keys"] if key.startswith(ENCODER)]
     if misfits:
         raise UserError(f"{misfits[0]} of {name} has another shape than its config.json says")
+    new = [key for key, _ in net.named_parameters() if not key.startswith(ENCODER)]
+    if head == "mlm" and init != "random":
+        absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        new = [key for key in new if key in absent]
+        if new:
+            print(f"{name} has no head for masked language modelling: its transform is drawn anew, its decoder is the embeddings")
+    draw(net, seeded(seed, "head"), new)
+    net.bert.pooler.requires_grad_(head == "classifier")
     if missing:
         print(f"{name} has no pooler: its two tensors are drawn at random")
         draw(net, seeded(seed, "pooler"), sorted(missing))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bert_tickets import UserError
-from bert_tickets.batches import Batch, Batches, TokenStore, derive
+from bert_tickets.batches import Batch, Batches, Store, by_length, derive
 from bert_tickets.config import Training
 from bert_tickets.mask import Mask
 from bert_tickets.step import Loss, Step, autocast, precision_of
@@ -150,16 +150,35 @@ def _restore(step: Step, tensors: Mapping[str, Tensor], facts: dict) -> None:
 
 
 @torch.inference_mode()
-def evaluate(net: nn.Module, logits: Callable[[Batch], Tensor], store: TokenStore, precision: str) -> np.ndarray:
-    """The logits of every example, in the store's order: [n, ...], float32. The network is left as it was."""
+def evaluate(
+    net: nn.Module,
+    outputs: Callable[[Batch], Tensor],
+    store: Store,
+    precision: str,
+    rows: Literal["example", "token", "any"] = "example",
+) -> np.ndarray:
+    """The outputs of every example or token, in the store's order (`any`: in some order): [n, ...], float32.
+
+    The network is left as it was.
+    """
     device = store.device
     was_training = net.training
     net.eval()
-    indices, outputs = [], []
+    indices, found = [], []
     with autocast(precision_of(precision, device), device):
-        for chosen, batch in store.by_length(EVAL_TOKENS[device.type]):
+        for chosen, batch in by_length(store, EVAL_TOKENS[device.type]):
             indices.append(chosen)
-            outputs.append(logits(batch).float())
+            found.append(outputs(batch).float())
     net.train(was_training)
-    rows = torch.cat(outputs).cpu()
-    return rows[torch.cat(indices).argsort()].numpy()
+    values = torch.cat(found).cpu().numpy()
+    order = torch.cat(indices).numpy()  # the examples as they were met
+    if rows == "example":
+        return values[np.argsort(order)]
+    if rows == "token":
+        begins = np.cumsum(store.lengths) - store.lengths
+        met = np.repeat(begins[order], store.lengths[order])  # where each token met belongs
+        placed = np.empty_like(values)
+        first = np.repeat(np.cumsum(store.lengths[order]) - store.lengths[order], store.lengths[order])
+        placed[met + np.arange(len(met)) - first] = values
+        return placed
+    return values

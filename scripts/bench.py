@@ -189,10 +189,10 @@ def measure_level(model: str) -> dict[str, float]:
     from bert_tickets.config import Training
     from bert_tickets.files import write_tensors
     from bert_tickets.mask import Mask
-    from bert_tickets.models import load_classifier, prunable
+    from bert_tickets.models import load_bert, prunable
     from bert_tickets.prune import magnitude, prune
 
-    net, _ = load_classifier(model, 2, "pretrained", Training.seed)
+    net, _ = load_bert(model, "classifier", "pretrained", Training.seed)
     weights = prunable(net)
     params = dict(net.named_parameters())  # and AdamW's two moments of each
     state = {f"{part}/{name}": p.detach().clone() for part in ("param", "exp_avg", "exp_avg_sq") for name, p in params.items()}

@@ -29,7 +29,7 @@ from bert_tickets.batches import Batches, TokenStore
 from bert_tickets.config import Config, build
 from bert_tickets.lottery import oneshot, prepare_device
 from bert_tickets.mask import Mask
-from bert_tickets.models import Net, load_classifier, prunable
+from bert_tickets.models import Net, load_bert, prunable
 from bert_tickets.step import Step, autocast, precision_of
 from bert_tickets.tasks.glue import Glue
 from bert_tickets.tokens import Tokens
@@ -66,7 +66,7 @@ def prepare(name: str, given: dict[str, Any], sparsity: float) -> Case:
     cfg, task = build("glue", {"task": name, **given}), Glue(name)
     device = prepare_device(cfg.device)
     torch.use_deterministic_algorithms(False)  # the released loop did not ask for it
-    net, tokenizer = load_classifier(cfg.model, len(task.row.labels) or 1, "pretrained", 0)
+    net, tokenizer = load_bert(cfg.model, "classifier", "pretrained", 0, labels=len(task.row.labels) or 1)
     assert cfg.limit_train is not None
     if cfg.data_dir:
         store = task.load_data(cfg, tokenizer, device)[0]
@@ -112,7 +112,7 @@ def _step(case: Case, *, hooked: bool = False) -> tuple[Step, Loop]:
         case.mask.apply(prunable(net))
     batches = Batches(case.store, cfg.batch_size, 0, bucketed=cfg.graphs)
     params, mask = dict(net.named_parameters()), None if hooked else case.mask
-    step = Step(lambda b: case.task.loss(case.task.logits(net, b), b), params, cfg, mask, case.device)
+    step = Step(lambda b: case.task.loss(net, b), params, cfg, mask, case.device)
     return step, lambda i: step(batches[i], cfg.lr)
 
 

@@ -34,9 +34,11 @@ def losses(cfg: Config, *, packed: bool) -> list[float]:
         net.set_attn_implementation("eager")
 
     def logits(batch):
-        return task.logits(net, batch) if packed else net(**padded(batch)).logits
+        return task.outputs(net, batch) if packed else net(**padded(batch)).logits
 
-    step = Step(lambda batch: task.loss(logits(batch), batch), dict(net.named_parameters()), cfg.train, mask, store.device)
+    step = Step(
+        lambda batch: task.loss_of(logits(batch), batch.labels), dict(net.named_parameters()), cfg.train, mask, store.device
+    )
     net.train()
     return [step(batches[i], cfg.train.lr * (1 - i / STEPS)).item() for i in range(STEPS)]
 

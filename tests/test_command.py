@@ -35,6 +35,7 @@ GIVEN = {  # a value for every flag, none of them its default
     "schedule": "geometric",
     "scope": "tensor",
     "rewind": "5%",
+    "prune_first": True,
     "rewind_head": False,
     "decay": "run",
     "reset_optimizer": False,

@@ -328,13 +328,18 @@ def test_without_the_package_datasets_the_folder_is_offered(monkeypatch, tokeniz
 # ---- logits to a loss and to metrics ----
 
 
+def stores(labels: dict[str, np.ndarray]) -> dict[str, types.SimpleNamespace]:
+    """Evaluation sets as far as a score reads them."""
+    return {split: types.SimpleNamespace(labels=torch.from_numpy(values)) for split, values in labels.items()}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_score_has_the_papers_metric(task):
     labels = {"stsb": np.array([1.0, 2.0, 3.0])}.get(task, np.array([1, 1, 1, 0]))
     logits = {"stsb": np.array([[2.0], [4.0], [7.0]])}.get(task, np.eye(3 if task == "mnli" else 2)[[1, 0, 1, 1]])
     by_hand = {"accuracy": 2 / 4, "f1": 2 / 3, "matthews": -1 / 3, "pearson": 5 / math.sqrt(2 * 38 / 3), "spearman": 1.0}
     split = next(iter(ROWS[task].dev))
-    values = Glue(task).score({split: logits}, {split: labels})
+    values = Glue(task).score({split: logits}, stores({split: labels}))
     assert Glue(task).metric == METRIC[task]
     assert METRIC[task] in values
     assert values == {name: pytest.approx(by_hand[name]) for name in values}
@@ -351,19 +356,19 @@ def test_a_score_has_the_papers_metric(task):
 )
 def test_tasks_with_two_metrics_report_both(task, names):
     logits, labels = np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 1.0]]), np.array([1, 0, 1])
-    assert set(Glue(task).score({"validation": logits}, {"validation": labels})) == names
+    assert set(Glue(task).score({"validation": logits}, stores({"validation": labels}))) == names
 
 
 def test_mnli_scores_the_matched_set_and_the_mismatched_beside_it():
     right, wrong = np.eye(3)[[0, 1, 2]], np.eye(3)[[1, 1, 2]]
     logits = {"validation_mismatched": wrong, "validation_matched": right}
-    assert Glue("mnli").score(logits, dict.fromkeys(logits, np.arange(3))) == {"accuracy": 1.0, "accuracy_mm": 2 / 3}
+    assert Glue("mnli").score(logits, stores(dict.fromkeys(logits, np.arange(3)))) == {"accuracy": 1.0, "accuracy_mm": 2 / 3}
 
 
 def test_check_hands_evaluate_the_classes_of_the_matched_set(monkeypatch):
     asked = put_evaluate(monkeypatch, {"accuracy": 1.0})
     logits = {"validation_matched": np.eye(3)[[0, 1, 2]], "validation_mismatched": np.eye(3)[[1, 1, 1]]}
-    line = Glue("mnli").check(logits, dict.fromkeys(logits, np.arange(3)), {"accuracy": 1.0, "accuracy_mm": 1 / 3})
+    line = Glue("mnli").check(logits, stores(dict.fromkeys(logits, np.arange(3))), {"accuracy": 1.0, "accuracy_mm": 1 / 3})
     assert "equal" in line
     assert asked[0] == ("glue", "mnli")
     assert asked[1]["predictions"].tolist() == [0, 1, 2]
@@ -379,7 +384,7 @@ def test_check_hands_evaluate_the_classes_of_the_matched_set(monkeypatch):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_loss_is_squared_error_or_cross_entropy_in_float32(task, logits, labels, value, dtype):
-    loss = Glue(task).loss(torch.tensor(logits, dtype=dtype), types.SimpleNamespace(labels=labels))
+    loss = Glue(task).loss_of(torch.tensor(logits, dtype=dtype), labels)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(value, rel=1e-6)
 

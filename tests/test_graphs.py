@@ -13,7 +13,7 @@ from bert_tickets.batches import Batches, TokenStore
 from bert_tickets.config import Training
 from bert_tickets.graphs import TENSORS, bucket_of
 from bert_tickets.mask import Mask
-from bert_tickets.models import classify, load_classifier, prunable
+from bert_tickets.models import classify, load_bert, prunable
 from bert_tickets.prune import magnitude, prune
 from bert_tickets.step import Step
 from bert_tickets.tokens import Tokens
@@ -28,7 +28,7 @@ def store_of(lengths, device="cpu"):
 
 @pytest.fixture
 def net(bert_dir):
-    return load_classifier(str(bert_dir), 2, "pretrained", 0)[0].train()
+    return load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train()
 
 
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=20), seed=st.integers(0, 9))
@@ -110,7 +110,7 @@ def test_a_captured_run_equals_an_eager_one_bit_for_bit(bert_dir, precision):
     store, found = store_of([9 + 7 * (n % 5) for n in range(60)]), []
     run_again.replays = 0
     for graphs in (True, False):
-        net = load_classifier(str(bert_dir), 2, "pretrained", 0)[0].train()
+        net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train()
         step, batches = steps_of(net, store, precision=precision)
         if not graphs:
             step.graphs = None  # the same optimiser, every step eager
@@ -175,7 +175,7 @@ def test_on_cuda_a_captured_run_equals_an_eager_one_and_never_waits(bert_dir, pr
     store, found = store_of([9 + 7 * (n % 5) for n in range(60)], "cuda"), []
     torch.use_deterministic_algorithms(True)
     for graphs in (True, False):
-        net = load_classifier(str(bert_dir), 2, "pretrained", 0)[0].train().to("cuda")
+        net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train().to("cuda")
         step, batches = steps_of(net, store, record=None, precision=precision)
         if not graphs:
             step.graphs = None

@@ -11,7 +11,7 @@ from bert_tickets.command import parse
 from bert_tickets.config import build, tasks
 from bert_tickets.lottery import oneshot
 from bert_tickets.mask import Mask
-from bert_tickets.models import digest, encoder_weights, load_classifier, prunable, snapshot
+from bert_tickets.models import digest, encoder_weights, load_bert, prunable, snapshot
 from bert_tickets.prune import magnitude, prune
 from bert_tickets.runs import Run
 from bert_tickets.step import Step
@@ -48,7 +48,7 @@ def watched(monkeypatch):
 
 
 def theta0(bert_dir, seed=57):
-    return snapshot(load_classifier(str(bert_dir), 2, "pretrained", seed)[0])
+    return snapshot(load_bert(str(bert_dir), "classifier", "pretrained", seed)[0])
 
 
 def test_each_level_starts_at_its_mask_times_theta0(run_glue, bert_dir):
@@ -71,6 +71,23 @@ def test_each_mask_is_the_magnitude_of_what_the_level_before_trained(run_glue):
     assert prune(mask0, magnitude({name: trained[name] for name in mask0}), 0.3) == mask1
     final = load_file(run.level_dir(1) / "weights.safetensors")
     assert all((final[name][~kept] == 0).all() for name, kept in mask1.items())
+
+
+@pytest.mark.parametrize("extra", [[], ["--rewind", "none"], ["--rewind", "none", "--reset-optimizer"]])
+def test_pruning_first_starts_level_1_from_theta0_as_if_there_were_no_level_0(run_glue, bert_dir, extra, monkeypatch):
+    from bert_tickets import lottery
+
+    plain, given = lottery.train, []
+    monkeypatch.setattr(lottery, "train", lambda *args, **kept: given.append(bool(kept["moments"])) or plain(*args, **kept))
+    run, results = run_glue("--prune-first", *extra)
+    masks = [Mask.load(run.level_dir(level) / "mask.safetensors") for level in range(3)]
+    weights = {name: w for name, w in theta0(bert_dir).items() if name.startswith("bert.")}
+    assert prune(masks[0], magnitude({name: weights[name] for name in masks[0]}), 0.3) == masks[1]
+    starts = [digest({name: w * mask[name] if name in mask else w for name, w in weights.items()}) for mask in masks]
+    found = [result["starts_at_sha256"] for result in results]
+    assert found[:2] == starts[:2]
+    assert (found[2] == starts[2]) == (not extra)
+    assert given == [False, False, extra == ["--rewind", "none"]]
 
 
 def test_a_level_learns(run_glue):
@@ -153,7 +170,7 @@ def test_a_tensor_scope_prunes_every_matrix_alike(run_glue):
 
 
 def test_a_given_ticket_is_trained_once(run_glue, tmp_path, bert_dir):
-    net = load_classifier(str(bert_dir), 2, "pretrained", 0)[0]
+    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
     mask = oneshot(net, 0.5, "random", 3)
     mask.write("m.safetensors", method="oneshot random")
     run, results = run_glue("--mask", "m.safetensors")
@@ -167,7 +184,7 @@ def test_a_given_ticket_is_trained_once(run_glue, tmp_path, bert_dir):
 
 
 def test_a_released_mask_pt_trains_as_the_mask_it_holds(run_glue, bert_dir):
-    mask = oneshot(load_classifier(str(bert_dir), 2, "pretrained", 0)[0], 0.5, "magnitude", 0)
+    mask = oneshot(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0], 0.5, "magnitude", 0)
     mask.write("m.safetensors")
     torch.save({f"{name}_mask": kept.float() for name, kept in mask.items()}, "mask.pt")
     (_, ours), (_, released) = run_glue("--mask", "m.safetensors"), run_glue("--mask", "mask.pt")
@@ -179,17 +196,17 @@ def test_the_ticket_starts_from_the_weights_asked_for(run_glue, bert_dir, init):
     if init == "file":
         from safetensors.torch import save_file
 
-        net = load_classifier(str(bert_dir), 2, "pretrained", 0)[0]
+        net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
         save_file({name: p.detach() + 1 for name, p in encoder_weights(net).items()}, "w.safetensors")
         expected, init = {name: p.detach() + 1 for name, p in encoder_weights(net).items()}, "w.safetensors"
     else:
-        expected = encoder_weights(load_classifier(str(bert_dir), 2, "random", 57)[0])
+        expected = encoder_weights(load_bert(str(bert_dir), "classifier", "random", 57)[0])
     _, results = run_glue("--levels", "1", "--init", init)
     assert results[0]["starts_at_sha256"] == digest(expected)
 
 
 def test_a_mask_of_another_architecture_names_the_tensor(run_glue, bert_dir):
-    net = load_classifier(str(bert_dir), 2, "pretrained", 0)[0]
+    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
     tensors = {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(net).items()}
     name = "bert.encoder.layer.1.output.dense.weight"
     Mask(tensors | {name: torch.ones(2, 2, dtype=torch.bool)}).write("m.safetensors")
@@ -199,7 +216,7 @@ def test_a_mask_of_another_architecture_names_the_tensor(run_glue, bert_dir):
 
 @pytest.mark.parametrize("method", ["magnitude", "random"])
 def test_oneshot_masks(bert_dir, method):
-    net = load_classifier(str(bert_dir), 2, "pretrained", 0)[0]
+    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
     mask = oneshot(net, 0.4, method, 1)
     assert mask.kept == mask.total - round(0.4 * mask.total)
     if method == "magnitude":
@@ -258,7 +275,7 @@ def test_dropout_of_a_step_does_not_depend_on_where_training_began(run_glue, mon
 
 
 def test_a_mask_may_name_biases_and_must_cover_every_matrix(run_glue, bert_dir):
-    net = load_classifier(str(bert_dir), 2, "pretrained", 0)[0]
+    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
     ones = dict(Mask.ones(prunable(net)))
     bias = "bert.encoder.layer.0.intermediate.dense.bias"
     Mask(ones | {bias: torch.arange(64) % 2 == 0}).write("bias.safetensors")

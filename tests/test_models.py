@@ -4,17 +4,18 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, RobertaConfig
 
 from bert_tickets import UserError
 from bert_tickets.mask import Mask
-from bert_tickets.models import digest, encoder_weights, load_classifier, prunable, rewind, snapshot
+from bert_tickets.models import digest, encoder_weights, load_bert, prunable, rewind, snapshot
 from bert_tickets.prune import magnitude, prune
 
 
 def load(folder, init="pretrained", seed=0):
-    return load_classifier(str(folder), 2, init, seed)[0]
+    return load_bert(str(folder), "classifier", init, seed)[0]
 
 
 def test_prunable_weights_of_bert_base_are_the_papers():
@@ -97,7 +98,7 @@ def test_what_is_no_bert_is_refused_in_words(bert_dir, tmp_path):
 
 
 def test_a_checkpoint_with_another_head_gives_its_encoder(bert_dir, tmp_path):
-    other = load_classifier(str(bert_dir), 3, "pretrained", 0)[0]
+    other = load_bert(str(bert_dir), "classifier", "pretrained", 0, labels=3)[0]
     other.save_pretrained(tmp_path / "three")
     shutil.copy(bert_dir / "tokenizer.json", tmp_path / "three")
     shutil.copy(bert_dir / "tokenizer_config.json", tmp_path / "three")
@@ -168,3 +169,44 @@ def test_a_saved_model_opens_in_plain_transformers_with_the_zeros_in_place(bert_
     plain = BertForSequenceClassification.from_pretrained(tmp_path / "model")
     assert plain.config._attn_implementation != "packed"
     assert digest(dict(plain.named_parameters())) == digest(dict(net.named_parameters()))
+
+
+@pytest.mark.parametrize("head", ["qa", "mlm"])
+def test_other_heads_have_the_checkpoints_pooler_frozen_and_prunable(bert_dir, head):
+    classifier, (net, _) = load(bert_dir), load_bert(str(bert_dir), head, "pretrained", 0)
+    assert list(prunable(net)) == list(prunable(classifier))
+    assert digest(encoder_weights(net)) == digest(encoder_weights(classifier))
+    assert not any(p.requires_grad for p in net.bert.pooler.parameters())
+    assert all(p.requires_grad for name, p in net.named_parameters() if not name.startswith("bert.pooler"))
+
+
+def test_the_decoder_of_masked_language_modelling_is_the_embeddings(bert_dir, tmp_path, capsys):
+    net, tokenizer = load_bert(str(bert_dir), "mlm", "pretrained", 0)
+    assert "has no head for masked language modelling" in capsys.readouterr().out
+    assert net.cls.predictions.decoder.weight is net.bert.embeddings.word_embeddings.weight
+    assert net.cls.predictions.decoder.bias is net.cls.predictions.bias
+    other = load_bert(str(bert_dir), "mlm", "pretrained", 1)[0]
+    name = "cls.predictions.transform.dense.weight"
+    assert not torch.equal(net.get_parameter(name), other.get_parameter(name))  # drawn by the seed
+
+    net.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    capsys.readouterr()
+    again = load_bert(str(tmp_path), "mlm", "pretrained", 5)[0]
+    assert "no head" not in capsys.readouterr().out
+    assert torch.equal(net.get_parameter(name), again.get_parameter(name))  # a pre-trained head is kept
+    assert again.cls.predictions.decoder.weight is again.bert.embeddings.word_embeddings.weight
+    fresh = load_bert(str(tmp_path), "mlm", "random", 5)[0]
+    assert not torch.equal(net.get_parameter(name), fresh.get_parameter(name))
+
+
+@pytest.mark.parametrize("head", ["qa", "mlm"])
+def test_a_saved_model_with_a_pooler_opens_as_transformers_own(bert_dir, tmp_path, head):
+    net, _ = load_bert(str(bert_dir), head, "pretrained", 0)
+    net.save_pretrained(tmp_path)
+    kind = {"qa": transformers.AutoModelForQuestionAnswering, "mlm": transformers.AutoModelForMaskedLM}[head]
+    plain = kind.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(plain).__module__.startswith("transformers")
+    ids = torch.tensor([[2, 9, 9, 3]])
+    net.eval().set_attn_implementation("eager")
+    assert torch.allclose(net(input_ids=ids)[0], plain.eval()(input_ids=ids)[0], atol=1e-6)

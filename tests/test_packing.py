@@ -1,6 +1,7 @@
 """A packed batch is the padded batch without the padding: same logits, same loss, same gradients, same examples."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_tickets.attention import ALIKE, Dropout, _Attention, _factors, alike, drop, layout
-from bert_tickets.batches import Batches, TokenStore, order, seeded
-from bert_tickets.models import classify, load_classifier
+from bert_tickets.batches import Batches, TokenStore, by_length, order, seeded
+from bert_tickets.models import classify, load_bert
 from bert_tickets.tokens import Tokens
 from bert_tickets.train import evaluate
 
@@ -39,7 +40,7 @@ def padded(store: TokenStore, examples: torch.Tensor) -> dict[str, torch.Tensor]
 
 @pytest.fixture
 def net(bert_dir):
-    return load_classifier(str(bert_dir), 3, "pretrained", 0)[0]
+    return load_bert(str(bert_dir), "classifier", "pretrained", 0, labels=3)[0]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -177,7 +178,7 @@ def test_streams_of_different_purposes_differ():
 @settings(max_examples=40, deadline=None)
 def test_evaluation_packs_hold_every_example_once_within_the_limit(lengths, most):
     store, seen = store_of(lengths), []
-    for indices, batch in store.by_length(most):
+    for indices, batch in by_length(store, most):
         seen += indices.tolist()
         assert len(batch.lengths) * batch.longest <= most
     assert sorted(seen) == list(range(len(lengths)))
@@ -196,3 +197,25 @@ def test_evaluation_returns_the_order_of_the_store(net):
 def test_a_store_knows_its_content():
     same, other = store_of([4, 5]), store_of([4, 6])
     assert same.sha256 == store_of([4, 5]).sha256 != other.sha256
+
+
+def test_token_outputs_come_back_in_the_stores_order():
+    store = store_of([9, 30, 4, 22, 61, 5] * 20)
+    net = torch.nn.Identity()
+    found = evaluate(net, lambda batch: torch.stack([batch.input_ids[0], batch.position_ids[0]], 1), store, "fp32", "token")
+    everything = store.batch(torch.arange(len(store)))
+    assert np.array_equal(found, torch.stack([everything.input_ids[0], everything.position_ids[0]], 1).numpy())
+    loose = evaluate(net, lambda batch: batch.input_ids[0], store, "fp32", "any")
+    assert sorted(loose) == sorted(found[:, 0])
+
+
+def test_batches_are_altered_by_their_step():
+    store = store_of([4] * 50)
+
+    def alter(batch, step):
+        return replace(batch, labels=batch.labels + 100 * step)
+
+    plain, altered = Batches(store, 8, 1), Batches(store, 8, 1, alter=alter)
+    for step in (0, 9):
+        assert torch.equal(altered[step].labels, plain[step].labels + 100 * step)
+        assert torch.equal(altered[step].input_ids, plain[step].input_ids)

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bert_tickets.batches import Batch, TokenStore
+from bert_tickets.batches import Batch, Store
 from bert_tickets.config import Config
 from bert_tickets.models import Net
 
 
 class Task(Protocol):
-    """A task turns data into token stores, a batch into logits and a loss, and logits into metrics."""
+    """A task turns data into stores of examples, a batch into a loss and into outputs, and outputs into metrics."""
 
     name: str
     metric: str  # the paper's metric, a key of what `score` returns
+
+    @property
+    def rows(self) -> Literal["example", "token", "any"]:
+        """What a row of `outputs` is of; `any`: their order says nothing."""
+        ...
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         """The network with this task's head, fp32 on the CPU, and its tokenizer."""
         ...
 
-    def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
+    def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[Store, Mapping[str, Store]]:
         """The training set and the evaluation sets by name, limited as `cfg` says."""
         ...
 
-    def logits(self, net: Net, batch: Batch) -> Tensor:
-        """What the network says of a packed batch, a row per example."""
+    def alter(self, batch: Batch, step: int, seed: int) -> Batch:
+        """The training batch of a step, changed as the task draws it anew each time; most tasks change nothing."""
         ...
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The mean loss of a batch, a scalar."""
+    def loss(self, net: Net, batch: Batch) -> Tensor:
+        """The mean loss of a packed batch, a scalar. Never waits for the device."""
         ...
 
-    def score(self, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict[str, float]:
-        """Metrics from each evaluation set's logits ([n, ...], in the set's order) and labels."""
+    def outputs(self, net: Net, batch: Batch) -> Tensor:
+        """What evaluation keeps of a packed batch: [rows, ...]."""
         ...
 
-    def check(self, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], ours: dict[str, float]) -> str:
+    def score(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> dict[str, float]:
+        """Metrics from each evaluation set's outputs, in the set's order."""
+        ...
+
+    def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: dict[str, float]) -> str:
         """Hold `ours` against another implementation of the metrics; a line to print."""
         ...

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from bert_tickets import UserError, first_line
 from bert_tickets.batches import Batch, TokenStore, order
 from bert_tickets.config import Config
 from bert_tickets.metrics import METRICS, compare_with_evaluate
-from bert_tickets.models import Net, classify, load_classifier
+from bert_tickets.models import Net, classify, load_bert
 from bert_tickets.tokens import tokenize
 
 HUB = "nyu-mll/glue"
@@ -64,13 +64,15 @@ Example = tuple[tuple[str, ...], float]  # one or two texts, a label
 class Glue:
     """One GLUE task, as `bert_tickets.tasks.Task` asks."""
 
+    rows: Literal["example"] = "example"
+
     def __init__(self, name: str) -> None:
         self.name, self.row = name, ROWS[name]
         self.metric = self.row.metrics[0]
         self.regression = not self.row.labels
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
-        return load_classifier(cfg.model, len(self.row.labels) or 1, cfg.init, cfg.train.seed)
+        return load_bert(cfg.model, "classifier", cfg.init, cfg.train.seed, labels=len(self.row.labels) or 1)
 
     def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
         if cfg.data_dir is not None:
@@ -93,31 +95,38 @@ class Glue:
         labels = np.array([label for _, label in examples], dtype=np.float32 if self.regression else np.int64)
         return TokenStore(tokenize(tokenizer, columns, max_length), labels, device)
 
-    def logits(self, net: Net, batch: Batch) -> Tensor:
-        return classify(net, batch)
+    def alter(self, batch: Batch, step: int, seed: int) -> Batch:
+        return batch
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        if self.regression:
-            return F.mse_loss(logits.float().squeeze(1), batch.labels)
-        return F.cross_entropy(logits.float(), batch.labels)
+    def loss(self, net: Net, batch: Batch) -> Tensor:
+        return self.loss_of(classify(net, batch), batch.labels)
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Squared error of a similarity score, cross-entropy of classes, in fp32."""
+        return F.mse_loss(logits.float().squeeze(1), labels) if self.regression else F.cross_entropy(logits.float(), labels)
+
+    def outputs(self, net: Net, batch: Batch) -> Tensor:
+        """The logits, [B, labels]."""
+        return classify(net, batch)
 
     def predict(self, logits: np.ndarray) -> np.ndarray:
         """[n, labels] to [n]: the similarity score, or the class."""
         return logits[:, 0] if self.regression else logits.argmax(axis=1)
 
-    def score(self, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict[str, float]:
+    def score(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> dict[str, float]:
         """The row's metrics on its first evaluation set; the mismatched one of MNLI beside it, as `accuracy_mm`."""
         values = {}
-        for split in logits:
+        for split, logits in outputs.items():
             suffix = "_mm" if split.endswith("mismatched") else ""
             for metric in self.row.metrics:
-                values[metric + suffix] = METRICS[metric](self.predict(logits[split]), labels[split])
+                values[metric + suffix] = METRICS[metric](self.predict(logits), stores[split].labels.cpu().numpy())
         return values
 
-    def check(self, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], ours: dict[str, float]) -> str:
+    def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any], ours: dict[str, float]) -> str:
         """What the `evaluate` package says of the same predictions; a line to print."""
         split = next(iter(self.row.dev))
-        return compare_with_evaluate(self.name, self.predict(logits[split]), labels[split], ours)
+        labels = stores[split].labels.cpu().numpy()
+        return compare_with_evaluate(self.name, self.predict(outputs[split]), labels, ours)
 
 
 # ---- reading ----
