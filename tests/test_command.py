@@ -94,7 +94,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 # ---- help ----
 
 
-@pytest.mark.parametrize("script", ["lt_glue.py", "oneshot.py"])
+@pytest.mark.parametrize("script", ["lt_glue.py", "oneshot.py", "perturb_weight.py"])
 def test_help_answers_at_once_and_imports_nothing_heavy(script):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ran = subprocess.run(

@@ -32,6 +32,7 @@ FLOORS = {
     "runs": 2,
     "lottery": 3,
     "report": 3,
+    "perturb": 3,
 }
 AT_ONCE = {"config", "metrics", "command", "report"}  # what --help, a mistyped flag and --dry-run need: no torch
 TRANSFORMERS = {"models", "attention"}
