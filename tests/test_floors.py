@@ -21,6 +21,7 @@ FLOORS = {
     "prune": 0,
     "command": 0,
     "demo": 0,
+    "heatmap": 0,
     "attention": 1,
     "batches": 1,
     "models": 1,
@@ -33,8 +34,9 @@ FLOORS = {
     "lottery": 3,
     "report": 3,
     "perturb": 3,
+    "compare": 3,
 }
-AT_ONCE = {"config", "metrics", "command", "report"}  # what --help, a mistyped flag and --dry-run need: no torch
+AT_ONCE = {"config", "metrics", "command", "report", "compare"}  # what --help, a mistyped flag and --dry-run need: no torch
 TRANSFORMERS = {"models", "attention"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}
 
