@@ -34,10 +34,10 @@ def parse() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.files import write_tensors
-    from bert_tickets.models import encoder_weights, load_classifier
+    from bert_tickets.models import encoder_weights, load_bert
     from bert_tickets.perturb import perturb
 
-    net, _ = load_classifier(args.model, 2, "pretrained", args.seed)
+    net, _ = load_bert(args.model, "classifier", "pretrained", args.seed)
     weights, facts = perturb(encoder_weights(net), args.shuffle or "noise", args.noise, args.seed)
     write_tensors(Path(args.output), weights, {**facts, "model": args.model, "seed": args.seed})
     print(f"{args.output}: {args.model} with {facts['perturbed']}")

@@ -100,6 +100,9 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
+    except BrokenPipeError:  # the reader of `... | head` has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the last flush fail
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
