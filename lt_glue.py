@@ -6,7 +6,7 @@ python lt_glue.py --task rte --mask mask.safetensors   train that ticket once
 
 from bert_tickets.command import parse, run_command
 from bert_tickets.config import Config
-from bert_tickets.report import print_levels, print_plan
+from bert_tickets.report import print_plan
 
 PRESET = "glue"
 
@@ -15,20 +15,10 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         print_plan(cfg, PRESET)
         return
-    from bert_tickets.lottery import finetune, imp, prepare
-    from bert_tickets.mask import Mask
-    from bert_tickets.runs import Run
+    from bert_tickets.lottery import run_task
     from bert_tickets.tasks.glue import Glue
 
-    with Run(cfg, PRESET) as run:
-        if not run.complete:
-            mask = Mask.load(cfg.mask) if cfg.mask else None  # a bad file is met before the model is loaded
-            setup = prepare(Glue(cfg.task), cfg, run)
-            if mask is None:
-                imp(setup, run)
-            else:
-                finetune(setup, run, mask)
-        print_levels(run)
+    run_task(Glue(cfg.task), cfg, PRESET)
 
 
 if __name__ == "__main__":

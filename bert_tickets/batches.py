@@ -31,6 +31,11 @@ def seeded(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *purpose))
 
 
+def ship(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on the device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """B examples of T tokens together, none of more than L. Index tensors are int64, on the device.
@@ -45,10 +50,11 @@ class Batch:
     rows: Tensor  # [T], the example of each token
     starts: Tensor  # [B], where each example begins
     lens: Tensor  # [B], its tokens
-    labels: Tensor  # [B]
+    labels: Tensor  # [B, ...]; or [M], of the chosen tokens
     lengths: np.ndarray  # [B], `lens` on the host, to know shapes without asking the device
     longest: int  # L
     spare: int = 0
+    chosen: Tensor | None = None  # [M], the tokens that the loss is of, where it is not of examples
 
 
 class Store(Protocol):
@@ -84,8 +90,7 @@ class TokenStore:
         """The examples of these indices ([B], int64, on the CPU), packed in their order. Never waits for the device."""
         lengths, device = self.lengths[examples.numpy()], self.device
         tokens, longest = int(lengths.sum()), int(lengths.max())
-        if device.type == "cuda":
-            examples = examples.pin_memory().to(device, non_blocking=True)
+        examples = ship(examples, device)
         lens = self._lengths[examples]
         starts = lens.cumsum(0) - lens
         rows = torch.repeat_interleave(torch.arange(len(lengths), device=device), lens, output_size=tokens)

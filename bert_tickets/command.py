@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 from bert_tickets import Stopped, UserError
-from bert_tickets.config import FIELDS, Config, Training, build, flat, preset_values, tasks
+from bert_tickets.config import Config, Training, build, flat, offered, preset_values, tasks
 
 _TYPES = typing.get_type_hints(Config) | typing.get_type_hints(Training)
 
@@ -23,9 +23,8 @@ def parse(preset: str, description: str | None, argv: Sequence[str] | None = Non
     parser = new_parser(description)
     names = tasks(preset)
     defaults = flat(Config(task=names[0])) | preset_values(preset, "paper")
-    for name, f in FIELDS.items():
-        if f.metadata["only"] in (None, preset) and (name != "task" or len(names) > 1):
-            _add_flag(parser, name, f, defaults[name], names)
+    for name, f in offered(preset).items():
+        _add_flag(parser, name, f, defaults[name], names)
     given = vars(parser.parse_args(hyphens(argv)))
     if "task" not in given and len(names) > 1:
         parser.error(f"--task is needed, one of {', '.join(names)}")

@@ -97,6 +97,12 @@ class Config:
 FIELDS = {f.name: f for part in (Config, Training) for f in dataclasses.fields(part) if f.name != "train"}
 
 
+def offered(preset: str) -> dict[str, dataclasses.Field]:
+    """The fields that are flags on a preset's script: one for its task only where there is a choice."""
+    absent = {"task"} if len(tasks(preset)) == 1 else set()
+    return {name: f for name, f in FIELDS.items() if name not in absent and f.metadata["only"] in (None, preset)}
+
+
 def flat(cfg: Config) -> dict[str, Any]:
     """Every field by its flag's name."""
     values = dataclasses.asdict(cfg)
@@ -107,6 +113,8 @@ def build(preset: str, given: dict[str, Any]) -> Config:
     """Defaults, then the preset of the protocol, then what was given. Raises `UserError` for values out of range."""
     protocol = given.get("protocol", FIELDS["protocol"].default)
     values = preset_values(preset, protocol) | given
+    if "epochs" in given and "max_steps" not in given:
+        values["max_steps"] = None  # a preset's steps would make the flag do nothing
     training = {name: values.pop(name) for name in list(values) if name in Training.__dataclass_fields__}
     _check_effect(given)
     if "levels" not in values:

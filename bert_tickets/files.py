@@ -29,22 +29,32 @@ DTYPES = {  # safetensors' names of what is written here
 }
 
 
-def write(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file of these parts so that a kill at any moment leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write the same
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to fill, whose content appears at `path` when it is complete: a kill at any moment leaves the old one or the new
+    one. An error raised while it is filled leaves the old one, and nothing beside it."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # another process may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()  # what fills the disk
-        raise cannot_write(path, error) from None
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from None
+        raise
+
+
+def write(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file of these parts, whole or not at all."""
+    with writing(path) as file:
+        for part in parts:
+            file.write(part)
 
 
 def write_json(path: Path, value: Any) -> None:

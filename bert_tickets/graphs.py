@@ -49,8 +49,8 @@ class Graphs:
         key = bucket_of(batch)
         if key in self._captured:
             still, replay, loss = self._captured[key]
-            for name in TENSORS:
-                getattr(still, name).copy_(getattr(batch, name), non_blocking=True)
+            for name, tensor in tensors(batch).items():
+                getattr(still, name).copy_(tensor, non_blocking=True)
             replay()
             return loss.clone()  # the next graph may write over it
         if key not in self._met:
@@ -60,7 +60,7 @@ class Graphs:
 
     def _capture(self, key: Hashable, batch: Batch) -> Tensor:
         """Capture, replay, set everything back, take the step eagerly, compare. What stands in the end is the eager step."""
-        still = dataclasses.replace(batch, **{name: getattr(batch, name).clone() for name in TENSORS})
+        still: Batch = dataclasses.replace(batch, **{name: tensor.clone() for name, tensor in tensors(batch).items()})  # type: ignore[arg-type]
         try:
             replay, loss = self.record(lambda: self.take(still))
         except RuntimeError as error:
@@ -80,13 +80,14 @@ class Graphs:
         return eager
 
 
-TENSORS = tuple(f.name for f in dataclasses.fields(Batch) if f.type == "Tensor")
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
 
 
 def bucket_of(batch: Batch) -> Hashable:
     """All that a step's kernels and their shapes depend on."""
     full = int(batch.lengths.min()) == batch.longest  # attention needs no mask then
-    return batch.input_ids.shape[1], len(batch.lengths), batch.longest, full
+    return batch.input_ids.shape[1], batch.labels.shape, len(batch.lengths), batch.longest, full
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from bert_tickets.config import Config
 from bert_tickets.mask import Mask
 from bert_tickets.models import Net, digest, encoder_weights, prunable, rewind, snapshot
 from bert_tickets.prune import magnitude, prune, random_scores
+from bert_tickets.report import print_levels
 from bert_tickets.runs import Level, Run
 from bert_tickets.step import precision_of
 from bert_tickets.tasks import Task
@@ -42,6 +43,19 @@ class Setup:
     def steps(self) -> int:
         """Optimisation steps of a level."""
         return total_steps(self.cfg.train, self.batches.per_epoch)
+
+
+def run_task(task: Task, cfg: Config, preset: str) -> None:
+    """What a training script does: find a ticket, or train the given one, in its run directory; then print its levels."""
+    with Run(cfg, preset) as run:
+        if not run.complete:
+            mask = Mask.load(cfg.mask) if cfg.mask else None  # a bad file is met before the model is loaded
+            setup = prepare(task, cfg, run)
+            if mask is None:
+                imp(setup, run)
+            else:
+                finetune(setup, run, mask)
+        print_levels(run)
 
 
 def imp(setup: Setup, run: Run) -> Mask:

@@ -170,15 +170,7 @@ def evaluate(
             indices.append(chosen)
             found.append(outputs(batch).float())
     net.train(was_training)
-    values = torch.cat(found).cpu().numpy()
-    order = torch.cat(indices).numpy()  # the examples as they were met
-    if rows == "example":
-        return values[np.argsort(order)]
+    values, order = torch.cat(found).cpu(), torch.cat(indices)
     if rows == "token":
-        begins = np.cumsum(store.lengths) - store.lengths
-        met = np.repeat(begins[order], store.lengths[order])  # where each token met belongs
-        placed = np.empty_like(values)
-        first = np.repeat(np.cumsum(store.lengths[order]) - store.lengths[order], store.lengths[order])
-        placed[met + np.arange(len(met)) - first] = values
-        return placed
-    return values
+        order = torch.repeat_interleave(order, torch.from_numpy(store.lengths)[order])
+    return (values if rows == "any" else values[order.argsort(stable=True)]).numpy()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bert_tickets import UserError
 from bert_tickets.batches import Batches, TokenStore
 from bert_tickets.config import Training
-from bert_tickets.graphs import TENSORS, bucket_of
+from bert_tickets.graphs import bucket_of, tensors
 from bert_tickets.mask import Mask
 from bert_tickets.models import classify, load_bert, prunable
 from bert_tickets.prune import magnitude, prune
@@ -159,8 +159,9 @@ def test_a_step_that_cannot_be_captured_says_so(net):
 def test_buckets_differ_by_all_that_a_kernel_depends_on():
     store = store_of([30, 30, 30, 28, 29])
     keys = [bucket_of(store.batch(torch.tensor(chosen), bucketed=True)) for chosen in ([0, 1], [0, 3], [4, 0], [0, 1, 2])]
-    assert keys == [(60, 2, 30, True), (60, 2, 30, False), (60, 2, 30, False), (90, 3, 30, True)]
-    assert set(TENSORS) == {"input_ids", "token_type_ids", "position_ids", "rows", "starts", "lens", "labels"}
+    assert keys == [(60, (2,), 2, 30, True), (60, (2,), 2, 30, False), (60, (2,), 2, 30, False), (90, (3,), 3, 30, True)]
+    names = {"input_ids", "token_type_ids", "position_ids", "rows", "starts", "lens", "labels"}
+    assert set(tensors(store.batch(torch.arange(2)))) == names
 
 
 def test_graphs_on_a_cpu_are_refused(run_script, bert_dir, glue_dir):
