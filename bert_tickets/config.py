@@ -18,11 +18,12 @@ from typing import Any, Literal
 from bert_tickets import UserError
 
 PRESETS = Path(__file__).parent / "presets"
+QUESTION = 64  # tokens of a SQuAD question at most, as in the released code
 
 
 def flag(help: str, default: Any = dataclasses.MISSING, *, identity: bool = True, only: str | None = None) -> Any:
     """A field and its flag. `identity=False`: the result does not depend on it, so the run's name does not either.
-    `only`: the preset whose script has it."""
+    `only` is the one preset whose script has the flag; on the others it could do nothing."""
     return field(default=default, metadata={"help": help, "identity": identity, "only": only})
 
 
@@ -65,7 +66,8 @@ class Config:
     prune_first: bool = flag("level 0 is for comparison: level 1 prunes the pre-trained weights and starts from them", False)
     decay: Literal["level", "run"] = flag("the learning rate reaches zero at each level's end, or spans all levels", "level")
     reset_optimizer: bool | None = flag("a new AdamW each level; unless given: yes, but not with --rewind none", None)
-    max_length: int = flag("tokens of an example, the rest is cut", 128)
+    max_length: int = flag("tokens of an example, or of a window over SQuAD's contexts; the rest is cut", 128)
+    doc_stride: int = flag("tokens of the context from where a window begins to where the next does", 128, only="squad")
     limit_train: int | None = flag("use so many training examples, the same ones for every seed", None)
     limit_eval: int | None = flag("use the first so many examples of each evaluation set", None)
     device: str = flag("auto, cpu, cuda, cuda:1", "auto", identity=False)
@@ -211,6 +213,11 @@ def _check(cfg: Config) -> None:
     if cfg.mask is None:
         _ = cfg.fractions  # a level beyond what is left is met now
     need(cfg.max_length >= 3, "max_length", "an example has three tokens at least")
+    if cfg.task == "squad":
+        room = cfg.max_length - QUESTION - 3  # of the context, beside the longest question, [CLS] and two [SEP]
+        need(room > 0, "max_length", f"SQuAD's windows need {QUESTION + 4} tokens at least, as questions have up to {QUESTION}")
+        what = f"from 1 to {room} is needed: at --max-length {cfg.max_length} windows further apart could miss text"
+        need(1 <= cfg.doc_stride <= room, "doc_stride", what)
     need(0 <= cfg.train.weight_decay < 1, "weight_decay", "a number from 0 to below 1 is needed")
     need(0 <= cfg.train.seed < 2**32, "seed", "a whole number from 0 to 2^32 - 1 is needed")
     try:

@@ -127,7 +127,8 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         header[name] = {"dtype": DTYPES[plain[name].dtype], "shape": list(plain[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little") + text, *(plain[name].view(-1).view(torch.uint8).numpy().data for name in order)]
+    parts = (plain[name].view(-1).view(torch.uint8).numpy().data for name in order if plain[name].numel())
+    return [len(text).to_bytes(8, "little") + text, *parts]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:

@@ -1,13 +1,17 @@
-"""GLUE's metrics, by name, from scikit-learn and SciPy; nothing here touches the network.
+"""GLUE's metrics, by name, from scikit-learn and SciPy, and SQuAD's; nothing here touches the network.
 
-Each takes predictions and references of shape [n] (class indices, or similarity scores for STS-B) and gives a float.
-Degenerate input follows the libraries: Matthews is 0 for constant predictions, a correlation is NaN.
+Each of GLUE's takes predictions and references of shape [n] (class indices, or similarity scores for STS-B) and gives a
+float. Degenerate input follows the libraries: Matthews is 0 for constant predictions, a correlation is NaN.
 """
 
 from __future__ import annotations
 
+import re
+import string
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,21 +62,55 @@ def _quietly(function: Callable[[], float]) -> float:
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
-def compare_with_evaluate(subset: str, predictions: Array, references: Array, ours: dict[str, float]) -> str:
-    """Check `ours` against `evaluate.load("glue", subset)`; one line to print.
+# ---- SQuAD ----
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(answer: str) -> str:
+    """What SQuAD compares of an answer: lower case, without ASCII punctuation and articles, single spaces."""
+    return " ".join(ARTICLES.sub(" ", answer.lower().translate(PUNCTUATION)).split())
+
+
+def squad_scores(predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1 over words, in [0, 1]: means over the questions (Rajpurkar et al. 2016, section 6.1).
+
+    `answers` holds every question's gold answers, the nearest of which counts; a question not in `predictions` is wrong.
+    """
+    exact, overlap = 0, 0.0
+    for question in predictions.keys() & answers.keys():
+        said, golds = normalised(predictions[question]), [normalised(gold) for gold in answers[question]]
+        exact += said in golds
+        overlap += max((_overlap(said.split(), gold.split()) for gold in golds), default=0.0)
+    return {"f1": overlap / len(answers), "exact_match": exact / len(answers)}
+
+
+def _overlap(said: list[str], gold: list[str]) -> float:
+    """F1 of two bags of words; 0 where they share none, two empty ones included, as in the official script."""
+    common = (Counter(said) & Counter(gold)).total()
+    return 2 * common / (len(said) + len(gold)) if common else 0.0
+
+
+# ---- against another implementation ----
+
+
+def compare_with_evaluate(task: str, predictions: Any, references: Any, ours: dict[str, float]) -> str:
+    """Check `ours` against `evaluate.load("glue", task)`, or its "squad", of data as it wants them; one line to print.
 
     Raises `UserError` where a value differs by more than 1e-9. Where `evaluate` or its hub cannot be reached, says so.
     """
     names = {"matthews_correlation": "matthews", "spearmanr": "spearman"}
+    unit = 100 if task == "squad" else 1  # evaluate gives SQuAD's in percent
     try:
         import evaluate
 
-        metric = evaluate.load("glue", subset)
+        metric = evaluate.load("squad") if task == "squad" else evaluate.load("glue", task)
         theirs = metric.compute(predictions=predictions, references=references)
     except Exception as error:  # no package, no network, no cached module: each means it cannot be compared here
         return f"metrics not compared with evaluate, which does not work here ({type(error).__name__}: {first_line(error)})"
     for name, value in theirs.items():
         mine = ours[names.get(name, name)]
-        if not np.isclose(mine, value, rtol=0, atol=1e-9, equal_nan=True):
-            raise UserError(f"{name} is {value} by evaluate and {mine} here: report this, and do not use the number")
+        if not np.isclose(mine, value / unit, rtol=0, atol=1e-9, equal_nan=True):
+            raise UserError(f"{name} is {value / unit} by evaluate and {mine} here: report this, and do not use the number")
     return f"metrics equal evaluate's ({', '.join(theirs)})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,8 @@ from huggingface_hub.constants import HF_HOME
 
 from bert_tickets import UserError
 from bert_tickets.files import read_facts, read_tensors, write_tensors
+
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,35 @@ def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) 
 
     Raises `ValueError` where the columns differ in length.
     """
-    path = Path(HF_HOME) / "bert_tickets" / f"tokens-{_key(tokenizer, columns, max_length)}.safetensors"
-    if (cached := _read(path)) is not None:
-        return cached
-    columns = [list(column) for column in columns]
-    options = {"truncation": "longest_first", "max_length": max_length}
-    encoded = tokenizer(*columns, **options, return_token_type_ids=True, return_attention_mask=False)
-    tokens = Tokens.of(encoded["input_ids"], encoded["token_type_ids"])
-    parts = {name: torch.from_numpy(getattr(tokens, name)) for name in ("ids", "types", "lengths")}
+
+    def make() -> Arrays:
+        options = {"truncation": "longest_first", "max_length": max_length}
+        texts = [list(column) for column in columns]
+        encoded = tokenizer(*texts, **options, return_token_type_ids=True, return_attention_mask=False)
+        return vars(Tokens.of(encoded["input_ids"], encoded["token_type_ids"]))
+
+    return Tokens(**cached(tokenizer, columns, [max_length, tokenizer.truncation_side, "longest_first"], make))
+
+
+def cached(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any], make: Callable[[], Arrays]) -> Arrays:
+    """What `make` makes of these texts by this tokenizer, from the cache where it was made before.
+
+    `settings` (plain JSON) is all else that it depends on.
+    """
+    path = Path(HF_HOME) / "bert_tickets" / f"tokens-{_key(tokenizer, columns, settings)}.safetensors"
+    if (found := _read(path)) is not None:
+        return found
+    arrays = make()
     try:
-        write_tensors(path, parts, {"sha256": tokens.sha256()})
+        write_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, {"sha256": _digest(arrays)})
     except UserError as error:
         print(f"the tokens are not cached: {error}")
-    return tokens
+    return arrays
 
 
-def _key(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> str:
+def _key(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any]) -> str:
     what = json.loads(tokenizer.backend_tokenizer.to_str())
-    what |= {"truncation": [max_length, tokenizer.truncation_side, "longest_first"], "padding": None}  # not the last call's
+    what |= {"truncation": settings, "padding": None}  # not the last call's
     digest = hashlib.sha256(json.dumps([1, tokenizers.__version__, what], sort_keys=True).encode())
     for column in columns:
         digest.update(f"\n{len(column)}\n".encode())
@@ -78,12 +91,20 @@ def _key(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> s
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path) -> Tokens | None:
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Arrays | None:
     try:
         if not path.exists():
             return None
         expected = read_facts(path)["sha256"]
-        tokens = Tokens(**{name: tensor.numpy() for name, tensor in read_tensors(path).items()})
+        arrays = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
     except (UserError, OSError, KeyError, TypeError):
         return None
-    return tokens if tokens.sha256() == expected else None
+    return arrays if _digest(arrays) == expected else None

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 import lt_glue
 from bert_tickets import Stopped, UserError
 from bert_tickets.command import parse, run_command
-from bert_tickets.config import FIELDS, Config, Training, build, flat, identity, preset_values, run_name, tasks
+from bert_tickets.config import FIELDS, Config, Training, build, flat, identity, offered, preset_values, run_name, tasks
 from bert_tickets.tasks.glue import TASKS
 
-GIVEN = {  # a value for every flag, none of them its default
+GIVEN = {  # a value for every flag of lt_glue.py, none of them its default
     "task": "mrpc",
     "model": "some/folder",
     "data_dir": "glue_data",
@@ -94,7 +94,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 # ---- help ----
 
 
-@pytest.mark.parametrize("script", ["lt_glue.py", "oneshot.py", "perturb_weight.py"])
+@pytest.mark.parametrize("script", ["lt_glue.py", "lt_squad.py", "lt_pretrain.py", "oneshot.py", "perturb_weight.py"])
 def test_help_answers_at_once_and_imports_nothing_heavy(script):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ran = subprocess.run(
@@ -109,21 +109,24 @@ def test_help_answers_at_once_and_imports_nothing_heavy(script):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6  # of the processor: others may be at work
 
 
-def test_every_field_has_a_flag_and_every_flag_a_help_text(capsys):
+@pytest.mark.parametrize(("preset", "absent"), [("glue", {"doc_stride"}), ("squad", {"task"}), ("mlm", {"task", "doc_stride"})])
+def test_every_field_has_a_flag_where_it_matters_and_every_flag_a_help_text(preset, absent, capsys):
     fields = {f.name for part in (Config, Training) for f in dataclasses.fields(part)} - {"train"}
     assert set(FIELDS) == fields
+    assert set(offered(preset)) == fields - absent
     with pytest.raises(SystemExit) as stop:
-        parse("glue", "What it does: 100% of it.", ["--help"])
+        parse(preset, "What it does: 100% of it.", ["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "100% of it" in out
-    for field in fields:
+    assert not any(f"--{field.replace('_', '-')}" in out for field in absent)
+    for field in fields - absent:
         assert FIELDS[field].metadata["help"]
         flag = "--" + field.replace("_", "-")
         entry = re.search(rf"^  {flag}[ ,\n].*?(?=^  --|\Z)", out, re.MULTILINE | re.DOTALL)
         assert entry, flag
         assert len(entry.group().split()) >= 4, flag
-    assert all(task in out for task in TASKS)
+    assert preset != "glue" or all(task in out for task in TASKS)
 
 
 # ---- flags ----
@@ -131,7 +134,7 @@ def test_every_field_has_a_flag_and_every_flag_a_help_text(capsys):
 
 def test_the_values_of_this_test_cover_every_field_and_no_default():
     defaults = flat(config())
-    assert set(GIVEN) == set(FIELDS)
+    assert set(GIVEN) == set(offered("glue"))
     assert [field for field in GIVEN if GIVEN[field] == defaults[field]] == []
 
 
@@ -148,6 +151,32 @@ def test_underscores_do_for_hyphens():
     hyphenated = ["--task=rte", "--batch-size", "16", "--max-length=64", "--no-rewind-head", "--output-dir=a_b/c-d"]
     assert parse("glue", None, underscored) == parse("glue", None, hyphenated)
     assert parse("glue", None, underscored).output_dir == "a_b/c-d"  # values stay as they are
+
+
+def test_squad_has_no_task_to_choose_and_a_stride_that_is_its_own(capsys):
+    cfg = parse("squad", None, ["--doc_stride", "64"])
+    assert (cfg.task, cfg.doc_stride, cfg.max_length) == ("squad", 64, 384)
+    assert "--doc-stride" in refusal(capsys, ["--task", "rte", "--doc-stride", "64"])
+    with pytest.raises(SystemExit):
+        parse("squad", None, ["--task", "squad"])
+    assert "--task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--doc-stride 0", "--doc-stride 0: from 1 to 317 is needed"),
+        ("--doc-stride 318", "--doc-stride 318: from 1 to 317 is needed"),
+        ("--max-length 128", "--doc-stride 128: from 1 to 61 is needed: at --max-length 128 windows further apart"),
+        ("--max-length 67", "--max-length 67: SQuAD's windows need 68 tokens"),
+    ],
+)
+def test_a_stride_that_could_miss_text_is_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("squad", None, words.split())
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert parse("squad", None, ["--max-length", "128", "--doc-stride", "61"]).doc_stride == 61
 
 
 @pytest.mark.parametrize(("written", "task"), [("MNLI", "mnli"), ("SST-2", "sst2"), ("STS-B", "stsb"), ("CoLA", "cola")])
@@ -310,6 +339,14 @@ def test_the_papers_settings_are_those_of_table_1():
     assert {field: flat(config())[field] for field in given} == given
 
 
+def test_squads_settings_are_those_of_table_1_and_of_the_released_readme():
+    paper, released = (flat(parse("squad", None, ["--protocol", protocol])) for protocol in ("paper", "released"))
+    given = {"epochs": 2.0, "batch_size": 16, "lr": 3e-5, "max_length": 384, "doc_stride": 128, "levels": 10}
+    assert {field: paper[field] for field in given} == given
+    quirks = {"protocol": "released", "rewind_head": False, "decay": "run", "epochs": 4.0}
+    assert {field: released[field] for field in paper if paper[field] != released[field]} == quirks
+
+
 def test_a_flag_overrides_the_protocols_quirk():
     cfg = config("--rewind-head", protocol="released")
     assert (cfg.rewind_head, cfg.decay) == (True, "run")
@@ -320,8 +357,9 @@ def test_the_presets_tasks_are_the_tables():
 
 
 @pytest.mark.parametrize("protocol", ["paper", "released"])
-def test_presets_set_only_fields(protocol):
-    assert set(preset_values("glue", protocol)) <= set(FIELDS)
+@pytest.mark.parametrize("preset", ["glue", "squad", "mlm"])
+def test_presets_set_only_fields(preset, protocol):
+    assert set(preset_values(preset, protocol)) <= set(offered(preset))
 
 
 # ---- the run's name ----
@@ -339,7 +377,7 @@ def test_a_name_depends_on_what_bears_on_the_result_and_on_nothing_else(field):
 
 
 def test_a_default_that_is_written_out_changes_no_name():
-    defaults = {field: value for field, value in flat(config()).items() if value is not None}
+    defaults = {field: value for field, value in flat(config()).items() if value is not None and field in offered("glue")}
     assert name(**defaults) == name()
     assert identity(config(**defaults), "glue") == {}
 
@@ -397,12 +435,14 @@ def test_rate_alone_takes_as_many_levels_as_it_allows():
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLES = [line.partition("#")[0].split()[2:] for line in README.splitlines() if line.startswith("python lt_glue.py")]
+COMMANDS = [line.partition("#")[0].split()[1:] for line in README.splitlines() if line.startswith("python lt_")]
+EXAMPLES = [words for _, *words in COMMANDS]
 
 
-@pytest.mark.parametrize("words", EXAMPLES, ids=" ".join)
-def test_the_readmes_commands_are_accepted(words):
-    assert parse("glue", None, words).task == words[words.index("--task") + 1]
+@pytest.mark.parametrize(("script", "words"), [(script, words) for script, *words in COMMANDS], ids=str)
+def test_the_readmes_commands_are_accepted(script, words):
+    preset = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}[script]
+    assert parse(preset, None, words).task == (words[words.index("--task") + 1] if preset == "glue" else preset)
 
 
 def test_the_readme_shows_every_flag():

@@ -12,7 +12,7 @@ import scipy.stats
 import sklearn.metrics
 
 from bert_tickets import UserError
-from bert_tickets.metrics import METRICS, compare_with_evaluate
+from bert_tickets.metrics import METRICS, compare_with_evaluate, normalised, squad_scores
 
 RNG = np.random.default_rng(0)
 CLASSES = RNG.integers(0, 2, 500), RNG.integers(0, 2, 500)
@@ -71,6 +71,51 @@ def test_degenerate_predictions_have_a_value_and_no_error(metric, predictions, r
     assert METRICS[metric](predictions, references) == pytest.approx(value, nan_ok=True)
 
 
+# ---- SQuAD ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "compared"),
+    [
+        ("The  Denver\nBroncos.", "denver broncos"),
+        ("an apple, a pear", "apple pear"),
+        ("U.S.A. (the)", "usa"),
+        ("the-end", "theend"),  # punctuation goes before articles
+        ("theatre a1 an", "theatre a1"),
+        ("“É” – ¿x?", "“é” – ¿x"),  # ASCII punctuation only
+        ("A", ""),
+        ("", ""),
+    ],
+)
+def test_what_is_compared_of_an_answer(answer, compared):
+    assert normalised(answer) == compared
+
+
+@pytest.mark.parametrize(
+    ("said", "golds", "exact", "overlap"),
+    [
+        ("Denver Broncos", ["The Denver Broncos!"], 1, 1),
+        ("the Broncos", ["Denver Broncos", "Broncos"], 1, 1),  # the nearest counts
+        ("Broncos", ["Denver Broncos"], 0, 2 / 3),
+        ("Broncos of Denver", ["Denver Broncos", "Denver, Colorado"], 0, 4 / 5),
+        ("to be or not to be", ["to be"], 0, 2 * 2 / (6 + 2)),  # words as often as both have them
+        ("to to to", ["to be to"], 0, 2 * 2 / (3 + 3)),
+        ("Panthers", ["Denver Broncos"], 0, 0),
+        ("", ["Denver"], 0, 0),
+        ("the", ["a"], 1, 0),  # both empty: equal, and without a word in common
+        ("x", [], 0, 0),
+    ],
+)
+def test_squads_scores_by_hand(said, golds, exact, overlap):
+    assert squad_scores({"q": said}, {"q": golds}) == pytest.approx({"f1": overlap, "exact_match": exact})
+
+
+def test_squads_scores_are_means_over_all_questions():
+    answers = {"a": ["one"], "b": ["two three"], "c": ["four"], "d": ["five"]}
+    scores = squad_scores({"a": "One", "b": "two", "d": "six", "e": "four"}, answers)  # c is not answered, e was not asked
+    assert scores == pytest.approx({"f1": (1 + 2 / 3) / 4, "exact_match": 1 / 4})
+
+
 # ---- --check-metrics ----
 
 
@@ -107,6 +152,14 @@ def test_metrics_that_agree_with_evaluates_are_said_to(monkeypatch, subset, thei
     assert "equal" in line
     assert all(name in line for name in theirs)
     assert asked == [("glue", subset), {"predictions": [1, 0], "references": [1, 1]}]
+
+
+def test_squads_percentages_are_compared_as_shares(monkeypatch):
+    asked = put_evaluate(monkeypatch, {"exact_match": 25.0, "f1": 50.0})
+    assert "equal" in compare_with_evaluate("squad", ["p"], ["r"], {"f1": 0.5, "exact_match": 0.25})
+    assert asked == [("squad",), {"predictions": ["p"], "references": ["r"]}]
+    with pytest.raises(UserError, match=r"f1 is 0\.5 by evaluate and 50 here"):
+        compare_with_evaluate("squad", ["p"], ["r"], {"f1": 50, "exact_match": 0.25})
 
 
 @pytest.mark.parametrize("value", [0.5 + 1e-6, math.nan])
