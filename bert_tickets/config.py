@@ -118,7 +118,7 @@ def build(preset: str, given: dict[str, Any]) -> Config:
     if "epochs" in given and "max_steps" not in given:
         values["max_steps"] = None  # a preset's steps would make the flag do nothing
     training = {name: values.pop(name) for name in list(values) if name in Training.__dataclass_fields__}
-    _check_effect(given)
+    _check_effect(given, values.get("rewind", Config.rewind))
     if "levels" not in values:
         values["levels"] = min(10, most_levels(values.get("rate", Config.rate), values.get("schedule", Config.schedule)))
     if "rewind" in given:
@@ -185,14 +185,14 @@ def _plain_rewind(text: str) -> str:
         return text
 
 
-def _check_effect(given: dict[str, Any]) -> None:
+def _check_effect(given: dict[str, Any], rewind: str) -> None:
     """Refuse a flag that could do nothing: its user would believe it did."""
     idle: dict[str, str] = {}
     if given.get("mask") is not None:
         finding = ("levels", "rate", "schedule", "scope", "rewind", "rewind_head", "prune_first", "decay", "reset_optimizer")
         idle = dict.fromkeys(finding, "belongs to finding a ticket, and --mask trains a given one")
         idle["rewind"] += " (to start it from later weights: --init runs/.../rewind.safetensors)"
-    elif given.get("rewind") == "none":
+    elif rewind == "none":
         idle["rewind_head"] = "has no meaning with --rewind none"
     for name, why in idle.items():
         if name in given:

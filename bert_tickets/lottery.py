@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def _line(result: Result, metrics: dict[str, float], task: Task, mask: Mask, bef
     return {
         "task": task.name,
         "metric": task.metric,
-        "metrics": {name: value if value == value else None for name, value in metrics.items()},  # JSON has no NaN
+        "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},  # JSON has no NaN
         "sparsity": mask.sparsity,
         "kept": mask.kept,
         "total": mask.total,
