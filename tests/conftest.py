@@ -20,6 +20,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch
+from paragraphs import content
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -147,6 +148,36 @@ def glue_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 lines.append("\t".join(fill(number, text, sentence(rng, label), label)))
             (root / folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
+
+
+@pytest.fixture(scope="session")
+def squad_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both of SQuAD's files: 30 training questions, 20 for evaluation."""
+    folder = tmp_path_factory.mktemp("squad")
+    for file, count in (("train-v1.1.json", 30), ("dev-v1.1.json", 20)):
+        text = json.dumps(content(file, count), ensure_ascii=file.startswith("dev"))
+        (folder / file).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain text: `en.train` of 3,000 words and `en.valid` of 800."""
+    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    for file, count in (("en.train", 3000), ("en.valid", 800)):
+        (folder / file).write_text("".join(word + rng.choice("   \n") for word in rng.choices(OTHERS, k=count)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def commands(bert_dir: Path, glue_dir: Path, squad_dir: Path, corpus_dir: Path) -> dict[str, list[str]]:
+    """Small settings for each training script: some dozen steps of a level, no levels said."""
+    words = {
+        "lt_glue.py": f"--task rte --data-dir {glue_dir} --batch-size 16 --epochs 2",
+        "lt_squad.py": f"--data-dir {squad_dir} --max-length 100 --doc-stride 32 --batch-size 16 --epochs 2",
+        "lt_pretrain.py": f"--data-dir {corpus_dir} --max-length 16 --batch-size 8 --max-steps 6 --limit-eval 9",
+    }
+    return {script: f"{line} --model {bert_dir} --lr 1e-3 --log-every 2".split() for script, line in words.items()}
 
 
 @pytest.fixture

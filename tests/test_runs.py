@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import lt_glue
+import lt_pretrain
+import lt_squad
 from bert_tickets import Stopped, UserError, files
 from bert_tickets.command import parse
 from bert_tickets.runs import Run
@@ -25,9 +27,17 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def command(bert_dir, glue_dir):
-    words = f"--task rte --model {bert_dir} --data-dir {glue_dir} --levels 3 --rate 0.25 --batch-size 16 --epochs 2 --lr 1e-3"
-    return f"{words} --log-every 2 --save-steps 2".split()
+def script():
+    """The script that a test is of; a test that is parametrised by it is of all three."""
+    return "lt_glue.py"
+
+
+@pytest.fixture
+def command(script, commands):
+    return [*commands[script], *["--levels", "3", "--rate", "0.25", "--save-steps", "2"]]
+
+
+SCRIPTS = {"lt_glue.py": (lt_glue, "glue"), "lt_squad.py": (lt_squad, "squad"), "lt_pretrain.py": (lt_pretrain, "mlm")}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -39,16 +49,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def go(command, tmp_path, monkeypatch):
+def go(script, command, tmp_path, monkeypatch):
     """Run the command in a folder of the test's; `interrupt` patches something first. Returns all files but the log."""
-    monkeypatch.setattr(sys, "argv", ["lt_glue.py"])  # run.json holds it
+    monkeypatch.setattr(sys, "argv", [script])  # run.json holds it
+    module, preset = SCRIPTS[script]
 
     def run(name: str, *extra: str) -> dict[str, bytes]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         with monkeypatch.context() as patch:
             patch.chdir(folder)
-            lt_glue.main(parse("glue", None, [*command, *extra]))
+            module.main(parse(preset, None, [*command, *extra]))
         return contents(folder)
 
     return run
@@ -79,10 +90,11 @@ def die(go, monkeypatch, step: int) -> None:
             go("run")
 
 
-VARIANTS = [[], ["--rewind", "3"], ["--rewind", "none"], ["--protocol", "released"]]
+VARIANTS = [("lt_glue.py", words.split()) for words in ("", "--rewind 3", "--rewind none", "--protocol released")]
+VARIANTS += [("lt_squad.py", []), ("lt_pretrain.py", []), ("lt_pretrain.py", ["--protocol", "released"])]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda words: " ".join(words) or "plain")
+@pytest.mark.parametrize(("script", "variant"), VARIANTS, ids=lambda words: words if isinstance(words, str) else " ".join(words))
 def test_killed_at_every_step_in_turn_it_ends_bit_identical(go, monkeypatch, variant):
     """The run dies at its 5th step, is started again, dies at the 5th from there, and so on until it is through."""
     expected = go("undisturbed", *variant)
@@ -120,13 +132,14 @@ def test_killed_in_its_writes_it_ends_bit_identical(go, monkeypatch):
                 at += 9 if name != "rename" else 1
 
 
-def test_sigkill_for_real(command, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sigkill_for_real(script, command, tmp_path):
     """The process itself is killed, twice, at moments of its own choosing."""
 
     def start(folder: Path) -> subprocess.Popen:
         folder.mkdir(exist_ok=True)
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "lt_glue.py"), *command, "--max-steps", "40"],
+            [sys.executable, str(ROOT / script), *command, "--max-steps", "30"],
             cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import sys
 import types
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from paragraphs import content
 from test_metrics import put_evaluate
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
@@ -33,42 +33,6 @@ from bert_tickets.tokens import Tokens
 from bert_tickets.windows import LONGEST, eval_windows, train_windows
 
 CPU = torch.device("cpu")
-WORDS = ["good", "film", "Song", "plot", "was", "song", "café", "it's", "東京", "😀", "cafe\u0301", '"fine"', "naïve,"]
-
-
-def question(rng: random.Random, number: int, words: int) -> dict:
-    """A paragraph with one question; up to three gold answers of one to three words each, some at its very ends."""
-    chosen, text, places = rng.choices(WORDS, k=words), " " * (number % 3 == 0), []
-    for word in chosen:
-        places.append((len(text), len(text) + len(word)))
-        text += word + rng.choice([" ", " ", "\u00a0", "\n "])
-    answers = []
-    for i in range(1 + number % 3):
-        first = 0 if number % 5 == 1 else rng.randrange(words)
-        last = words - 1 if number % 5 == 2 and i == 0 else min(first + rng.randrange(3), words - 1)
-        first = max(first, last - 2)
-        begin, end = places[first][0], places[last][1]
-        answers.append({"text": text[begin:end], "answer_start": begin})
-    asked = "what was it? " * (20 if number % 7 == 3 else 1)
-    return {"context": text, "qas": [{"id": f"q{number}", "question": asked, "answers": answers}]}
-
-
-def content(seed: str, count: int) -> dict:
-    rng = random.Random(seed)
-    paragraphs = [question(rng, number, rng.choice([4, 20, 90])) for number in range(count)]
-    return {
-        "version": "1.1",
-        "data": [{"title": "A", "paragraphs": paragraphs[:5]}, {"title": "B", "paragraphs": paragraphs[5:]}],
-    }
-
-
-@pytest.fixture(scope="module")
-def squad_dir(tmp_path_factory):
-    """Both files: 30 training questions, 20 for evaluation."""
-    folder = tmp_path_factory.mktemp("squad")
-    for file, count in zip(FILES.values(), (30, 20), strict=True):
-        (folder / file).write_text(json.dumps(content(file, count), ensure_ascii=file.startswith("dev")), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")
