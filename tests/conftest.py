@@ -31,13 +31,13 @@ OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "�
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--data-dir", help="real data in GLUE's original layout, for the tests marked realdata")
+    parser.addoption("--data-dir", help="real data (SQuAD's published files), for the tests marked realdata")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "realdata" in item.keywords and not config.getoption("--data-dir"):
-            item.add_marker(pytest.mark.skip(reason="needs --data-dir with real GLUE data"))
+            item.add_marker(pytest.mark.skip(reason="needs --data-dir with real data"))
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
