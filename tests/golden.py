@@ -1,13 +1,14 @@
-"""Ten training steps a task, padded as Hugging Face pads or packed as we pack; `python tests/golden.py` writes the file.
+"""Ten training steps a task, padded as Hugging Face pads or packed as we pack; `python tests/golden.py` writes the file, given
+the folders of conftest's fixtures calm_bert_dir, glue_dir, squad_dir and corpus_dir.
 
 Run it only when a task or the training itself is meant to change, and say in the commit why the numbers moved.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from bert_tickets.batches import Batches
 from bert_tickets.config import Config, build, tasks
@@ -15,32 +16,65 @@ from bert_tickets.mask import Mask
 from bert_tickets.models import prunable
 from bert_tickets.prune import magnitude, prune
 from bert_tickets.step import Step
+from bert_tickets.tasks import Task
 from bert_tickets.tasks.glue import Glue
+from bert_tickets.tasks.mlm import Mlm
+from bert_tickets.tasks.squad import Squad
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 STEPS = 10
 
 
-def losses(cfg: Config, *, packed: bool) -> list[float]:
+def cases(bert_dir, glue_dir, squad_dir, corpus_dir) -> dict[str, tuple[Task, Config]]:
+    """Every task, with small settings."""
+    given = {"model": str(bert_dir), "batch_size": 8, "lr": 1e-3}
+    found: dict[str, tuple[Task, Config]] = {}
+    for name in tasks("glue"):
+        found[name] = Glue(name), build("glue", {**given, "task": name, "data_dir": str(glue_dir), "max_length": 48})
+    windows = {"task": "squad", "data_dir": str(squad_dir), "max_length": 100, "doc_stride": 32}
+    found["squad"] = Squad(), build("squad", {**given, **windows})
+    found["mlm"] = Mlm(), build("mlm", {**given, "task": "mlm", "data_dir": str(corpus_dir), "max_length": 24})
+    return found
+
+
+def losses(task: Task, cfg: Config, *, packed: bool) -> list[float]:
     """The losses of ten masked steps (30 % pruned)."""
-    cfg = replace(cfg, max_length=48, train=replace(cfg.train, batch_size=8, lr=1e-3))
-    task = Glue(cfg.task)
     net, tokenizer = task.load_net(cfg)
     store, _ = task.load_data(cfg, tokenizer, torch.device("cpu"))
-    batches = Batches(store, cfg.train.batch_size, cfg.train.seed)
+    seed = cfg.train.seed
+    batches = Batches(store, cfg.train.batch_size, seed, alter=lambda batch, step: task.alter(batch, step, seed))
     mask = prune(Mask.ones(prunable(net)), magnitude(prunable(net)), 0.3)
     mask.apply(prunable(net))
     if not packed:
         net.set_attn_implementation("eager")
-
-    def logits(batch):
-        return task.outputs(net, batch) if packed else net(**padded(batch)).logits
-
-    step = Step(
-        lambda batch: task.loss_of(logits(batch), batch.labels), dict(net.named_parameters()), cfg.train, mask, store.device
-    )
+    loss = task.loss if packed else HUGGING_FACES[cfg.task if cfg.task in ("squad", "mlm") else "glue"]
+    params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    step = Step(lambda batch: loss(net, batch), params, cfg.train, mask, store.device)
     net.train()
     return [step(batches[i], cfg.train.lr * (1 - i / STEPS)).item() for i in range(STEPS)]
+
+
+def glue_loss(net, batch) -> torch.Tensor:
+    logits = net(**padded(batch)).logits
+    return F.cross_entropy(logits, batch.labels) if logits.shape[1] > 1 else F.mse_loss(logits[:, 0], batch.labels)
+
+
+def squad_loss(net, batch) -> torch.Tensor:
+    """Hugging Face's, but for the padding, which its softmax counts."""
+    inputs = padded(batch)
+    found = net(**inputs)
+    nowhere = (inputs["attention_mask"] == 0) * -1e30
+    begin, end = (F.cross_entropy(logits + nowhere, batch.labels[:, i]) for i, logits in enumerate(found[:2]))
+    return (begin + end) / 2
+
+
+def mlm_loss(net, batch) -> torch.Tensor:
+    labels = torch.full((batch.input_ids.shape[1],), -100)
+    labels[batch.chosen] = batch.labels
+    return net(**padded(batch), labels=labels.view(len(batch.lengths), -1)).loss
+
+
+HUGGING_FACES = {"glue": glue_loss, "squad": squad_loss, "mlm": mlm_loss}
 
 
 def padded(batch) -> dict[str, torch.Tensor]:
@@ -58,9 +92,5 @@ def padded(batch) -> dict[str, torch.Tensor]:
 if __name__ == "__main__":
     import sys
 
-    bert_dir, glue_dir = sys.argv[1:]
-    found = {
-        task: [round(x, 6) for x in losses(build("glue", {"task": task, "model": bert_dir, "data_dir": glue_dir}), packed=False)]
-        for task in tasks("glue")
-    }
+    found = {name: [round(x, 6) for x in losses(*case, packed=False)] for name, case in cases(*sys.argv[1:]).items()}
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

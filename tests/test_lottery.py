@@ -8,7 +8,6 @@ import torch
 import lt_glue
 from bert_tickets import UserError
 from bert_tickets.command import parse
-from bert_tickets.config import build, tasks
 from bert_tickets.lottery import oneshot
 from bert_tickets.mask import Mask
 from bert_tickets.models import digest, encoder_weights, load_bert, prunable, snapshot
@@ -305,12 +304,12 @@ def test_a_mnli_run_reports_both_sets(run_glue):
     assert results[0]["metric"] == "accuracy"
 
 
-def test_golden_losses_of_ten_steps_a_task(calm_bert_dir, glue_dir):
+def test_golden_losses_of_ten_steps_a_task(calm_bert_dir, glue_dir, squad_dir, corpus_dir):
     """Computed once with padded batches of Hugging Face's own model (`python tests/golden.py` makes them again)."""
-    from golden import GOLDEN, losses
+    from golden import GOLDEN, cases, losses
 
     golden = json.loads(GOLDEN.read_text())
-    assert set(golden) == set(tasks("glue"))
+    found = cases(calm_bert_dir, glue_dir, squad_dir, corpus_dir)
+    assert set(golden) == set(found)
     for task, expected in golden.items():
-        cfg = build("glue", {"task": task, "model": str(calm_bert_dir), "data_dir": str(glue_dir)})
-        assert losses(cfg, packed=True) == pytest.approx(expected, abs=2e-5), task
+        assert losses(*found[task], packed=True) == pytest.approx(expected, abs=2e-5), task
