@@ -52,7 +52,7 @@ class Config:
 
     task: str = flag("the task")
     model: str = flag("a BERT checkpoint: a name on the hub or a folder", "bert-base-uncased")
-    data_dir: str | None = flag("folder with the data in its original layout, instead of the hub", None)
+    data_dir: str | None = flag("folder of the original files, not the hub; or, to lt_pretrain.py, wikimedia/wikipedia", None)
     output_dir: str = flag("where run directories are made", "runs", identity=False)
     protocol: Literal["paper", "released"] = flag("do what the paper says, or what the released code does", "paper")
     init: str = flag("pretrained, random, or a file of weights (safetensors): what the ticket starts from", "pretrained")
