@@ -4,6 +4,7 @@
   python scripts/bench.py --model DIR --data-dir glue --tasks cola rte --levers    # each lever off in turn: its share
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # where a step's time goes
   python scripts/bench.py --model bert-base-uncased --tasks mnli --precision fp16 --json bench.json
+  python scripts/bench.py --model bert-base-uncased --tasks mlm --batch-size 16 --max-length 512
 
 The released loop is modelled faithfully (loops.py). All loops train the same network at the same sparsity on the same
 examples, in turns of a few steps, so that a change of the machine's speed meets each; a figure is the median of the turns.
@@ -59,8 +60,9 @@ def parse() -> argparse.Namespace:
 def prepare(name: str, args: argparse.Namespace) -> Any:
     import loops
 
-    if name not in tasks("glue") or (args.data_dir is None and name not in loops.LENGTHS):
-        raise UserError(f"no lengths for {name!r}: give --data-dir, or tasks of {', '.join(loops.LENGTHS)}")
+    ready = (*loops.LENGTHS, *loops.WHOLE)
+    if name not in (*tasks("glue"), *ready) or (args.data_dir is None and name not in ready):
+        raise UserError(f"no lengths for {name!r}: give --data-dir, or tasks of {', '.join(ready)}")
     fields = ("model", "data_dir", "batch_size", "max_length", "precision", "device")
     given = {field: getattr(args, field) for field in fields}
     return loops.prepare(name, given | {"limit_train": args.batch_size * args.turn_steps * (args.turns + 1)}, args.sparsity)
@@ -69,37 +71,22 @@ def prepare(name: str, args: argparse.Namespace) -> Any:
 # ---- the reports ----
 
 
-def machine_rate(precision: str, device: Any) -> float:
-    """Floating-point operations a second of one large square matrix product in the precision trained in."""
-    import loops
-    import torch
-
-    n = 8192 if device.type == "cuda" else 2048
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    loops.wait(device)
-    began = time.perf_counter()
-    for _ in range(3):
-        a @ b
-    loops.wait(device)
-    return 3 * 2 * n**3 / (time.perf_counter() - began)
-
-
 def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Ours, dense and masked, beside the released loop on one task."""
+    import clock
     import loops
 
     case = prepare(name, args)
     sides = {side: getattr(loops, side)(case) for side in ("ours", "dense", "released")}
     if case.device.type == "cuda":
         sides["graphs"] = loops.with_graphs(case)
-    rates = [machine_rate(case.precision, case.device)]
-    seconds = loops.take_turns(sides, args.turns, args.turn_steps, case.device)
-    rates.append(machine_rate(case.precision, case.device))
+    rates = [clock.machine_rate(case.precision, case.device)]
+    seconds = clock.take_turns(sides, args.turns, args.turn_steps, case.device)
+    rates.append(clock.machine_rate(case.precision, case.device))
     graphs = {"steps/s with --graphs": 1 / seconds["graphs"]} if "graphs" in seconds else {}
     tokens = float(case.store.lengths.mean()) * args.batch_size
-    share = loops.arithmetic(case.net, case.store.lengths) / len(case.store) * args.batch_size / statistics.mean(rates)
+    predicted = 0.15 * (case.store.lengths - 2).sum() if name == "mlm" else 0.0
+    share = clock.arithmetic(case.net, case.store.lengths, predicted) / len(case.store) * args.batch_size / statistics.mean(rates)
     return {
         "real tokens a step": tokens,
         "padded tokens a step": args.batch_size * args.max_length,
@@ -114,7 +101,7 @@ def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
         "share of it": share / seconds["ours"],
         "released share of it": share / seconds["released"],
         "masked over dense, %": 100 * (seconds["ours"] / seconds["dense"] - 1),
-        "masking alone, %": 100 * loops.masking_seconds(case) / seconds["ours"],
+        "masking alone, %": 100 * clock.masking_seconds(case.mask, case.device) / seconds["ours"],
         "peak memory, MiB": measure_alone(name, "ours", args)["peak memory, MiB"],
         "released peak memory, MiB": measure_alone(name, "released", args)["peak memory, MiB"],
     }
@@ -126,16 +113,17 @@ def measure_alone(name: str, side: str, args: argparse.Namespace, **environment:
     for field in ("model", "data_dir", "batch_size", "max_length", "sparsity", "turns", "turn_steps", "precision", "device"):
         if getattr(args, field) is not None:
             command += ["--" + field.replace("_", "-"), str(getattr(args, field))]
-    return json.loads(_output(command, **environment))
+    return json.loads(_output(command, **environment).splitlines()[-1])
 
 
 def alone(args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds a step, and MiB at most in use by this process (on CUDA, of the GPU's memory)."""
+    import clock
     import loops
     import torch
 
     case = prepare(args.tasks[0], args)
-    seconds = loops.take_turns({args.alone: getattr(loops, args.alone)(case)}, args.turns, args.turn_steps, case.device)
+    seconds = clock.take_turns({args.alone: getattr(loops, args.alone)(case)}, args.turns, args.turn_steps, case.device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if (status := Path("/proc/self/status")).exists():  # on Linux the other starts with the parent's peak
         used = int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -146,11 +134,12 @@ def alone(args: argparse.Namespace) -> dict[str, float]:
 
 def measure_levers(name: str, args: argparse.Namespace) -> dict[str, float]:
     """How much longer a step takes with each lever off, %."""
+    import clock
     import loops
 
     case = prepare(name, args)
     sides = {"all on": loops.ours(case)} | {lever: build(case) for lever, build in loops.LEVERS.items()}
-    seconds = loops.take_turns(sides, args.turns, args.turn_steps, case.device)
+    seconds = clock.take_turns(sides, args.turns, args.turn_steps, case.device)
     on = seconds.pop("all on")
     figures = {"all on, ms": 1000 * on} | {f"{lever}, %": 100 * (value / on - 1) for lever, value in seconds.items()}
     if case.device.type == "cpu":  # glibc's default cannot be had back in a process that left it
@@ -163,6 +152,7 @@ def measure_levers(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 def profile(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds a step of the costliest operations, by their own time on the device (on a CPU, by their own time)."""
+    import clock
     import loops
     import torch
 
@@ -176,7 +166,7 @@ def profile(name: str, args: argparse.Namespace) -> dict[str, float]:
         began = time.perf_counter()
         for i in range(args.turn_steps, 2 * args.turn_steps):
             loop(i)
-        loops.wait(case.device)
+        clock.wait(case.device)
         figures = {"a step, ms": 1000 * (time.perf_counter() - began) / args.turn_steps}
     own = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in found.key_averages()}
     for key in sorted(own, key=lambda key: -own[key])[:16]:

@@ -1,4 +1,4 @@
-"""The training loops that bench.py puts side by side, ours, ours with one lever off and the released code's; and clocks.
+"""The training loops that bench.py puts side by side: ours, ours with one lever off, and the released code's.
 
 Each loop takes a `Case` and returns a function that takes one step, by number. They train copies of one network at one
 sparsity on one set of examples.
@@ -10,10 +10,9 @@ import contextlib
 import copy
 import dataclasses
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -25,13 +24,17 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from bert_tickets import attention
 from bert_tickets.attention import Dropout
-from bert_tickets.batches import Batches, TokenStore
+from bert_tickets.batches import Batches, Store, TokenStore
 from bert_tickets.config import Config, build
+from bert_tickets.corpus import Corpus
 from bert_tickets.lottery import oneshot, prepare_device
 from bert_tickets.mask import Mask
-from bert_tickets.models import Net, load_bert, prunable
+from bert_tickets.models import Net, prunable
 from bert_tickets.step import Step, autocast, precision_of
+from bert_tickets.tasks import Task
 from bert_tickets.tasks.glue import Glue
+from bert_tickets.tasks.mlm import MASKED, RANDOM, SHARE, Mlm
+from bert_tickets.tasks.squad import Squad
 from bert_tickets.tokens import Tokens
 
 Loop = Callable[[int], Any]
@@ -40,6 +43,7 @@ Loop = Callable[[int], Any]
 # deviation of the logarithm). Measured with BERT's uncased vocabulary on the published CoLA and RTE, on the first 9,000 of
 # SST-2, and on samples of 8,999 of MNLI and of QQP.
 LENGTHS = {"cola": (11.3, 0.33), "sst2": (13.3, 0.68), "mnli": (40.2, 0.47), "qqp": (30.8, 0.36), "rte": (66.6, 0.48)}
+WHOLE = ("squad", "mlm")  # as if every window and block were full
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,9 @@ class Case:
     """A network at a sparsity, and examples to train it on."""
 
     net: Net
-    task: Glue
+    task: Task
     mask: Mask
-    store: TokenStore
+    store: Store
     cfg: Config
 
     @property
@@ -63,26 +67,32 @@ class Case:
 
 def prepare(name: str, given: dict[str, Any], sparsity: float) -> Case:
     """The case of one task: `given` holds fields of `Config`; without a `data_dir`, lengths are drawn."""
-    cfg, task = build("glue", {"task": name, **given}), Glue(name)
+    cfg = build(name if name in WHOLE else "glue", {"task": name, **given})
+    task: Any = Squad() if name == "squad" else Mlm() if name == "mlm" else Glue(name)
     device = prepare_device(cfg.device)
     torch.use_deterministic_algorithms(False)  # the released loop did not ask for it
-    net, tokenizer = load_bert(cfg.model, "classifier", "pretrained", 0, labels=len(task.row.labels) or 1)
+    net, tokenizer = task.load_net(cfg)
     assert cfg.limit_train is not None
     if cfg.data_dir:
         store = task.load_data(cfg, tokenizer, device)[0]
     else:
         store = drawn(name, net.config.vocab_size, cfg.limit_train, cfg.max_length, device)
+        task.mask_id, task.vocabulary = tokenizer.mask_token_id, len(tokenizer)  # of masked language modelling
     mask = oneshot(net, sparsity, "magnitude", 0)
     return Case(net.to(device).train(), task, mask, store, cfg)
 
 
-def drawn(task: str, vocabulary: int, count: int, longest: int, device: torch.device) -> TokenStore:
+def drawn(task: str, vocabulary: int, count: int, longest: int, device: torch.device) -> Store:
     """Random tokens with the task's published lengths."""
-    mean, spread = LENGTHS[task]
     rng = np.random.default_rng(0)
+    if task == "mlm":
+        stream = rng.integers(5, vocabulary, count * (longest - 2), dtype=np.int32)
+        return Corpus(stream, "drawn", (101, 102), longest, device)
+    mean, spread = LENGTHS.get(task, (longest, 0.0))
     lengths = rng.lognormal(math.log(mean) - spread**2 / 2, spread, count).round().clip(3, longest).astype(np.int64)
     ids = rng.integers(5, vocabulary, lengths.sum(), dtype=np.int32)
-    return TokenStore(Tokens(ids, np.zeros(len(ids), np.uint8), lengths), rng.integers(0, 2, count), device)
+    labels = rng.integers(0, 2, (count, 2) if task == "squad" else count)
+    return TokenStore(Tokens(ids, np.zeros(len(ids), np.uint8), lengths), labels, device)
 
 
 # ---- ours ----
@@ -110,8 +120,10 @@ def _step(case: Case, *, hooked: bool = False) -> tuple[Step, Loop]:
         _hook(net, case.mask)
     else:
         case.mask.apply(prunable(net))
-    batches = Batches(case.store, cfg.batch_size, 0, bucketed=cfg.graphs)
-    params, mask = dict(net.named_parameters()), None if hooked else case.mask
+    alter = partial(case.task.alter, seed=0)
+    batches = Batches(case.store, cfg.batch_size, 0, bucketed=cfg.graphs, alter=alter)
+    params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    mask = None if hooked else case.mask
     step = Step(lambda b: case.task.loss(net, b), params, cfg, mask, case.device)
     return step, lambda i: step(batches[i], cfg.lr)
 
@@ -122,6 +134,9 @@ def _step(case: Case, *, hooked: bool = False) -> tuple[Step, Loop]:
 def without_packing(case: Case) -> Loop:
     """Every example takes --max-length tokens, and all of them are computed."""
     store, longest = case.store, case.cfg.max_length
+    if isinstance(store, Corpus):
+        return ours(case)  # its blocks are full
+    assert isinstance(store, TokenStore)
     tokens = Tokens(
         np.resize(np.arange(5, 100, dtype=np.int32), len(store) * longest),
         np.zeros(len(store) * longest, np.uint8),
@@ -205,7 +220,8 @@ def released(case: Case) -> Loop:
     places = (rows.rows * cfg.max_length + rows.position_ids[0]).cpu()
     for at, values in enumerate((rows.input_ids[0], rows.token_type_ids[0], torch.ones_like(rows.rows))):
         spread[at, places] = values.cpu()
-    data = TensorDataset(*spread.view(3, len(case.store), cfg.max_length), rows.labels.cpu())
+    labels = rows.labels.cpu() if len(rows.labels) == len(case.store) else torch.zeros(len(case.store))  # or drawn below
+    data = TensorDataset(*spread.view(3, len(case.store), cfg.max_length), labels)
     loader = DataLoader(data, sampler=RandomSampler(data), batch_size=cfg.train.batch_size)
 
     def forever() -> Iterator[Any]:
@@ -224,8 +240,7 @@ def released(case: Case) -> Loop:
         nonlocal total
         ids, types, attended, labels = (tensor.to(device) for tensor in next(batches))
         with autocast(case.precision, device):
-            logits = net(input_ids=ids, token_type_ids=types, attention_mask=attended).logits
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = _loss(net, case.task, labels, input_ids=ids, token_type_ids=types, attention_mask=attended)
         scaler.scale(loss).backward()
         total += loss.item()
         scaler.unscale_(optimizer)
@@ -238,55 +253,19 @@ def released(case: Case) -> Loop:
     return step
 
 
+def _loss(net: Net, task: Any, labels: Tensor, **inputs: Tensor) -> Tensor:
+    """As the released scripts compute it: by transformers, of every position, padding and the whole vocabulary included."""
+    if isinstance(task, Squad):
+        return net(**inputs, start_positions=labels[:, 0], end_positions=labels[:, 1]).loss
+    if isinstance(task, Mlm):
+        ids = inputs["input_ids"]
+        chosen, kind = (torch.rand(ids.shape, device=ids.device) for _ in range(2))
+        shown = torch.where(kind < MASKED, task.mask_id, torch.randint_like(ids, task.vocabulary))
+        shown = torch.where((chosen < SHARE) & (kind < MASKED + RANDOM), shown, ids)
+        return net(**inputs | {"input_ids": shown}, labels=ids.masked_fill(chosen >= SHARE, -100)).loss
+    return nn.functional.cross_entropy(net(**inputs).logits.float(), labels)
+
+
 def _hook(net: Net, mask: Mask) -> None:
     for name, kept in mask.items():
         torch_prune.custom_from_mask(net.get_submodule(name.removesuffix(".weight")), "weight", kept.to(net.device))
-
-
-# ---- timing ----
-
-
-def arithmetic(net: Net, lengths: np.ndarray) -> float:
-    """Floating-point operations of one training step on examples of these lengths, none spent on padding.
-
-    Six a weight and token (two forward, four backward) in the encoder's matrices, and the two products of attention
-    within each example; the pooler and the head see one token an example and are left out.
-    """
-    weights = sum(p.numel() for name, p in prunable(net).items() if "pooler" not in name)
-    attention = 12 * net.config.hidden_size * net.config.num_hidden_layers * (lengths.astype(float) ** 2).sum()
-    return 6 * weights * lengths.sum() + attention
-
-
-def take_turns(loops: dict[str, Callable[[int], Any]], turns: int, steps: int, device: torch.device) -> dict[str, float]:
-    """Median seconds a step of each loop. The first turn is a warm-up and does not count; who begins a turn changes."""
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    names = list(loops)
-    for turn in range(turns + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            wait(device)
-            began = time.perf_counter()
-            for i in range(turn * steps, (turn + 1) * steps):
-                loops[name](i)
-            wait(device)
-            if turn:
-                seconds[name].append((time.perf_counter() - began) / steps)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def masking_seconds(case: Case) -> float:
-    """What masking adds to a step, alone and warm: one multiplication of every masked gradient."""
-    masks = [kept.to(case.device, torch.float32) for kept in case.mask.values()]
-    grads = [torch.randn_like(kept) for kept in masks]
-    seconds = []
-    for _ in range(12):
-        wait(case.device)
-        began = time.perf_counter()
-        torch._foreach_mul_(grads, masks)
-        wait(case.device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

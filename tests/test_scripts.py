@@ -139,8 +139,8 @@ def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, g
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import bench
 
-    words = f"bench.py --tasks sst2 rte --model {bert_dir} --batch-size 4 --max-length 48 --turns 1 --turn-steps 2"
-    words += f" --json {tmp_path}/b.json" + (f" --data-dir {glue_dir}" if source == "data" else "")
+    words = f"bench.py --model {bert_dir} --batch-size 4 --max-length 48 --turns 1 --turn-steps 2 --json {tmp_path}/b.json"
+    words += f" --tasks sst2 rte --data-dir {glue_dir}" if source == "data" else " --tasks sst2 rte mlm"
     monkeypatch.setattr("sys.argv", words.split())
     monkeypatch.setattr(bench, "measure_start", lambda args: 1.0)  # starts processes; run by hand
     monkeypatch.setattr(bench, "measure_alone", lambda *_: {"peak memory, MiB": 1.0})

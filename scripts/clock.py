@@ -1,0 +1,76 @@
+"""Clocks of bench.py: loops in turns, the machine's own rate, what a step's arithmetic and its masking come to."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from bert_tickets.mask import Mask
+from bert_tickets.models import Net, prunable
+
+
+def machine_rate(precision: str, device: torch.device) -> float:
+    """Floating-point operations a second of one large square matrix product in the precision trained in."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(3):
+        a @ b
+    wait(device)
+    return 3 * 2 * n**3 / (time.perf_counter() - began)
+
+
+def arithmetic(net: Net, lengths: np.ndarray, predicted: float = 0) -> float:
+    """Floating-point operations of one training step on examples of these lengths, none spent on padding.
+
+    Six a weight and token (two forward, four backward) in the encoder's matrices, the two products of attention within
+    each example, and for `predicted` masked tokens the head: its transform and the vocabulary. Other heads and the pooler
+    are left out.
+    """
+    weights = sum(p.numel() for name, p in prunable(net).items() if "pooler" not in name)
+    attention = 12 * net.config.hidden_size * net.config.num_hidden_layers * (lengths.astype(float) ** 2).sum()
+    head = net.config.hidden_size * (net.config.hidden_size + net.config.vocab_size)
+    return 6 * (weights * lengths.sum() + head * predicted) + attention
+
+
+def take_turns(loops: dict[str, Callable[[int], Any]], turns: int, steps: int, device: torch.device) -> dict[str, float]:
+    """Median seconds a step of each loop. The first turn is a warm-up and does not count; who begins a turn changes."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
+    for turn in range(turns + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            wait(device)
+            began = time.perf_counter()
+            for i in range(turn * steps, (turn + 1) * steps):
+                loops[name](i)
+            wait(device)
+            if turn:
+                seconds[name].append((time.perf_counter() - began) / steps)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def masking_seconds(mask: Mask, device: torch.device) -> float:
+    """What masking adds to a step, alone and warm: one multiplication of every masked gradient."""
+    masks = [kept.to(device, torch.float32) for kept in mask.values()]
+    grads = [torch.randn_like(kept) for kept in masks]
+    seconds = []
+    for _ in range(12):
+        wait(device)
+        began = time.perf_counter()
+        torch._foreach_mul_(grads, masks)
+        wait(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
