@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert_tickets import UserError, first_line
+from bert_tickets import UserError
+from bert_tickets.hub import from_hub
 
 PIECE = 1 << 16  # bytes of a file read at a time, about
 
@@ -118,15 +119,5 @@ def _joined(texts: Iterable[str]) -> Iterator[str]:
     yield "\n".join(held)
 
 
-@contextmanager
-def _hub(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError:
-        raise UserError("reading a corpus from the hub needs the package datasets; or give --data-dir") from None
-    except Exception as error:  # offline, a proxy's refusal, an incomplete cache: the hub client raises many kinds
-        raise UserError(
-            f"{name} ({HUB[name]}) could not be had from the hub: {first_line(error)}\n"
-            f"Give --data-dir a folder with {FILES['train']} and {FILES['validation']}, or fill the Hugging Face cache where "
-            "there is a network."
-        ) from None
+def _hub(name: str) -> AbstractContextManager[None]:
+    return from_hub(f"{name} ({HUB[name]})", f"a folder with {FILES['train']} and {FILES['validation']}")

@@ -29,6 +29,7 @@ FLOORS = {
     "tasks.glue": 1,
     "tasks.mlm": 1,
     "tasks.squad": 1,
+    "hub": 0,
     "texts": 0,
     "windows": 0,
     "corpus": 1,

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_tickets import UserError, first_line
+from bert_tickets import UserError
 from bert_tickets.batches import Batch, TokenStore, order
 from bert_tickets.config import Config
+from bert_tickets.hub import from_hub
 from bert_tickets.metrics import METRICS, compare_with_evaluate
 from bert_tickets.models import Net, classify, load_bert
 from bert_tickets.tokens import tokenize
@@ -208,17 +209,10 @@ def _label(text: str, row: Row) -> float | None:
 
 def read_hub(name: str, row: Row) -> dict[str, list[Example]]:
     """All splits from the hub, or its cache, through `datasets`."""
-    try:
+    with from_hub(f"{HUB} ({name})", "a folder in GLUE's original layout"):
         from datasets import load_dataset
 
         data = load_dataset(HUB, name)
-    except ImportError:
-        raise UserError("reading GLUE from the hub needs the package datasets; or give --data-dir") from None
-    except Exception as error:  # offline, a proxy's refusal, an incomplete cache: the hub client raises many kinds
-        raise UserError(
-            f"{HUB} ({name}) could not be had from the hub: {first_line(error)}\n"
-            "Give --data-dir a folder in GLUE's original layout, or fill the Hugging Face cache where there is a network."
-        ) from None
     splits = {}
     for split in ("train", *row.dev):
         columns = [data[split][column] for column in (*row.hub_texts, "label")]

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_tickets import UserError, first_line
+from bert_tickets import UserError
 from bert_tickets import files as whole_files
 from bert_tickets.batches import Batch, TokenStore, order
 from bert_tickets.config import Config
+from bert_tickets.hub import from_hub
 from bert_tickets.metrics import compare_with_evaluate, squad_scores
 from bert_tickets.models import Net, encode, load_bert
 from bert_tickets.tokens import Arrays, Tokens
@@ -209,17 +210,10 @@ def _kind(value: Any) -> str:
 
 def read_hub() -> dict[str, list[Question]]:
     """Both splits from the hub, or its cache, through `datasets`."""
-    try:
+    with from_hub(HUB, f"a folder with {' and '.join(FILES.values())}"):
         from datasets import load_dataset
 
         data = load_dataset(HUB)
-    except ImportError:
-        raise UserError("reading SQuAD from the hub needs the package datasets; or give --data-dir") from None
-    except Exception as error:  # offline, a proxy's refusal, an incomplete cache: the hub client raises many kinds
-        raise UserError(
-            f"{HUB} could not be had from the hub: {first_line(error)}\n"
-            f"Give --data-dir a folder with {' and '.join(FILES.values())}, or fill the Hugging Face cache elsewhere."
-        ) from None
     return {
         split: [
             Question(id, question, context, tuple(zip(answers["text"], answers["answer_start"], strict=True)))
