@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.masking_utils import sdpa_mask
 
 from bert_tickets.batches import Batch
 
@@ -84,6 +85,7 @@ class Layout:
     there: Tensor  # [G], which of the T * heads rows a place shows; padding shows a token of its own example
     back: Tensor  # [T * heads], each row's place
     padding: Tensor  # [G, 1], True at padding
+    calls: list[None] = field(default_factory=list)  # of attention by this grid
 
 
 def layout(batch: Batch, heads: int) -> Layout:
@@ -210,6 +212,7 @@ def packed_attention(
     if grid is None:
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
         return out.transpose(1, 2), None
+    grid.calls.append(None)
     _, heads, tokens, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1).reshape(tokens * heads, width) for x in (query, key, value))
@@ -228,3 +231,4 @@ def packed_attention(
 
 
 transformers.AttentionInterface.register("packed", packed_attention)
+transformers.AttentionMaskInterface.register("packed", sdpa_mask)  # for a padded batch, as anyone may give the network

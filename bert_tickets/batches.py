@@ -76,6 +76,7 @@ class TokenStore:
             raise ValueError(f"{len(labels)} labels for {len(tokens.lengths)} examples")
         self.sha256 = hashlib.sha256(tokens.sha256().encode() + labels.tobytes()).hexdigest()
         self.device = torch.device(device)
+        self._longest = int(tokens.lengths.max(initial=0))
         self.lengths = tokens.lengths  # on the host as well, to know a batch's shape without asking the device
         self.labels = torch.from_numpy(labels).to(device)
         self._ids = torch.from_numpy(tokens.ids).to(device)
@@ -98,7 +99,7 @@ class TokenStore:
         source = self._offsets[examples][rows] + position
         spare = 0
         if bucketed:
-            longest = min(_round_up(longest, 32), int(self.lengths.max()))
+            longest = min(_round_up(longest, 32), self._longest)
             spare = min(_round_up(tokens, max(32, (1 << tokens.bit_length()) // 32)), len(lengths) * longest) - tokens
             rows = F.pad(rows, (0, spare), value=int(lengths.argmin()))
             position = F.pad(position, (0, spare), value=longest - 1)

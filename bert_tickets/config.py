@@ -85,6 +85,14 @@ class Config:
         """The share of what is left that goes before each level."""
         return fractions(self.levels, self.rate, self.schedule)
 
+    @property
+    def spanned(self) -> int:
+        """Levels that the learning rate's fall spans: one; or all that the schedule has, whatever --levels asks for."""
+        if self.decay == "level" or self.mask is not None:
+            return 1
+        most = most_levels(self.rate, self.schedule)
+        return 10 if math.isinf(most) else int(most)
+
     def rewind_step(self, steps: int) -> int:
         """The step of `steps` whose weights each level starts from; 0 also for `none`, where nothing is rewound."""
         if self.rewind == "none":
@@ -194,6 +202,8 @@ def _check_effect(given: dict[str, Any], rewind: str) -> None:
         idle["rewind"] += " (to start it from later weights: --init runs/.../rewind.safetensors)"
     elif rewind == "none":
         idle["rewind_head"] = "has no meaning with --rewind none"
+    if given.get("max_steps") is not None:
+        idle["epochs"] = "has no effect beside --max-steps: give one of them"
     for name, why in idle.items():
         if name in given:
             raise UserError(f"--{name.replace('_', '-')} {why}")
@@ -233,7 +243,8 @@ def _check(cfg: Config) -> None:
 
 def identity(cfg: Config, preset: str) -> dict[str, Any]:
     """What differs from the protocol's preset and bears on the result; files count by their content."""
-    values, plain = flat(cfg), flat(build(preset, {"task": cfg.task, "protocol": cfg.protocol}))
+    standard = build(preset, {"task": cfg.task, "protocol": cfg.protocol})
+    values, plain = (flat(each) | {"reset_optimizer": each.resets_optimizer} for each in (cfg, standard))
     differs = {name: value for name, value in values.items() if FIELDS[name].metadata["identity"] and value != plain[name]}
     for name in ("mask", "init"):
         if name in differs and Path(differs[name]).is_file():

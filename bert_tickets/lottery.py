@@ -87,6 +87,8 @@ def finetune(setup: Setup, run: Run, mask: Mask) -> None:
     """Train one given ticket on the task: TRANSFER(source, target), or a row of Table 2."""
     params, matrices = dict(setup.net.named_parameters()), prunable(setup.net)
     mask.check_fits({name: p for name, p in params.items() if name in matrices or name in mask}, "the model")
+    if mask.info.get("base_model", setup.cfg.model) != setup.cfg.model:
+        print(f"the mask was found on {mask.info['base_model']}, and trains {setup.cfg.model}: are they the same weights?")
     if not run.finished(0):
         mask.apply(params)
         fit(setup, run, 0, mask, mask)
@@ -121,7 +123,7 @@ def fit(
         cfg.train,
         keeper,
         mask=mask,
-        span=setup.steps * run.levels if cfg.decay == "run" else None,
+        span=setup.steps * cfg.spanned,
         start=start,
         capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
         moments=moments,
@@ -191,6 +193,7 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
             "device": device.type,
             "precision": precision_of(cfg.train.precision, device),
             "model": digest(encoder_weights(net)),
+            "head": digest({name: p for name, p in net.named_parameters() if name not in encoder_weights(net)}),
             "architecture": {key: value for key, value in net.config.to_dict().items() if key in ARCHITECTURE},
             "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
             "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},

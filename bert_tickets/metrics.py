@@ -43,6 +43,8 @@ def pearson(predictions: Array, references: Array) -> float:
     """Pearson correlation (STS-B), in [-1, 1]."""
     from scipy.stats import pearsonr
 
+    if len(references) < 2:
+        return float("nan")  # SciPy refuses it, though not Spearman's
     return _quietly(lambda: pearsonr(predictions, references)[0])
 
 

@@ -42,7 +42,10 @@ def encode(net: Net, batch: Batch) -> Tensor:
     bert = net.bert
     hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
     grid = layout(batch, net.config.num_attention_heads)
-    return bert.encoder(hidden, attention_mask=None, grid=grid).last_hidden_state[0]
+    hidden = bert.encoder(hidden, attention_mask=None, grid=grid).last_hidden_state[0]
+    if len(grid.calls) != net.config.num_hidden_layers:  # examples would see each other, and nothing would say so
+        raise RuntimeError(f"transformers {transformers.__version__} does not hand the grid on to attention")
+    return hidden
 
 
 def classify(net: Net, batch: Batch) -> Tensor:

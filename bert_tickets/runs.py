@@ -130,7 +130,7 @@ class Run:
             about = read_json(path)
             before = about["fingerprint"]
             for key, value in facts.items():
-                if before.get(key) != value:
+                if key in before and before[key] != value:
                     raise UserError(
                         f"{self.dir} was begun with {key} {_brief(before.get(key))}, and now it is {_brief(value)}. "
                         "Going on would mix two runs: restore the former, or give another --output-dir."

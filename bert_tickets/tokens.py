@@ -23,6 +23,7 @@ from bert_tickets import UserError
 from bert_tickets.files import read_facts, read_tensors, write_tensors
 
 Arrays = dict[str, np.ndarray]
+CHUNK = 10_000  # texts tokenised at a time: the tokenizer's lists take dozens of times the memory of the arrays
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,15 @@ def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) 
     """
 
     def make() -> Arrays:
+        if len({len(column) for column in columns}) > 1:
+            raise ValueError(f"columns of {', '.join(str(len(column)) for column in columns)} texts")
         options = {"truncation": "longest_first", "max_length": max_length}
-        texts = [list(column) for column in columns]
-        encoded = tokenizer(*texts, **options, return_token_type_ids=True, return_attention_mask=False)
-        return vars(Tokens.of(encoded["input_ids"], encoded["token_type_ids"]))
+        arrays = []
+        for begin in range(0, max(1, len(columns[0])), CHUNK):
+            texts = [list(column[begin : begin + CHUNK]) for column in columns]
+            encoded = tokenizer(*texts, **options, return_token_type_ids=True, return_attention_mask=False)
+            arrays.append(Tokens.of(encoded["input_ids"], encoded["token_type_ids"]))
+        return {name: np.concatenate([getattr(part, name) for part in arrays]) for name in ("ids", "types", "lengths")}
 
     return Tokens(**cached(tokenizer, columns, [max_length, tokenizer.truncation_side, "longest_first"], make))
 

@@ -129,6 +129,7 @@ def train(
                 if keeper.stop_requested:
                     keeper.stopped(at)
     check(_finite(step.params), "a weight became infinite or NaN")
+    step.graphs = None  # a circle, whose memory the next level would wait for the garbage collector to have
     return Result(steps - start, seconds + time.monotonic() - began, losses, step.moments())
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from bert_tickets import UserError
 from bert_tickets.command import hyphens, run_command
-from bert_tickets.config import Config, tasks
+from bert_tickets.config import Config, preset_values, tasks
 from bert_tickets.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +43,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", default=Config.model, metavar="TEXT", help="a BERT checkpoint")
     parser.add_argument("--data-dir", metavar="DIR", help="real texts in GLUE's layout; otherwise lengths are drawn")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="(default: the paper's)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="(default: the paper's)")
     parser.add_argument("--sparsity", type=float, default=0.5, metavar="X", help="of both networks (default: 0.5)")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="turns of each loop (default: 5)")
     parser.add_argument("--turn-steps", type=int, default=4, metavar="N", help="steps a turn (default: 4)")
@@ -65,7 +65,8 @@ def prepare(name: str, args: argparse.Namespace) -> Any:
         raise UserError(f"no lengths for {name!r}: give --data-dir, or tasks of {', '.join(ready)}")
     fields = ("model", "data_dir", "batch_size", "max_length", "precision", "device")
     given = {field: getattr(args, field) for field in fields}
-    return loops.prepare(name, given | {"limit_train": args.batch_size * args.turn_steps * (args.turns + 1)}, args.sparsity)
+    batch_size = args.batch_size or preset_values(name if name in loops.WHOLE else "glue", "paper")["batch_size"]
+    return loops.prepare(name, given | {"limit_train": batch_size * args.turn_steps * (args.turns + 1)}, args.sparsity)
 
 
 # ---- the reports ----
@@ -84,19 +85,21 @@ def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     seconds = clock.take_turns(sides, args.turns, args.turn_steps, case.device)
     rates.append(clock.machine_rate(case.precision, case.device))
     graphs = {"steps/s with --graphs": 1 / seconds["graphs"]} if "graphs" in seconds else {}
-    tokens = float(case.store.lengths.mean()) * args.batch_size
+    batch_size = case.cfg.train.batch_size
+    padded = batch_size * case.cfg.max_length
+    tokens = float(case.store.lengths.mean()) * batch_size
     predicted = 0.15 * (case.store.lengths - 2).sum() if name == "mlm" else 0.0
-    share = clock.arithmetic(case.net, case.store.lengths, predicted) / len(case.store) * args.batch_size / statistics.mean(rates)
+    share = clock.arithmetic(case.net, case.store.lengths, predicted) / len(case.store) * batch_size / statistics.mean(rates)
     return {
         "real tokens a step": tokens,
-        "padded tokens a step": args.batch_size * args.max_length,
+        "padded tokens a step": padded,
         "steps/s": 1 / seconds["ours"],
         **graphs,
         "released steps/s": 1 / seconds["released"],
         "times faster": seconds["released"] / seconds["ours"],
         "real tokens/s": tokens / seconds["ours"],
         "released real tokens/s": tokens / seconds["released"],
-        "released padded tokens/s": args.batch_size * args.max_length / seconds["released"],
+        "released padded tokens/s": padded / seconds["released"],
         "machine GFLOP/s": statistics.mean(rates) / 1e9,
         "share of it": share / seconds["ours"],
         "released share of it": share / seconds["released"],
@@ -207,8 +210,11 @@ def measure_start(args: argparse.Namespace) -> float:
     if args.data_dir is None or not args.tasks:
         return math.nan
     with tempfile.TemporaryDirectory() as folder:
-        words = f"--task {args.tasks[0]} --levels 1 --max-steps 1 --limit-eval 8 --device {args.device} --output-dir {folder}"
-        command = [sys.executable, str(ROOT / "lt_glue.py"), *words.split(), "--model", args.model, "--data-dir", args.data_dir]
+        words = f"--levels 1 --max-steps 1 --limit-eval 8 --device {args.device} --output-dir {folder}"
+        scripts = {"squad": "lt_squad.py", "mlm": "lt_pretrain.py"}
+        words += "" if args.tasks[0] in scripts else f" --task {args.tasks[0]}"
+        script = str(ROOT / scripts.get(args.tasks[0], "lt_glue.py"))
+        command = [sys.executable, script, *words.split(), "--model", args.model, "--data-dir", args.data_dir]
         for extra in (["--seed", "1"], []):  # the first fills the cache of tokens
             began = time.perf_counter()
             _output(command + extra)

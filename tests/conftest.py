@@ -173,8 +173,8 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(bert_dir: Path, glue_dir: Path, squad_dir: Path, corpus_dir: Path) -> dict[str, list[str]]:
     """Small settings for each training script: some dozen steps of a level, no levels said."""
     words = {
-        "lt_glue.py": f"--task rte --data-dir {glue_dir} --batch-size 16 --epochs 2",
-        "lt_squad.py": f"--data-dir {squad_dir} --max-length 100 --doc-stride 32 --batch-size 16 --epochs 2",
+        "lt_glue.py": f"--task rte --data-dir {glue_dir} --batch-size 16 --max-steps 6",
+        "lt_squad.py": f"--data-dir {squad_dir} --max-length 100 --doc-stride 32 --batch-size 16 --max-steps 8",
         "lt_pretrain.py": f"--data-dir {corpus_dir} --max-length 16 --batch-size 8 --max-steps 6 --limit-eval 9",
     }
     return {script: f"{line} --model {bert_dir} --lr 1e-3 --log-every 2".split() for script, line in words.items()}

@@ -366,7 +366,7 @@ def test_presets_set_only_fields(preset, protocol):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.permutations(sorted(set(GIVEN) - {"task", "mask", "rewind"})))
+@given(st.permutations(sorted(set(GIVEN) - {"task", "mask", "rewind", "epochs"})))
 def test_a_name_does_not_depend_on_the_order_of_the_flags(order):
     assert name(**{field: GIVEN[field] for field in order}) == name(**{field: GIVEN[field] for field in sorted(order)})
 
@@ -380,6 +380,30 @@ def test_a_default_that_is_written_out_changes_no_name():
     defaults = {field: value for field, value in flat(config()).items() if value is not None and field in offered("glue")}
     assert name(**defaults) == name()
     assert identity(config(**defaults), "glue") == {}
+
+
+def test_the_same_said_in_other_words_changes_no_name():
+    assert name(reset_optimizer=True) == name() != name(reset_optimizer=False)
+    assert name(rewind="none", reset_optimizer=False) == name(rewind="none") != name(rewind="none", reset_optimizer=True)
+
+
+def test_epochs_beside_steps_are_refused(capsys):
+    assert "--epochs has no effect beside --max-steps" in refusal(capsys, ["--task", "rte", "--epochs", "1", "--max-steps", "10"])
+
+
+@pytest.mark.parametrize(
+    ("words", "levels"),
+    [
+        ("", 1),
+        ("--protocol released", 10),
+        ("--protocol released --levels 4", 10),  # a shorter run is the beginning of the whole one
+        ("--protocol released --rate 0.3", 4),
+        ("--protocol released --schedule geometric --levels 5", 10),
+        ("--protocol released --mask m.safetensors", 1),
+    ],
+)
+def test_the_released_schedule_spans_all_levels_there_are(words, levels):
+    assert config(*words.split()).spanned == levels
 
 
 def test_a_name_tells_task_kind_protocol_and_seed():

@@ -22,8 +22,9 @@ def run_glue(bert_dir, glue_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def go(*extra, model=bert_dir):
-        argv = f"--task sst2 --model {model} --data-dir {glue_dir} --batch-size 16 --epochs 2 --lr 1e-3"
+        argv = f"--task sst2 --model {model} --data-dir {glue_dir} --batch-size 16 --lr 1e-3"
         argv += "" if "--mask" in extra else " --levels 3 --rate 0.3"
+        argv += "" if "--max-steps" in extra else " --epochs 2"
         cfg = parse("glue", None, f"{argv} --log-every 2".split() + [str(word) for word in extra])
         lt_glue.main(cfg)
         run = Run(cfg, "glue")
@@ -111,7 +112,7 @@ def test_released_protocol_spans_all_levels_and_carries_the_head_on(run_glue, wa
     heads = [watched[level * steps][2] for level in range(3)]
     for level in range(3):
         rates = [lr for _, lr, _ in watched[level * steps : (level + 1) * steps]]
-        assert rates == pytest.approx([1e-3 * (1 - i / (3 * steps)) for i in range(steps)])
+        assert rates == pytest.approx([1e-3 * (1 - i / (4 * steps)) for i in range(steps)])  # four levels at --rate 0.3
     assert torch.equal(heads[0], theta0(bert_dir)["classifier.weight"])
     assert not torch.equal(heads[1], heads[0])
     assert not torch.equal(heads[2], heads[1])
@@ -180,6 +181,15 @@ def test_a_given_ticket_is_trained_once(run_glue, tmp_path, bert_dir):
     assert kept.info == {"method": "oneshot random"}
     weights = {n: w * mask[n] if n in mask else w for n, w in theta0(bert_dir).items() if n.startswith("bert.")}
     assert results[0]["starts_at_sha256"] == digest(weights)
+
+
+def test_a_mask_of_another_checkpoint_is_pointed_out(run_glue, tmp_path, bert_dir, capsys):
+    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
+    mask = oneshot(net, 0.5, "magnitude", 0)
+    for base, said in [("bert-base-cased", True), (str(bert_dir), False)]:
+        mask.write(tmp_path / "m.safetensors", base_model=base)
+        run_glue("--mask", tmp_path / "m.safetensors", "--max-steps", 1)
+        assert ("the mask was found on bert-base-cased" in capsys.readouterr().out) == said
 
 
 def test_a_released_mask_pt_trains_as_the_mask_it_holds(run_glue, bert_dir):

@@ -120,6 +120,22 @@ def test_the_grid_of_attention_holds_every_token_once_and_pads_only_like_with_li
         assert (shown == shown[:, :1, :1]).all()  # also padding shows its own example
 
 
+def test_a_padded_batch_may_be_given_to_the_network_as_well(net):
+    """By transformers' own forward: padding is masked then too."""
+    net.eval()
+    store, examples = store_of([9, 30, 4]), torch.arange(3)
+    expected = classify(net, store.batch(examples))
+    torch.testing.assert_close(net(**padded(store, examples)).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_grid_that_attention_never_saw_is_no_result(net, monkeypatch):
+    """As of a transformers that hands it on no more: examples would see each other."""
+    plain = type(net.bert.encoder).forward
+    monkeypatch.setattr(type(net.bert.encoder), "forward", lambda self, *args, grid, **more: plain(self, *args, **more))
+    with pytest.raises(RuntimeError, match="does not hand the grid on"):
+        classify(net, store_of([9, 4]).batch(torch.arange(2)))
+
+
 def test_examples_of_a_batch_do_not_see_each_other(net):
     net.eval()
     store = store_of([9, 30, 4, 22])

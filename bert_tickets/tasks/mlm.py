@@ -46,7 +46,7 @@ class Mlm:
         held_out = load_corpus(texts["validation"], tokenizer, cfg.max_length, cfg.limit_eval, device, self.fix)
         print(
             f"{len(train):,} blocks of {cfg.max_length} tokens to train on, {len(held_out):,} to evaluate on; "
-            f"knowing the tokens' frequencies alone loses {train.unigram_entropy:.3f} nats a token"
+            f"knowing these ones' frequencies alone loses {held_out.unigram_entropy:.3f} nats a token"
         )
         return train, {"validation": held_out}
 
