@@ -84,3 +84,18 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, t
     assert len(tokenize(tokenizer, [TEXTS], 12).lengths) == 4
     assert "not cached" in capsys.readouterr().out
     assert Path(tmp_path / "file").is_file()
+
+
+@pytest.mark.parametrize("columns", [[TEXTS * 3], [TEXTS * 3, TEXTS[::-1] * 3]])
+def test_texts_tokenised_in_parts_are_texts_tokenised_at_once(tmp_path, monkeypatch, tokenizer, columns):
+    monkeypatch.setattr(tokens, "HF_HOME", str(tmp_path / "whole"))
+    whole = tokenize(tokenizer, columns, 12)
+    monkeypatch.setattr(tokens, "HF_HOME", str(tmp_path / "parts"))
+    monkeypatch.setattr(tokens, "CHUNK", 5)
+    assert same(tokenize(tokenizer, columns, 12), whole)
+    assert tokenizer.calls == 1 + 3
+
+
+def test_columns_of_different_lengths_are_refused(cache, tokenizer):
+    with pytest.raises(ValueError, match="columns of 4, 5 texts"):
+        tokenize(tokenizer, [TEXTS, [*TEXTS, "more"]], 12)
