@@ -148,6 +148,12 @@ def read_facts(path: Path) -> dict[str, Any]:
         return json.loads((file.metadata() or {}).get("facts", "{}"))
 
 
+def read_info(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself in its header, a mask's origin for one; its tensors are not read."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:

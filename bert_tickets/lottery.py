@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from bert_tickets import UserError
 from bert_tickets.batches import Batches, Store, seeded
 from bert_tickets.config import Config
+from bert_tickets.files import read_facts
 from bert_tickets.mask import Mask
 from bert_tickets.models import Net, digest, encoder_weights, prunable, rewind, snapshot
 from bert_tickets.prune import magnitude, prune, random_scores
@@ -193,6 +195,7 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
             "device": device.type,
             "precision": precision_of(cfg.train.precision, device),
             "model": digest(encoder_weights(net)),
+            "init": read_facts(Path(cfg.init)) if cfg.init not in ("pretrained", "random") else None,
             "head": digest({name: p for name, p in net.named_parameters() if name not in encoder_weights(net)}),
             "architecture": {key: value for key, value in net.config.to_dict().items() if key in ARCHITECTURE},
             "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},

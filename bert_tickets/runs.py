@@ -175,7 +175,8 @@ class Run:
         return read_tensors(self.level_dir(self.done - 1) / "moments.safetensors")
 
     def save_rewind(self, net: nn.Module) -> None:
-        write_tensors(self.dir / "rewind.safetensors", dict(net.named_parameters()))
+        facts = {"rewound": f"{self.cfg.task} trained to {self.cfg.rewind}, seed {self.cfg.train.seed}"}
+        write_tensors(self.dir / "rewind.safetensors", dict(net.named_parameters()), facts)
 
     def load_rewind(self) -> dict[str, Tensor]:
         return read_tensors(self.dir / "rewind.safetensors")

@@ -41,6 +41,7 @@ FLOORS = {
     "report": 3,
     "perturb": 3,
     "compare": 3,
+    "records": 3,
 }
 AT_ONCE = {"config", "metrics", "command", "report", "compare"}  # what --help, a mistyped flag and --dry-run need: no torch
 TRANSFORMERS = {"models", "attention"}

@@ -229,7 +229,7 @@ def test_what_a_run_directory_holds(go, tmp_path):
     about = json.loads(next(data for name, data in found.items() if name.endswith("run.json")))
     assert about["config"]["lr"] == 1e-3
     assert about["differs_from_preset"]["levels"] == 3
-    assert set(about["fingerprint"]) == {"device", "precision", "model", "head", "architecture", "train", "evaluation"}
+    assert set(about["fingerprint"]) == {"device", "precision", "model", "init", "head", "architecture", "train", "evaluation"}
     assert {"torch", "transformers", "python"} <= set(about["environment"]["versions"])
     lines = next(data for name, data in found.items() if name.endswith("results.jsonl")).splitlines()
     assert [json.loads(line)["level"] for line in lines] == [0, 1, 2]

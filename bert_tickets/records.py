@@ -1,0 +1,153 @@
+"""What finished runs came to, a record a level: what was trained, on which task, and what it scored.
+
+Tables and figures are made of these. A run directory says what it is; nothing is read from its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bert_tickets import UserError
+from bert_tickets.files import read_info, read_json
+
+IMP, ONESHOT, RANDOM, GIVEN = "IMP", "one-shot", "random", "given"  # where a ticket comes from; or the task that found it
+PRETRAINED, SHUFFLED = "pre-trained", "shuffled"  # what a ticket's weights are; or "random", or what their file says
+# How a ticket is found, beside `rewind`; the rest of what differs from the preset is how it is trained.
+FINDING = ("rate", "schedule", "scope", "rewind_head", "prune_first", "decay", "reset_optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One level of one run."""
+
+    run: Path
+    level: int
+    task: str
+    metric: str  # the paper's of this task, a key of `metrics`
+    metrics: Mapping[str, float | None]  # shares or correlations, not percent; None where undefined
+    seed: int
+    sparsity: float  # share of the prunable weights removed, to four decimals
+    ticket: str  # IMP: found by this run; else the given one's origin: ONESHOT, RANDOM, GIVEN or the task that found it
+    ticket_seed: int | None  # of a given ticket, where it says
+    weights: str  # what the ticket starts from
+    rewind: str  # of a ticket found by this run: 0, a step, a share, none; "" of a given one
+    finding: str  # how a ticket is found, where it differs from the preset
+    setting: str  # how it is trained, likewise; records of one task compare under one setting
+    mask_sha256: str
+
+    @property
+    def value(self) -> float | None:
+        """The task's own metric."""
+        return self.metrics[self.metric]
+
+    @property
+    def mask_file(self) -> Path:
+        return self.run / f"level_{self.level:02d}" / "mask.safetensors"
+
+
+def read_records(places: Iterable[str | Path]) -> list[Record]:
+    """The finished levels of run directories, or of the folders that hold them, in the order of their names.
+
+    Raises `UserError` where there is no run, or one is damaged.
+    """
+    given = [Path(place) for place in places]
+    runs = sorted({about.parent.resolve(): about.parent for place in given for about in _abouts(place)}.values())
+    if not runs:
+        raise UserError(f"no run directory in {', '.join(map(str, given))}")
+    return [record for run in runs for record in _read_run(run)]
+
+
+def _abouts(place: Path) -> list[Path]:
+    return [place / "run.json"] if (place / "run.json").is_file() else sorted(place.glob("**/run.json"))
+
+
+def _read_run(run: Path) -> list[Record]:
+    about = read_json(run / "run.json")
+    try:
+        config, differs = about["config"], about["differs_from_preset"]
+        plain = {key: value for key, value in differs.items() if key not in ("seed", "mask", "init", "rewind", "levels")}
+        protocol = {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
+        common = {
+            "run": run,
+            "seed": config["seed"],
+            "weights": _weights(config["init"], about["fingerprint"]),
+            "finding": _words({key: value for key, value in plain.items() if key in FINDING}),
+            "setting": _words(protocol | {key: value for key, value in plain.items() if key not in FINDING}),
+            "rewind": "" if config["mask"] else config["rewind"],
+        }
+        return [_read_level(file, common, config["mask"] is not None) for file in sorted(run.glob("level_*/metrics.json"))]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run} is not a sound run directory: {error!r}") from None
+
+
+def _read_level(file: Path, common: dict[str, Any], given: bool) -> Record:
+    level = read_json(file)
+    ticket, ticket_seed = _origin(read_info(file.parent / "mask.safetensors")) if given else (IMP, None)
+    return Record(
+        **common,
+        level=level["level"],
+        task=level["task"],
+        metric=level["metric"],
+        metrics=level["metrics"],
+        sparsity=round(level["sparsity"], 4),
+        ticket=ticket,
+        ticket_seed=ticket_seed,
+        mask_sha256=level["mask_sha256"],
+    )
+
+
+def _origin(info: Mapping[str, str]) -> tuple[str, int | None]:
+    """Where a mask file says it comes from, and of which seed."""
+    method, seed = info.get("method", ""), info.get("seed", "")
+    names = {"oneshot magnitude": ONESHOT, "oneshot random": RANDOM, "imp": info.get("task", GIVEN)}
+    return names.get(method, GIVEN), int(seed) if re.fullmatch(r"\d{1,10}", seed) else None
+
+
+def _weights(init: str, fingerprint: Mapping[str, Any]) -> str:
+    if init in ("pretrained", "random"):
+        return {"pretrained": PRETRAINED}.get(init, init)
+    facts = fingerprint.get("init") or {}
+    said = facts.get("perturbed") or facts.get("rewound")
+    return SHUFFLED if said == "the entries of each matrix shuffled" else said or f"the file {init}"
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(values.items()))
+
+
+# ---- what is asked of records ----
+
+
+def by_seed(records: Sequence[Record], **wanted: object) -> dict[int, Record]:
+    """The records whose fields are as wanted, by seed. Equal runs under two names agree; two that differ are refused."""
+    found: dict[int, Record] = {}
+    for record in records:
+        if all(getattr(record, field) == value for field, value in wanted.items()):
+            other = found.setdefault(record.seed, record)
+            if (other.metrics, other.mask_sha256) != (record.metrics, record.mask_sha256):
+                raise UserError(f"{other.run} and {record.run} are both {wanted} with seed {record.seed}, and differ: give one")
+    return found
+
+
+def dense(records: Sequence[Record], task: str) -> dict[int, Record]:
+    """The full BERT of a task by seed: level 0 of the runs that find tickets from the pre-trained weights, the plain ones first.
+
+    However a run goes on, its level 0 is the same training.
+    """
+    full = [r for r in records if (r.task, r.ticket, r.weights, r.sparsity) == (task, IMP, PRETRAINED, 0.0)]
+    return {r.seed: r for r in sorted(full, key=lambda r: (r.rewind == "0", r.finding == ""))}
+
+
+def need_one_setting(records: Sequence[Record]) -> None:
+    """Raise `UserError` where a task was trained under two settings: their numbers must not stand in one column."""
+    settings: dict[str, dict[str, Path]] = {}
+    for record in records:
+        settings.setdefault(record.task, {}).setdefault(record.setting, record.run)
+    for task, found in settings.items():
+        if len(found) > 1:
+            listed = "\n".join(f"  {setting or 'the preset as it is'} (such as {run})" for setting, run in found.items())
+            raise UserError(f"the runs of {task} have {len(found)} settings; give those of one:\n{listed}")
