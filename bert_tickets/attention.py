@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,23 +15,52 @@ import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import sdpa_mask
 
-from bert_tickets.batches import Batch
+from bert_tickets.batches import Batch, Share
 
 # ---- dropout ----
 
 
-def _factors(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """What dropout multiplies by: 0 with probability round(p * 2^16) / 2^16, else what keeps the mean. 16 bits a draw."""
-    dropped, factors = round(p * 2**16), like.new_empty(shape)
-    bits = torch.empty((factors.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    torch.ge(bits.view(torch.int16)[: factors.numel()].view(shape), dropped - 2**15, out=factors)
+def _factors(like: Tensor, p: float, shape: Sequence[int], part: Any = ...) -> Tensor:
+    """What dropout multiplies by: 0 with probability round(p * 2^16) / 2^16, else what keeps the mean. 16 bits a draw.
+
+    Drawn for `shape`, of which `part` is returned, in the dtype of `like`.
+    """
+    dropped, count = round(p * 2**16), math.prod(shape)
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    draws = bits.view(torch.int16)[:count].view(*shape)[part]
+    factors = like.new_empty(draws.shape)
+    torch.ge(draws, dropped - 2**15, out=factors)
     return factors.mul_(2**16 / (2**16 - dropped))
+
+
+_share: list[Share] = []  # of the step under way, where several processes divide its batch
+
+
+@contextmanager
+def dropout_of(share: Share | None) -> Iterator[None]:
+    """Within it, dropout on a CPU is what the share's examples get in the whole batch: each process draws for all and keeps its
+    part, so that several processes train as one does."""
+    _share[:] = [] if share is None else [share]
+    try:
+        yield
+    finally:
+        _share.clear()
+
+
+def _rows_of_all(x: Tensor) -> tuple[list[int], Any]:
+    """The shape that [1, T, hidden] or [B, hidden] has in the whole batch, and the part of it that x is."""
+    if not _share:
+        return list(x.shape), ...
+    (share,) = _share
+    if x.dim() == 3:
+        return [1, int(share.lengths.sum()), x.shape[2]], (slice(None), share.tokens)
+    return [len(share.lengths), x.shape[1]], share.examples
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        factors = _factors(x, x.shape, p)
+        factors = _factors(x, p, *_rows_of_all(x))
         ctx.save_for_backward(factors)
         return x * factors
 
@@ -70,11 +102,13 @@ class Block:
     shape: tuple[int, int, int]  # b, heads, L
     shortest: int  # no example has fewer tokens
     real: Tensor  # [b, 1, 1, L], True at tokens
+    whole: int  # examples of this block in the whole batch, where several processes divide it
+    part: np.ndarray | None  # and which of them are these
 
     def of(self, grid: Tensor) -> Tensor:
         """This block of a grid [G, d], as a view [b, heads, L, d]."""
         b, heads, longest = self.shape
-        return grid[self.start : self.start + b * heads * longest].view(b, heads, longest, -1)
+        return grid[self.start : self.start + b * heads * longest].view(b, heads, longest, grid.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -92,25 +126,30 @@ def layout(batch: Batch, heads: int) -> Layout:
     """The grid of a packed batch. Never waits for the device.
 
     On a CPU, where a padded place costs what a token costs, examples of like length share a block; elsewhere there is
-    one block, as more launches cost more.
+    one block, as more launches cost more. A share of a batch has the blocks of the whole, each with its own examples.
     """
-    device = batch.starts.device
+    device, share = batch.starts.device, batch.share
     grouped = device.type == "cpu" and not batch.spare
-    groups: list[Any] = alike(batch.lengths) if grouped else [slice(None)]
+    lengths_of_all = batch.lengths if share is None or not grouped else share.lengths
+    groups: list[Any] = alike(lengths_of_all) if grouped else [slice(None)]
     base, width, head = torch.empty_like(batch.starts), torch.empty_like(batch.starts), torch.arange(heads, device=device)
     blocks, there, padding, start = [], [], [], 0
     for rows in groups:
+        longest = int(lengths_of_all[rows].max()) if grouped else batch.longest
+        whole, part = len(lengths_of_all[rows]), None
+        if share is not None and grouped:
+            part = np.flatnonzero((rows >= share.first) & (rows < share.last))
+            rows = rows[part] - share.first
         lengths, first, lens = batch.lengths[rows], batch.starts[rows], batch.lens[rows, None]
-        longest = int(lengths.max()) if grouped else batch.longest
         position = torch.arange(longest, device=device)
         real = (position < lens)[:, None]  # [b, 1, L]
         token = first[:, None] + torch.minimum(position, lens - 1)
         there.append((token[:, None] * heads + head[:, None]).flatten())
         padding.append((~real).expand(-1, heads, -1).flatten())
-        shortest = int(lengths.min())
+        shortest = int(lengths.min(initial=longest))
         if not grouped and shortest < longest:
             shortest = 0  # a captured step serves batches of other lengths
-        blocks.append(Block(start, (len(lengths), heads, longest), shortest, real[:, :, None]))
+        blocks.append(Block(start, (len(lengths), heads, longest), shortest, real[:, :, None], whole, part))
         base[rows] = start + torch.arange(len(lengths), device=device) * heads * longest
         width[rows] = longest
         start += len(lengths) * heads * longest
@@ -162,7 +201,9 @@ class _Attention(torch.autograd.Function):
                 if block.shortest < block.shape[2]:
                     scores[..., block.shortest :].masked_fill_(~block.real[..., block.shortest :], float("-inf"))
                 weights = torch.softmax(scores, -1, out=scores)
-                dropped = weights * _factors(weights, weights.shape, p)
+                dropped = weights * _factors(
+                    weights, p, (block.whole, *weights.shape[1:]), ... if block.part is None else block.part
+                )
                 torch.matmul(dropped.to(v.dtype), block.of(v), out=block.of(out))
                 saved += [weights, dropped]
         ctx.save_for_backward(q, k, v, out, *saved)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert_tickets.ranks import ALONE, Ranks
 from bert_tickets.tokens import Tokens
 
 
@@ -34,6 +35,33 @@ def seeded(seed: int, *purpose: object) -> torch.Generator:
 def ship(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU's on the device, without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes takes of a batch: its examples from `first` to before `last`."""
+
+    lengths: np.ndarray  # tokens of each example of the whole batch
+    first: int
+    last: int
+
+    @property
+    def examples(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def tokens(self) -> slice:
+        return slice(int(self.lengths[: self.first].sum()), int(self.lengths[: self.last].sum()))
+
+
+def share_of(lengths: np.ndarray, rank: int, world: int) -> Share:
+    """The examples in the middle of whose tokens the rank-th of `world` equal parts of all tokens lies: each in one share.
+
+    A share may be empty, where one example has most of the tokens or there are few.
+    """
+    middles = lengths.cumsum() - lengths / 2
+    first, last = np.searchsorted(middles, [lengths.sum() * part / world for part in (rank, rank + 1)]).tolist()
+    return Share(lengths, first, last)
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,8 @@ class Batch:
     longest: int  # L
     spare: int = 0
     chosen: Tensor | None = None  # [M], the tokens that the loss is of, where it is not of examples
+    share: Share | None = None  # which part of a batch this is, where several processes divide it
+    weight: float = 1.0  # and how much of the whole batch's mean is this part's mean
 
 
 class Store(Protocol):
@@ -118,15 +148,19 @@ class TokenStore:
         )
 
 
-def by_length(store: Store, max_tokens: int) -> Iterator[tuple[Tensor, Batch]]:
-    """Every example once, the longest first, in packs of at most `max_tokens` padded tokens: (indices, batch)."""
+def by_length(store: Store, max_tokens: int, ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Batch]]:
+    """Every example once, the longest first, in packs of at most `max_tokens` padded tokens: (indices, batch).
+
+    Several processes take the packs in turn.
+    """
     order = np.argsort(-store.lengths, kind="stable")
-    start = 0
+    start = number = 0
     while start < len(order):
         rows = max(1, max_tokens // int(store.lengths[order[start]]))
-        indices = torch.from_numpy(order[start : start + rows])
-        yield indices, store.batch(indices)
-        start += rows
+        if number % ranks.world == ranks.rank:
+            indices = torch.from_numpy(order[start : start + rows])
+            yield indices, store.batch(indices)
+        start, number = start + rows, number + 1
 
 
 def _round_up(number: int, unit: int) -> int:
@@ -142,12 +176,23 @@ Alter = Callable[[Batch, int], Batch]  # a batch and its step to what the step s
 
 
 class Batches:
-    """The training batches of a level, by step: a cursor that can be set anywhere at no cost."""
+    """The training batches of a level, by step: a cursor that can be set anywhere at no cost.
+
+    Several processes divide each batch: every example is in one's share, and shares have about as many tokens.
+    """
 
     def __init__(
-        self, store: Store, batch_size: int, seed: int, *, bucketed: bool = False, alter: Alter = lambda batch, step: batch
+        self,
+        store: Store,
+        batch_size: int,
+        seed: int,
+        *,
+        bucketed: bool = False,
+        alter: Alter = lambda batch, step: batch,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.store, self.batch_size, self.seed, self.bucketed, self.alter = store, batch_size, seed, bucketed, alter
+        self.ranks = ranks
         self.per_epoch = math.ceil(len(store) / batch_size)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
@@ -156,4 +201,14 @@ class Batches:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, order(len(self.store), self.seed, epoch)
         examples = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        if self.ranks.world > 1:
+            return self.alter(self._share(examples), step)
         return self.alter(self.store.batch(examples, bucketed=self.bucketed), step)
+
+    def _share(self, examples: Tensor) -> Batch:
+        """This process's share of the examples. An empty one is the first example at no weight: all must take the step."""
+        share = share_of(self.store.lengths[examples.numpy()], self.ranks.rank, self.ranks.world)
+        weight = (share.last - share.first) / len(examples)
+        if not weight:
+            share = replace(share, first=0, last=1)
+        return replace(self.store.batch(examples[share.examples]), share=share, weight=weight)

@@ -97,7 +97,8 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        if str(stop):
+            print(stop, file=sys.stderr)
         sys.exit(stop.code)
     except BrokenPipeError:  # the reader of `... | head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the last flush fail

@@ -18,11 +18,13 @@ from bert_tickets import UserError
 from bert_tickets.batches import Batches, Store, seeded
 from bert_tickets.config import Config
 from bert_tickets.files import read_facts
+from bert_tickets.levels import Level
 from bert_tickets.mask import Mask
 from bert_tickets.models import Net, digest, encoder_weights, prunable, rewind, snapshot
 from bert_tickets.prune import magnitude, prune, random_scores
+from bert_tickets.ranks import joined
 from bert_tickets.report import print_levels
-from bert_tickets.runs import Level, Run
+from bert_tickets.runs import Run
 from bert_tickets.step import precision_of
 from bert_tickets.tasks import Task
 from bert_tickets.train import Result, evaluate, total_steps, train
@@ -50,7 +52,7 @@ class Setup:
 
 def run_task(task: Task, cfg: Config, preset: str) -> None:
     """What a training script does: find a ticket, or train the given one, in its run directory; then print its levels."""
-    with Run(cfg, preset) as run:
+    with joined(cfg.device) as ranks, Run(cfg, preset, ranks) as run:
         if not run.complete:
             mask = Mask.load(cfg.mask) if cfg.mask else None  # a bad file is met before the model is loaded
             setup = prepare(task, cfg, run)
@@ -58,7 +60,8 @@ def run_task(task: Task, cfg: Config, preset: str) -> None:
                 imp(setup, run)
             else:
                 finetune(setup, run, mask)
-        print_levels(run)
+        if ranks.rank == 0:
+            print_levels(run)
 
 
 def imp(setup: Setup, run: Run) -> Mask:
@@ -130,6 +133,8 @@ def fit(
         capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
         moments=moments,
     )
+    if run.ranks.world > 1:
+        run.ranks.need_same({"trained weights": digest(dict(net.named_parameters()))})
     metrics = score(setup)
     print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
     kept = {} if cfg.resets_optimizer else result.moments
@@ -141,7 +146,7 @@ def score(setup: Setup) -> dict[str, float]:
     net, task = setup.net, setup.task
     precision = setup.cfg.train.precision
     outputs = {
-        name: evaluate(net, lambda batch: task.outputs(net, batch), store, precision, task.rows)
+        name: evaluate(net, lambda batch: task.outputs(net, batch), store, precision, task.rows, setup.batches.ranks)
         for name, store in setup.evals.items()
     }
     for name, values in outputs.items():
@@ -172,14 +177,19 @@ def _line(result: Result, metrics: dict[str, float], task: Task, mask: Mask, bef
 
 def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     """Load the model and the data onto the device, and write down what they are."""
-    device = prepare_device(cfg.device)
+    ranks = run.ranks
+    device = prepare_device(cfg.device, ranks.local)
     if cfg.train.graphs and device.type != "cuda":
         raise UserError("--graphs needs a CUDA device; a CPU has no launches to save")
+    if cfg.train.graphs and ranks.world > 1:
+        raise UserError("--graphs is for one process: leave it out under torchrun")
+    if cfg.train.batch_size < ranks.world:
+        raise UserError(f"--batch-size {cfg.train.batch_size} cannot be divided among {ranks.world} processes")
     net, tokenizer = task.load_net(cfg)
     limit = net.config.max_position_embeddings
     if cfg.max_length > limit:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
-    train_set, evals = task.load_data(cfg, tokenizer, device)
+    train_set, evals = ranks.in_turn(lambda: task.load_data(cfg, tokenizer, device))
     seed = cfg.train.seed
     batches = Batches(
         train_set,
@@ -187,6 +197,7 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
         seed,
         bucketed=cfg.train.graphs,
         alter=lambda batch, step: task.alter(batch, step, seed),
+        ranks=ranks,
     )
     setup = Setup(net, task, cfg, batches, evals, tokenizer)
     cfg.rewind_step(setup.steps)
@@ -206,15 +217,17 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     return setup
 
 
-def prepare_device(asked: str) -> torch.device:
+def prepare_device(asked: str, local: int = 0) -> torch.device:
     """The device asked for, `auto` being CUDA where there is one; and torch made deterministic: equal runs, equal bits.
 
-    Raises `UserError` for a device that is not there.
+    `auto` and `cuda` are the GPU numbered `local`, for one process a GPU. Raises `UserError` for a device that is not there.
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
     except RuntimeError:
         raise UserError(f"--device {asked}: give auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and device.index is None and local:
+        device = torch.device("cuda", local)
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"--device {asked}: this machine has no such device ({torch.cuda.device_count()} GPUs are seen)")
     if device.type == "cuda":

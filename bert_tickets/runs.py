@@ -43,38 +43,38 @@ from bert_tickets.files import (
     write_tensors,
 )
 from bert_tickets.mask import Mask
+from bert_tickets.ranks import ALONE, Ranks
 
 FORMAT = 1  # of the run directory; a newer one is refused
 
 
 class Run:
-    """One run directory, held by one process. A context manager: it locks on entering, and listens for signals."""
+    """One run directory, held by one process. A context manager: it locks on entering, and listens for signals.
 
-    def __init__(self, cfg: Config, preset: str) -> None:
-        self.cfg, self.preset = cfg, preset
+    Of several processes that train together the first holds it; the others are told what it reads, and write nothing.
+    """
+
+    def __init__(self, cfg: Config, preset: str, ranks: Ranks = ALONE) -> None:
+        self.cfg, self.preset, self.ranks = cfg, preset, ranks
         self.dir = Path(cfg.output_dir) / run_name(cfg, preset)
         self.levels = 1 if cfg.mask else cfg.levels
+        self._told = 0  # finished levels, as the first process says
         self.stop_signal: int | None = None
         self.saves_on_stop = False
 
     # ---- entering and leaving ----
 
     def __enter__(self) -> Run:
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = take_lock(self.dir / "lock")
-        except OSError as error:
-            if not self.complete:
-                raise cannot_write(self.dir, error) from None
-            self._lock = open(os.devnull)  # a finished run in a read-only archive: there is nothing to write
-        else:
-            self._recover()
+        self.ranks.first(self._hold)
+        self._told = self.ranks.agree(self.done)
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self.ranks.rank:
+            return
         if not (self.dir / "run.json").exists():
             with contextlib.suppress(OSError):  # nothing was begun: leave no folder behind a mistyped flag
                 (self.dir / "lock").unlink()
@@ -86,6 +86,17 @@ class Run:
             raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command goes on from there", 128 + number)
         self.stop_signal = number
         os.write(2, b"\nstopping after this step or evaluation; once more to stop at once\n")  # print may be at work
+
+    def _hold(self) -> None:
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = take_lock(self.dir / "lock")
+        except OSError as error:
+            if not self.complete:
+                raise cannot_write(self.dir, error) from None
+            self._lock = open(os.devnull)  # noqa: SIM115 - a finished run in a read-only archive: there is nothing to write
+        else:
+            self._recover()
 
     def _recover(self) -> None:
         """Finish what a kill may have left undone."""
@@ -102,6 +113,8 @@ class Run:
     @property
     def done(self) -> int:
         """How many levels are finished: the number of the first that is not."""
+        if self.ranks.rank:
+            return self._told
         level = 0
         while self.level_dir(level).is_dir():
             level += 1
@@ -118,14 +131,20 @@ class Run:
         return level < self.done
 
     def results(self) -> list[dict[str, Any]]:
-        """A dictionary a finished level, as in results.jsonl."""
+        """A dictionary a finished level, as in results.jsonl; to the first process only."""
+        if self.ranks.rank:
+            return []
         return [read_json(self.level_dir(level) / "metrics.json") for level in range(self.done)]
 
     # ---- a run's course ----
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Write run.json, or hold `facts` (model, data, precision) against the one that is there."""
-        path, here = self.dir / "run.json", environment()
+        self.ranks.need_same(facts)
+        self.ranks.first(lambda: self._describe(facts))
+
+    def _describe(self, facts: dict[str, Any]) -> None:
+        path, here = self.dir / "run.json", environment() | {"processes": self.ranks.world}
         if path.exists():
             about = read_json(path)
             before = about["fingerprint"]
@@ -135,11 +154,10 @@ class Run:
                         f"{self.dir} was begun with {key} {_brief(before.get(key))}, and now it is {_brief(value)}. "
                         "Going on would mix two runs: restore the former, or give another --output-dir."
                     )
-            changed = {key: now for key, now in here.items() if about["environment"].get(key) != now}
+            begun = {"processes": 1} | about["environment"]
+            changed = {key: now for key, now in here.items() if begun.get(key) != now}
             for key, now in changed.items():
-                print(
-                    f"going on with {key} {_brief(now)}, begun with {_brief(about['environment'].get(key))}: the bits may differ"
-                )
+                print(f"going on with {key} {_brief(now)}, begun with {_brief(begun.get(key))}: the bits may differ")
             self.log("resume", changed=changed)
             return
         write_json(
@@ -167,24 +185,36 @@ class Run:
     def restore(self, level: int, net: nn.Module) -> Mask:
         """A finished level's mask; of the newest one also its trained weights, into `net`."""
         if level == self.done - 1:
-            _set_parameters(net, read_tensors(self.level_dir(level) / "weights.safetensors"))
-        return Mask.load(self.level_dir(level) / "mask.safetensors")
+            _set_parameters(net, self._read(self.level_dir(level) / "weights.safetensors"))
+        return self.ranks.first(lambda: Mask.load(self.level_dir(level) / "mask.safetensors"))
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state at the end of the newest finished level (where the optimiser is not reset)."""
-        return read_tensors(self.level_dir(self.done - 1) / "moments.safetensors")
+        return self._read(self.level_dir(self.done - 1) / "moments.safetensors")
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """A file's tensors, read by the first process for all."""
+        found = self.ranks.spread(lambda: (read_tensors(path), None))
+        assert found is not None
+        return found[0]
 
     def save_rewind(self, net: nn.Module) -> None:
         facts = {"rewound": f"{self.cfg.task} trained to {self.cfg.rewind}, seed {self.cfg.train.seed}"}
-        write_tensors(self.dir / "rewind.safetensors", dict(net.named_parameters()), facts)
+        self.ranks.first(lambda: write_tensors(self.dir / "rewind.safetensors", dict(net.named_parameters()), facts))
 
     def load_rewind(self) -> dict[str, Tensor]:
-        return read_tensors(self.dir / "rewind.safetensors")
+        return self._read(self.dir / "rewind.safetensors")
 
     def finish(
         self, level: int, net: nn.Module, tokenizer: Any, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]
     ) -> None:
         """Make the level's folder appear, complete; then tidy up."""
+        self.ranks.first(lambda: self._finish(level, net, tokenizer, mask, result, moments))
+        self._told = self.ranks.agree(self.done)
+
+    def _finish(
+        self, level: int, net: nn.Module, tokenizer: Any, mask: Mask, result: dict[str, Any], moments: dict[str, Tensor]
+    ) -> None:
         seconds = result.pop("seconds")
         folder = self.level_dir(level)
         temporary = self.dir / f".{folder.name}.tmp"
@@ -239,46 +269,6 @@ class Run:
                 if event["event"] == "level":
                     seconds[event["level"]] = event["seconds"]
         return seconds
-
-
-class Level:
-    """One level under way: its title, its checkpoints, and what to do when asked to stop."""
-
-    def __init__(self, run: Run, level: int, sparsity: float) -> None:
-        self.run, self.level = run, level
-        self.title = ("ticket" if run.cfg.mask else f"level {level}/{run.levels - 1}") + f", {sparsity:.0%} pruned"
-        self.note: dict[str, float | None] = {
-            f"last {r['metric']}": r["metrics"][r["metric"]] for r in run.results()[-1:]
-        }  # on the progress bar
-        run.saves_on_stop = True
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.run.stop_signal is not None
-
-    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
-        """This level's checkpoint, if a sound one is there; a damaged one is named, and the level begins anew."""
-        path = self.run.dir / "checkpoint.safetensors"
-        if not path.exists():
-            return None
-        try:
-            facts = read_facts(path)
-            tensors = read_tensors(path) if facts["level"] == self.level else {}
-        except UserError as error:
-            print(f"{error}; level {self.level} begins again from its start")
-            return None
-        return (tensors, facts) if tensors else None
-
-    def save_checkpoint(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        write_tensors(self.run.dir / "checkpoint.safetensors", tensors, {**facts, "level": self.level})
-
-    def stopped(self, step: int) -> None:
-        assert self.run.stop_signal is not None
-        self.run.log("stop", level=self.level, step=step)
-        raise Stopped(
-            f"stopped in level {self.level} after step {step}, saved in {self.run.dir}; the same command goes on from there",
-            128 + self.run.stop_signal,
-        )
 
 
 @torch.no_grad()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bert_tickets import UserError
+from bert_tickets.attention import dropout_of
 from bert_tickets.batches import Batch
 from bert_tickets.config import Training
 from bert_tickets.graphs import Graphs, Record, Recorder
 from bert_tickets.mask import Mask
+from bert_tickets.ranks import ALONE, Ranks
 
 Loss = Callable[[Batch], Tensor]  # a packed batch to its mean loss, a scalar
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
@@ -40,7 +42,8 @@ class Step:
 
     `params` are the tensors to train, by name; those the mask names must be zero already where it removes. Their
     gradients are multiplied by the mask after the backward pass and before unscaling and clipping, which is what
-    `torch.nn.utils.prune` computes, bit for bit: no pruned gradient reaches the norm or Adam's moments.
+    `torch.nn.utils.prune` computes, bit for bit: no pruned gradient reaches the norm or Adam's moments. Where several
+    processes divide a batch, their gradients are summed first, and all take the same step.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Step:
         mask: Mask | None,
         device: torch.device,
         record: Record | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.loss, self.params, self.cfg, self.device = loss, dict(params), cfg, device
         self.precision = precision_of(cfg.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -80,9 +85,14 @@ class Step:
         return self.graphs(batch) if self.graphs else self._take(batch)
 
     def _take(self, batch: Batch) -> Tensor:
-        with autocast(self.precision, self.device):
+        with autocast(self.precision, self.device), dropout_of(batch.share):
             loss = self.loss(batch)
+        if self.ranks.world > 1:
+            loss = loss * batch.weight  # the sum of the shares is the mean of the batch
         self.scaler.scale(loss).backward()
+        if self.ranks.world > 1:
+            loss = loss.detach()
+            self.ranks.sum([*(p.grad for p in self.params.values() if p.grad is not None), loss])
         if self.masks:
             torch._foreach_mul_(list(self._grads(self.masks)), list(self.masks.values()))
         self.scaler.unscale_(self.optimizer)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import zip_longest
 from typing import Literal, Protocol
 
 import numpy as np
@@ -19,13 +20,14 @@ from bert_tickets import UserError
 from bert_tickets.batches import Batch, Batches, Store, by_length, derive
 from bert_tickets.config import Training
 from bert_tickets.mask import Mask
+from bert_tickets.ranks import ALONE, Ranks
 from bert_tickets.step import Loss, Step, autocast, precision_of
 
 EVAL_TOKENS = {"cuda": 16384, "cpu": 4096}  # padded tokens of an evaluation batch
 
 
 class Keeper(Protocol):
-    """Who keeps a level's checkpoints (`runs.Level`); `train` only says when."""
+    """Who keeps a level's checkpoints (`levels.Level`); `train` only says when."""
 
     title: str
 
@@ -73,10 +75,12 @@ def train(
     and dropout are the same on every level, so that two levels differ by their masks alone. Raises `UserError` where the
     loss or a weight stops being finite.
     """
-    device = batches.store.device
+    device, ranks = batches.store.device, batches.ranks
     steps = total_steps(cfg, batches.per_epoch)
     span = span or steps
-    step = Step(loss, params, cfg, mask, device)
+    step = Step(loss, params, cfg, mask, device, ranks=ranks)
+    # A CPU's processes draw the same numbers, and each takes its own; on CUDA each draws its own.
+    stream = ("dropout", ranks.rank) if ranks.rank and device.type == "cuda" else ("dropout",)
     losses: list[tuple[int, float]] = []
     total = torch.zeros((), device=device)  # of the losses since the last look; it stays on the device
     at, seconds = start, 0.0
@@ -109,12 +113,12 @@ def train(
         facts = {"step": at, "seconds": spent, "losses": losses, "scaler": step.scaler.state_dict()}
         keeper.save_checkpoint({"total": total, **_state(step)}, facts)
 
-    bar = tqdm(total=steps, initial=at, desc=keeper.title, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
-    with bar:
+    pace = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=steps, initial=at, desc=keeper.title, unit="step", mininterval=pace, disable=ranks.rank > 0) as bar:
         while at < steps:
             if capture is not None and at == capture[0]:
                 capture[1]()
-            torch.manual_seed(derive(cfg.seed, "dropout", at))  # each step's own: no state to carry, the same on every level
+            torch.manual_seed(derive(cfg.seed, *stream, at))  # each step's own: no state to carry, the same on every level
             total += step(batches[at], cfg.lr * max(0.0, 1 - at / span))
             at += 1
             bar.update()
@@ -123,10 +127,11 @@ def train(
                 total.zero_()
                 bar.set_postfix({"loss": losses[-1][1], **keeper.note}, refresh=False)
             due = time.monotonic() - saved > 60 * cfg.save_minutes or (cfg.save_steps and at % cfg.save_steps == 0)
-            if keeper.stop_requested or (due and at < steps):
+            stop, due = ranks.any(keeper.stop_requested, bool(due))  # of one process, and all must act
+            if stop or (due and at < steps):
                 save()
                 saved = time.monotonic()
-                if keeper.stop_requested:
+                if stop:
                     keeper.stopped(at)
     check(_finite(step.params), "a weight became infinite or NaN")
     step.graphs = None  # a circle, whose memory the next level would wait for the garbage collector to have
@@ -157,21 +162,21 @@ def evaluate(
     store: Store,
     precision: str,
     rows: Literal["example", "token", "any"] = "example",
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """The outputs of every example or token, in the store's order (`any`: in some order): [n, ...], float32.
 
-    The network is left as it was.
+    The network is left as it was. Several processes take the packs in turn, and each returns the outputs of all.
     """
     device = store.device
     was_training = net.training
     net.eval()
-    indices, found = [], []
     with autocast(precision_of(precision, device), device):
-        for chosen, batch in by_length(store, EVAL_TOKENS[device.type]):
-            indices.append(chosen)
-            found.append(outputs(batch).float())
+        packs = [(chosen, outputs(batch).float()) for chosen, batch in by_length(store, EVAL_TOKENS[device.type], ranks)]
     net.train(was_training)
-    values, order = torch.cat(found).cpu(), torch.cat(indices)
+    turns = zip_longest(*ranks.gather([(chosen, found.cpu()) for chosen, found in packs]))
+    indices, found = zip(*(pack for turn in turns for pack in turn if pack is not None), strict=True)
+    values, order = torch.cat(found), torch.cat(indices)
     if rows == "token":
         order = torch.repeat_interleave(order, torch.from_numpy(store.lengths)[order])
     return (values if rows == "any" else values[order.argsort(stable=True)]).numpy()

@@ -42,6 +42,8 @@ FLOORS = {
     "perturb": 3,
     "compare": 3,
     "records": 3,
+    "ranks": 0,
+    "levels": 2,
 }
 AT_ONCE = {"config", "metrics", "command", "report", "compare"}  # what --help, a mistyped flag and --dry-run need: no torch
 TRANSFORMERS = {"models", "attention"}

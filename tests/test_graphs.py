@@ -59,7 +59,7 @@ def test_bucketing_changes_neither_loss_nor_gradients(net, lengths, dropout, mon
             module.p = 0.0
     for layer in net.bert.encoder.layer:  # draws of other shapes are other draws: this much of them is tested as ones
         layer.attention.self.dropout.p = dropout
-    monkeypatch.setattr("bert_tickets.attention._factors", lambda like, shape, p: like.new_ones(shape))
+    monkeypatch.setattr("bert_tickets.attention._factors", lambda like, p, shape, part: like.new_ones(shape))
     found = []
     for bucketed in (False, True):
         batch = store.batch(examples, bucketed=bucketed)

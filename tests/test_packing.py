@@ -69,7 +69,7 @@ def test_attention_in_training_without_its_draws_is_evaluations(net, monkeypatch
     batch = store.batch(torch.arange(5))
     net.eval()
     expected = classify(net, batch)
-    monkeypatch.setattr("bert_tickets.attention._factors", lambda like, shape, p: torch.ones(shape))
+    monkeypatch.setattr("bert_tickets.attention._factors", lambda like, p, shape, part: torch.ones(shape))
     torch.testing.assert_close(classify(net.train(), batch), expected, rtol=0, atol=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_attention_with_dropout_and_its_gradients_equal_the_definition(lengths, 
     pieces = [None] * len(lengths)
     for group in alike(batch.lengths):
         longest = max(lengths[i] for i in group)
-        draws = _factors(q, (len(group), heads, longest, longest), p)
+        draws = _factors(q, p, (len(group), heads, longest, longest))
         for i, drawn in zip(group, draws, strict=True):
             query, key, value = (x[i].transpose(0, 1) for x in rows)
             weights = torch.softmax(query @ key.mT * scale, -1) * drawn[:, : lengths[i], : lengths[i]]

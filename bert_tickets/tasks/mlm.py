@@ -100,9 +100,14 @@ def mask_tokens(
     ask nothing of the tokens, so that nobody waits for the device. `even` adds places without a label, as many as give every
     batch of T tokens the same number (all but one in 10^9).
     """
-    groups = np.array_split(batch.lengths, len(generators))
+    groups = np.array_split(batch.lengths if batch.share is None else batch.share.lengths, len(generators))
     draws = [_draw(lengths, generator, mask_id, vocabulary) for lengths, generator in zip(groups, generators, strict=True)]
     chosen, shown = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    weight = batch.weight
+    if batch.share is not None:  # drawn for all, as one process would
+        every, part = int(chosen.sum()), batch.share.tokens
+        chosen, shown = chosen[part], shown[part]
+        weight = int(chosen.sum()) / max(1, every) if weight else 0.0  # the mean is over masked tokens, not examples
     places = chosen.nonzero()[:, 0]
     count, ids = len(places), batch.input_ids
     if even:
@@ -110,7 +115,7 @@ def mask_tokens(
     places, shown = ship(places, ids.device), ship(shown, ids.device)
     labels = ids[0].index_select(0, places)
     labels[count:] = NONE
-    return replace(batch, input_ids=torch.where(shown < 0, ids, shown), labels=labels, chosen=places)
+    return replace(batch, input_ids=torch.where(shown < 0, ids, shown), labels=labels, chosen=places, weight=weight)
 
 
 def _draw(lengths: np.ndarray, generator: torch.Generator, mask_id: int, vocabulary: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,55 @@
+"""A level under way, in its run directory: its title, its checkpoints, and what to do when asked to stop."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bert_tickets import Stopped, UserError
+from bert_tickets.files import read_facts, read_tensors, write_tensors
+from bert_tickets.runs import Run
+
+
+class Level:
+    """One level of a run, while it is trained: the `Keeper` of `train`."""
+
+    def __init__(self, run: Run, level: int, sparsity: float) -> None:
+        self.run, self.level = run, level
+        self.title = ("ticket" if run.cfg.mask else f"level {level}/{run.levels - 1}") + f", {sparsity:.0%} pruned"
+        self.note: dict[str, float | None] = {
+            f"last {r['metric']}": r["metrics"][r["metric"]] for r in run.results()[-1:]
+        }  # on the progress bar
+        run.saves_on_stop = True
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.run.stop_signal is not None
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
+        """This level's checkpoint, if a sound one is there; a damaged one is named, and the level begins anew."""
+        return self.run.ranks.spread(self._load)
+
+    def _load(self) -> tuple[dict[str, Tensor], dict] | None:
+        path = self.run.dir / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        try:
+            facts = read_facts(path)
+            tensors = read_tensors(path) if facts["level"] == self.level else {}
+        except UserError as error:
+            print(f"{error}; level {self.level} begins again from its start")
+            return None
+        return (tensors, facts) if tensors else None
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], facts: dict) -> None:
+        path, facts = self.run.dir / "checkpoint.safetensors", {**facts, "level": self.level}
+        self.run.ranks.first(lambda: write_tensors(path, tensors, facts))
+
+    def stopped(self, step: int) -> None:
+        number = max(self.run.ranks.gather(self.run.stop_signal or 0))
+        if self.run.ranks.rank:
+            raise Stopped("", 128 + number)  # the first process says it
+        self.run.log("stop", level=self.level, step=step)
+        raise Stopped(
+            f"stopped in level {self.level} after step {step}, saved in {self.run.dir}; the same command goes on from there",
+            128 + number,
+        )

@@ -1,0 +1,169 @@
+"""Several processes that train one network together, as `torchrun` starts them: who they are, and what they tell each other.
+
+All of them hold the whole network and take the same steps, each with its share of every batch; the first alone reads and writes
+the run directory. With one process everything here is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bert_tickets import UserError
+
+T = TypeVar("T")
+BUCKET = 2**25  # numbers that are summed in one message: 128 MiB of fp32
+PATIENCE = timedelta(days=2)  # one process may tokenise a corpus while the others wait; torchrun ends all when one dies
+
+
+class Ranks:
+    """This process among `world` ones. `local` is its number on this machine, and of its GPU there."""
+
+    def __init__(self, rank: int = 0, world: int = 1, local: int = 0, control: Any = None) -> None:
+        self.rank, self.world, self.local, self._control = rank, world, local, control
+
+    # ---- what all know ----
+
+    def agree(self, value: T) -> T:
+        """The first process's value."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def first(self, action: Callable[[], T]) -> T:
+        """What the first process's `action` returns. Its `UserError` ends the others as well, in silence."""
+        if self.world == 1:
+            return action()
+        found: Any = None
+        if self.rank == 0:
+            try:
+                found = (action(), None)
+            except UserError as error:
+                found = (None, error)
+        value, failed = self.agree(found)
+        if failed is not None:
+            raise failed if self.rank == 0 else SystemExit(2)
+        return value
+
+    def in_turn(self, action: Callable[[], T]) -> T:
+        """What `action` returns here, done by each machine's first process before the others: they find its caches filled."""
+        if self.world == 1:
+            return action()
+        result = action() if self.local == 0 else None
+        dist.barrier(group=self._control)
+        return result if self.local == 0 else action()  # type: ignore[return-value]
+
+    def spread(self, read: Callable[[], tuple[dict[str, Tensor], T] | None]) -> tuple[dict[str, Tensor], T] | None:
+        """What `read` returns to the first process, tensors on the CPU and something beside them; as `first`, and sent one by
+        one."""
+        if self.world == 1:
+            return read()
+        tensors: dict[str, Tensor] = {}
+
+        def outline() -> Any:
+            if (found := read()) is None:
+                return None
+            tensors.update(found[0])
+            return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, found[1]
+
+        if (told := self.first(outline)) is None:
+            return None
+        for name, (shape, dtype) in told[0].items():
+            tensors[name] = tensors[name].contiguous() if self.rank == 0 else torch.empty(shape, dtype=dtype)
+            dist.broadcast(tensors[name], src=0, group=self._control)
+        return tensors, told[1]
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, in the order of the processes."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true where it is of any process. A message between hosts, that no GPU is waited for."""
+        if self.world == 1:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._control)
+        return tuple(bool(flag) for flag in raised.tolist())
+
+    def need_same(self, facts: Mapping[str, Any]) -> None:
+        """Raise `UserError` where the processes hold different facts, naming one and where."""
+        for rank, (host, theirs) in enumerate(self.gather((socket.gethostname(), dict(facts)))):
+            for key, value in facts.items():
+                if theirs.get(key) != value:
+                    raise UserError(
+                        f"process {rank} on {host} has another {key} than process {self.rank}: they train one network"
+                    )
+
+    # ---- what they compute together ----
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Set each tensor, in place, to its sum over the processes: the same bits for all of them.
+
+        The messages are the same at every step, so that a run that was stopped goes on with the same bits. (torch's
+        DistributedDataParallel lays its messages out anew after a process's first step.)
+        """
+        if self.world == 1:
+            return
+        parts = list(_buckets(tensors))
+        flats = [torch.cat([tensor.reshape(-1) for tensor in part]) for part in parts]
+        works = [dist.all_reduce(flat, async_op=True) for flat in flats]
+        for part, flat, work in zip(parts, flats, works, strict=True):
+            work.wait()
+            summed = flat.split([tensor.numel() for tensor in part])
+            torch._foreach_copy_(list(part), [values.view_as(tensor) for values, tensor in zip(summed, part, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    part: list[Tensor] = []
+    for tensor in tensors:
+        if part and sum(t.numel() for t in part) + tensor.numel() > BUCKET:
+            yield part
+            part = []
+        part.append(tensor)
+    if part:
+        yield part
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The processes that `torchrun` started, joined (NCCL for the GPUs' sums, gloo for the rest); or this one alone.
+
+    All but the first are silent: what they would print, the first prints.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield ALONE
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    rank, said = dist.get_rank(), sys.stdout
+    try:
+        with open(os.devnull, "w") as nowhere:
+            sys.stdout = said if rank == 0 else nowhere
+            yield Ranks(rank, world, local, dist.new_group(backend="gloo", timeout=PATIENCE))
+    finally:
+        sys.stdout = said
+        dist.destroy_process_group()
