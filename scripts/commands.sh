@@ -72,6 +72,12 @@ finally() { # command ...
   fi
 }
 
+share() { # percent
+  local digits
+  printf -v digits '%02d' "$1"
+  echo "0.${digits%0}"
+}
+
 # The training command of a task, in the array `command`.
 training() { # task, seed, flags ...
   local task=$1 seed=$2
@@ -88,7 +94,7 @@ training() { # task, seed, flags ...
 
 finding() { # task, seed, flags ...: the same for a run that finds tickets
   training "$@"
-  [ "$STEP" -eq 10 ] || command+=(--rate "$(printf '0.%02d' "$STEP")")
+  [ "$STEP" -eq 10 ] || command+=(--rate "$(share "$STEP")")
   [ -z "$LEVELS" ] || command+=(--levels "$LEVELS")
 }
 
@@ -130,7 +136,7 @@ oneshot() { # sparsity in percent, magnitude | random, seed
   local name=$2_$1
   [ "$2" = magnitude ] || name+=_s$3
   mask=$OUTPUT/masks/$name.safetensors
-  command=("$PYTHON" oneshot.py --rate "$(printf '0.%02d' "$1")" --method "$2")
+  command=("$PYTHON" oneshot.py --rate "$(share "$1")" --method "$2")
   [ "$2" = magnitude ] || command+=(--seed "$3")
   [ "$MODEL" = bert-base-uncased ] || command+=(--model "$MODEL")
   emit 1 "${command[@]}" --output "$mask"
