@@ -6,7 +6,7 @@ python lt_squad.py --mask mask.safetensors     train that ticket once
 
 from bert_tickets.command import parse, run_command
 from bert_tickets.config import Config
-from bert_tickets.report import print_plan
+from bert_tickets.report import print_finished, print_plan
 
 PRESET = "squad"
 
@@ -14,6 +14,8 @@ PRESET = "squad"
 def main(cfg: Config) -> None:
     if cfg.dry_run:
         print_plan(cfg, PRESET)
+        return
+    if print_finished(cfg, PRESET):
         return
     from bert_tickets.lottery import run_task
     from bert_tickets.tasks.squad import Squad

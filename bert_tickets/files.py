@@ -10,22 +10,21 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any
 
 from bert_tickets import UserError
 
+if TYPE_CHECKING:  # reading JSON and metadata takes no torch
+    from torch import Tensor
+
 DTYPES = {  # safetensors' names of what is written here
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
+    "torch.float32": "F32",
+    "torch.float64": "F64",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.uint8": "U8",
 }
 
 
@@ -118,13 +117,15 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     The library's own writer orders the metadata by a hash map that differs from process to process, and builds the file
     in memory, three times the size of a checkpoint. The format is a header's length, the header and the tensors' bytes.
     """
+    import torch
+
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     order = sorted(plain, key=lambda name: (-plain[name].element_size(), name))  # so that every tensor stays aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         start, end = end, end + plain[name].nbytes
-        header[name] = {"dtype": DTYPES[plain[name].dtype], "shape": list(plain[name].shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[str(plain[name].dtype)], "shape": list(plain[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     parts = (plain[name].view(-1).view(torch.uint8).numpy().data for name in order if plain[name].numel())
@@ -138,7 +139,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of `write_tensors`, on the CPU; `UserError` for a file that is damaged or missing."""
-    with _opened(path) as file:
+    with _opened(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
 
 
@@ -155,9 +156,11 @@ def read_info(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or missing: {error}") from None

@@ -61,7 +61,7 @@ def run_task(task: Task, cfg: Config, preset: str) -> None:
             else:
                 finetune(setup, run, mask)
         if ranks.rank == 0:
-            print_levels(run)
+            print_levels(cfg, preset)
 
 
 def imp(setup: Setup, run: Run) -> Mask:

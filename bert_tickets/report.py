@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
 
-from bert_tickets.config import Config, identity, run_name
-
-if TYPE_CHECKING:
-    from bert_tickets.runs import Run
+from bert_tickets.config import Config, identity
+from bert_tickets.history import check_format, is_finished, level_dir, results, run_dir, seconds
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -16,14 +14,25 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *rows])
 
 
-def print_levels(run: Run) -> None:
+def print_finished(cfg: Config, preset: str) -> bool:
+    """Print the closing table if the run is finished, and say whether it is. Takes no lock: such a run is only read."""
+    check_format(run_dir(cfg, preset))
+    if not is_finished(cfg, preset):
+        return False
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
+        print_levels(cfg, preset)
+    return True
+
+
+def print_levels(cfg: Config, preset: str) -> None:
     """The closing table: level, sparsity, metrics, difference to the dense level, mask distance, seconds."""
-    results, seconds = run.results(), run.seconds()
-    metric = results[0]["metric"]
-    names = list(results[0]["metrics"])
-    dense = results[0]["metrics"][metric] if results[0]["sparsity"] == 0 else None
+    run = run_dir(cfg, preset)
+    lines, spent = results(run), seconds(run)
+    metric = lines[0]["metric"]
+    names = list(lines[0]["metrics"])
+    dense = lines[0]["metrics"][metric] if lines[0]["sparsity"] == 0 else None
     rows = []
-    for result in results:
+    for result in lines:
         value = result["metrics"][metric]
         difference = f"{value - dense:+.4f}" if dense is not None and value is not None else "-"
         rows.append(
@@ -33,12 +42,12 @@ def print_levels(run: Run) -> None:
                 *(_number(result["metrics"][name]) for name in names),
                 difference,
                 f"{result['mask_distance']:.4f}",
-                f"{seconds[result['level']]:.1f}" if result["level"] in seconds else "-",
+                f"{spent[result['level']]:.1f}" if result["level"] in spent else "-",
             ]
         )
     print(table(["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"], rows))
-    print(f"in {run.dir}")
-    if run.cfg.keep_models and not all((run.level_dir(level) / "model").is_dir() for level in range(run.done)):
+    print(f"in {run}")
+    if cfg.keep_models and not all((level_dir(run, line["level"]) / "model").is_dir() for line in lines):
         print("the levels that were finished before --keep-models was given have no model folder")
 
 
@@ -48,7 +57,7 @@ def _number(value: float | None) -> str:
 
 def print_plan(cfg: Config, preset: str) -> None:
     """What `--dry-run` prints: the run's directory, what differs from the preset, the levels."""
-    print(f"would run in {cfg.output_dir}/{run_name(cfg, preset)}")
+    print(f"would run in {run_dir(cfg, preset)}")
     differs = identity(cfg, preset)
     print(f"the {cfg.protocol} protocol's settings" + "".join(f"\n  but {name} = {value}" for name, value in differs.items()))
     if cfg.mask:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bert_tickets import Stopped, UserError
-from bert_tickets.config import Config, flat, identity, run_name
+from bert_tickets.config import Config, flat, identity
 from bert_tickets.environment import environment
 from bert_tickets.files import (
     cannot_write,
@@ -42,10 +42,9 @@ from bert_tickets.files import (
     write_json,
     write_tensors,
 )
+from bert_tickets.history import FORMAT, check_format, level_dir, levels_done, levels_of, results, run_dir
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
-
-FORMAT = 1  # of the run directory; a newer one is refused
 
 
 class Run:
@@ -56,8 +55,7 @@ class Run:
 
     def __init__(self, cfg: Config, preset: str, ranks: Ranks = ALONE) -> None:
         self.cfg, self.preset, self.ranks = cfg, preset, ranks
-        self.dir = Path(cfg.output_dir) / run_name(cfg, preset)
-        self.levels = 1 if cfg.mask else cfg.levels
+        self.dir, self.levels = run_dir(cfg, preset), levels_of(cfg)
         self._told = 0  # finished levels, as the first process says
         self.stop_signal: int | None = None
         self.saves_on_stop = False
@@ -100,9 +98,7 @@ class Run:
 
     def _recover(self) -> None:
         """Finish what a kill may have left undone."""
-        about = self.dir / "run.json"
-        if about.exists() and (found := read_json(about).get("format", 0)) > FORMAT:
-            raise UserError(f"{self.dir} has format {found}; this version reads up to {FORMAT}: update bert_tickets")
+        check_format(self.dir)
         for leftover in self.dir.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if self.done:
@@ -113,28 +109,21 @@ class Run:
     @property
     def done(self) -> int:
         """How many levels are finished: the number of the first that is not."""
-        if self.ranks.rank:
-            return self._told
-        level = 0
-        while self.level_dir(level).is_dir():
-            level += 1
-        return level
+        return self._told if self.ranks.rank else levels_done(self.dir)
 
     @property
     def complete(self) -> bool:
         return self.done >= self.levels
 
     def level_dir(self, level: int) -> Path:
-        return self.dir / f"level_{level:02d}"
+        return level_dir(self.dir, level)
 
     def finished(self, level: int) -> bool:
         return level < self.done
 
     def results(self) -> list[dict[str, Any]]:
         """A dictionary a finished level, as in results.jsonl; to the first process only."""
-        if self.ranks.rank:
-            return []
-        return [read_json(self.level_dir(level) / "metrics.json") for level in range(self.done)]
+        return [] if self.ranks.rank else results(self.dir)
 
     # ---- a run's course ----
 
@@ -240,35 +229,23 @@ class Run:
         self._settle()
 
     def _settle(self) -> None:
-        """results.jsonl from the levels' folders; remove what only the level before needed."""
-        lines = [json.dumps(result, sort_keys=True) for result in self.results()]
-        path, data = self.dir / "results.jsonl", "".join(line + "\n" for line in lines).encode()
-        if not path.exists() or path.read_bytes() != data:
-            write(path, data)
+        """Remove what only the level before needed; then write results.jsonl from the levels' folders."""
         for level in range(self.done - 1):
             for name in ("weights.safetensors", "moments.safetensors"):
                 (self.level_dir(level) / name).unlink(missing_ok=True)
         checkpoint = self.dir / "checkpoint.safetensors"
         if checkpoint.exists() and (self.complete or self._is_of_a_finished_level(checkpoint)):
             checkpoint.unlink()
+        lines = [json.dumps(result, sort_keys=True) for result in self.results()]
+        path, data = self.dir / "results.jsonl", "".join(line + "\n" for line in lines).encode()
+        if not path.exists() or path.read_bytes() != data:
+            write(path, data)
 
     def _is_of_a_finished_level(self, checkpoint: Path) -> bool:
         try:
             return read_facts(checkpoint)["level"] < self.done
         except UserError:
             return False  # damaged: the level it may be of will say so
-
-    def seconds(self) -> dict[int, float]:
-        """Wall-clock seconds of training and evaluation by level, from log.jsonl."""
-        path = self.dir / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        seconds = {}
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill tore is worth no crash
-                event = json.loads(line)
-                if event["event"] == "level":
-                    seconds[event["level"]] = event["seconds"]
-        return seconds
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -155,7 +155,7 @@ def without_groups(case: Case) -> Loop:
 def without_short_draws(case: Case) -> Loop:
     """Dropout draws torch's Bernoulli numbers."""
 
-    def factors(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    def factors(like: Tensor, p: float, shape: Sequence[int], part: object) -> Tensor:
         return like.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
 
     return _patched(ours(case), lambda: patch.object(attention, "_factors", factors))

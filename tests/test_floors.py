@@ -43,9 +43,11 @@ FLOORS = {
     "compare": 3,
     "records": 3,
     "ranks": 0,
+    "history": 0,
     "levels": 2,
 }
-AT_ONCE = {"config", "metrics", "command", "report", "compare"}  # what --help, a mistyped flag and --dry-run need: no torch
+# What --help, a mistyped flag, --dry-run and a finished run need: no torch.
+AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records"}
 TRANSFORMERS = {"models", "attention"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}
 
