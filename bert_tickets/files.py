@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from bert_tickets import UserError
 if TYPE_CHECKING:  # reading JSON and metadata takes no torch
     from torch import Tensor
 
+CHECKSUM = "checksum"  # of a file's other content, by sha256
 DTYPES = {  # safetensors' names of what is written here
     "torch.float32": "F32",
     "torch.float64": "F64",
@@ -68,6 +70,33 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged or missing: {error}") from None
 
 
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """A JSON object with a checksum of its own inside."""
+    write_json(path, value | {CHECKSUM: _sha256(_compact(value))})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object of `write_sealed`; `UserError` where it is damaged. One without a checksum, of an older version, is taken."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object")
+    expected = value.pop(CHECKSUM, None)
+    if expected is not None and expected != _sha256(_compact(value)):
+        raise UserError(f"{path} is damaged or was edited: its content does not match its checksum")
+    return value
+
+
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _sha256(*parts: bytes | memoryview) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in this folder last."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -114,6 +143,7 @@ def take_lock(path: Path) -> IO[str]:
 def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
     """The bytes of a safetensors file, in parts: equal content is equal bytes, and no copy of the tensors is made.
 
+    Its metadata gain a checksum of all the rest, for `check`.
     The library's own writer orders the metadata by a hash map that differs from process to process, and builds the file
     in memory, three times the size of a checkpoint. The format is a header's length, the header and the tensors' bytes.
     """
@@ -121,15 +151,36 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     order = sorted(plain, key=lambda name: (-plain[name].element_size(), name))  # so that every tensor stays aligned
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {key: value for key, value in metadata.items() if key != CHECKSUM}}
     end = 0
     for name in order:
         start, end = end, end + plain[name].nbytes
         header[name] = {"dtype": DTYPES[str(plain[name].dtype)], "shape": list(plain[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    parts = [plain[name].view(-1).view(torch.uint8).numpy().data for name in order if plain[name].numel()]
+    header["__metadata__"][CHECKSUM] = _sha256(_compact(header), *parts)
+    text = _compact(header)
     text += b" " * (-len(text) % 8)
-    parts = (plain[name].view(-1).view(torch.uint8).numpy().data for name in order if plain[name].numel())
     return [len(text).to_bytes(8, "little") + text, *parts]
+
+
+def check(path: Path) -> None:
+    """Raise `UserError` where a safetensors file's bytes do not match its checksum. One without a checksum is taken."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > os.fstat(file.fileno()).st_size:
+                raise ValueError(f"its header is said to have {size} bytes")
+            header = json.loads(file.read(size))
+            expected = header.get("__metadata__", {}).pop(CHECKSUM, None)
+            if expected is None:
+                return
+            sha = hashlib.sha256(_compact(header))
+            while block := file.read(1 << 20):
+                sha.update(block)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or missing: {error}") from None
+    if sha.hexdigest() != expected:
+        raise UserError(f"{path} is damaged: its content does not match its checksum")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
@@ -139,6 +190,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of `write_tensors`, on the CPU; `UserError` for a file that is damaged or missing."""
+    check(path)
     with _opened(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
 

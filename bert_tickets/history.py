@@ -9,7 +9,7 @@ from typing import Any
 
 from bert_tickets import UserError
 from bert_tickets.config import Config, run_name
-from bert_tickets.files import read_json
+from bert_tickets.files import read_sealed
 
 FORMAT = 1  # of the run directory; a newer one is refused
 
@@ -42,14 +42,19 @@ def is_finished(cfg: Config, preset: str) -> bool:
     if levels_done(run) < levels_of(cfg):
         return False
     try:
-        return (run / "results.jsonl").read_bytes().count(b"\n") == levels_done(run)
+        return (run / "results.jsonl").read_bytes() == results_lines(run)
     except OSError:
         return False
 
 
+def results_lines(run: Path) -> bytes:
+    """What results.jsonl is to hold: a line a finished level."""
+    return "".join(json.dumps(result, sort_keys=True) + "\n" for result in results(run)).encode()
+
+
 def results(run: Path) -> list[dict[str, Any]]:
     """A dictionary a finished level, as in results.jsonl."""
-    return [read_json(level_dir(run, level) / "metrics.json") for level in range(levels_done(run))]
+    return [read_sealed(level_dir(run, level) / "metrics.json") for level in range(levels_done(run))]
 
 
 def seconds(run: Path) -> dict[int, float]:
@@ -68,5 +73,5 @@ def seconds(run: Path) -> dict[int, float]:
 def check_format(run: Path) -> None:
     """Raise `UserError` where the directory was written by a newer version."""
     about = run / "run.json"
-    if about.exists() and (found := read_json(about).get("format", 0)) > FORMAT:
+    if about.exists() and (found := read_sealed(about).get("format", 0)) > FORMAT:
         raise UserError(f"{run} has format {found}; this version reads up to {FORMAT}: update bert_tickets")

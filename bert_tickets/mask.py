@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bert_tickets import UserError
-from bert_tickets.files import safetensors_parts, write
+from bert_tickets.files import CHECKSUM, check, safetensors_parts, write
 
 FORMAT = "1"  # of the mask file; a reader refuses a newer one
 
@@ -166,6 +166,7 @@ class Mask(Mapping[str, Tensor]):
                 start = file.read(4)
             if start in (b"PK\x03\x04", b"\x80\x02\x8a\x0a"):  # torch.save: a zip archive, or the older plain pickle
                 return cls._load_released(path)
+            check(path)
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 _check_format(path, metadata)
@@ -183,7 +184,7 @@ class Mask(Mapping[str, Tensor]):
             raise UserError(f"{path} is damaged: its shapes do not describe its bits ({error})") from None
         if not mask or mask.sha256() != metadata.get("sha256"):
             raise UserError(f"{path} is damaged: its bits do not match its checksum")
-        own = ("format", "shapes", "density", "sha256")
+        own = ("format", "shapes", "density", "sha256", CHECKSUM)
         mask.info = {key: value for key, value in metadata.items() if key not in own}
         return mask
 

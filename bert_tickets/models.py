@@ -23,6 +23,7 @@ from transformers.models.bert.modeling_bert import BertPooler
 from bert_tickets import UserError, first_line
 from bert_tickets.attention import layout, replace_dropout
 from bert_tickets.batches import Batch, seeded
+from bert_tickets.files import check
 from bert_tickets.mask import Mask
 
 Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
@@ -158,6 +159,7 @@ def _fill(net: Net, path: Path) -> None:
     """Overwrite the encoder's weights with those of a safetensors file; a head in the file is passed over."""
     if not path.is_file():
         raise UserError(f"--init {path}: give pretrained, random, or a file of weights; there is no such file")
+    check(path)
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_tickets import UserError
-from bert_tickets.files import read_info, read_json
+from bert_tickets.files import read_info, read_sealed
 
 IMP, ONESHOT, RANDOM, GIVEN = "IMP", "one-shot", "random", "given"  # where a ticket comes from; or the task that found it
 PRETRAINED, SHUFFLED = "pre-trained", "shuffled"  # what a ticket's weights are; or "random", or what their file says
@@ -66,7 +66,7 @@ def _abouts(place: Path) -> list[Path]:
 
 
 def _read_run(run: Path) -> list[Record]:
-    about = read_json(run / "run.json")
+    about = read_sealed(run / "run.json")
     try:
         config, differs = about["config"], about["differs_from_preset"]
         plain = {key: value for key, value in differs.items() if key not in ("seed", "mask", "init", "rewind", "levels")}
@@ -85,7 +85,7 @@ def _read_run(run: Path) -> list[Record]:
 
 
 def _read_level(file: Path, common: dict[str, Any], given: bool) -> Record:
-    level = read_json(file)
+    level = read_sealed(file)
     ticket, ticket_seed = _origin(read_info(file.parent / "mask.safetensors")) if given else (IMP, None)
     return Record(
         **common,

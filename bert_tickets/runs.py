@@ -34,15 +34,15 @@ from bert_tickets.environment import environment
 from bert_tickets.files import (
     cannot_write,
     read_facts,
-    read_json,
+    read_sealed,
     read_tensors,
     sync_folder,
     take_lock,
     write,
-    write_json,
+    write_sealed,
     write_tensors,
 )
-from bert_tickets.history import FORMAT, check_format, level_dir, levels_done, levels_of, results, run_dir
+from bert_tickets.history import FORMAT, check_format, level_dir, levels_done, levels_of, results, results_lines, run_dir
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
 
@@ -135,7 +135,7 @@ class Run:
     def _describe(self, facts: dict[str, Any]) -> None:
         path, here = self.dir / "run.json", environment() | {"processes": self.ranks.world}
         if path.exists():
-            about = read_json(path)
+            about = read_sealed(path)
             before = about["fingerprint"]
             for key, value in facts.items():
                 if key in before and before[key] != value:
@@ -149,7 +149,7 @@ class Run:
                 print(f"going on with {key} {_brief(now)}, begun with {_brief(begun.get(key))}: the bits may differ")
             self.log("resume", changed=changed)
             return
-        write_json(
+        write_sealed(
             path,
             {
                 "format": FORMAT,
@@ -218,7 +218,7 @@ class Run:
                 write_tensors(temporary / "moments.safetensors", moments)
             if self.cfg.keep_models:
                 _keep_model(net, tokenizer, temporary / "model")
-            write_json(temporary / "metrics.json", {"level": level, **result})
+            write_sealed(temporary / "metrics.json", {"level": level, **result})
             self.log("level", level=level, seconds=round(seconds, 2))
             temporary.rename(folder)
             sync_folder(self.dir)
@@ -236,8 +236,7 @@ class Run:
         checkpoint = self.dir / "checkpoint.safetensors"
         if checkpoint.exists() and (self.complete or self._is_of_a_finished_level(checkpoint)):
             checkpoint.unlink()
-        lines = [json.dumps(result, sort_keys=True) for result in self.results()]
-        path, data = self.dir / "results.jsonl", "".join(line + "\n" for line in lines).encode()
+        path, data = self.dir / "results.jsonl", results_lines(self.dir)
         if not path.exists() or path.read_bytes() != data:
             write(path, data)
 

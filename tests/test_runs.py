@@ -258,9 +258,9 @@ def test_damaged_state_is_named_and_refused(go, monkeypatch, tmp_path, file):
 def test_a_changed_model_or_other_data_are_not_mixed_in(go, monkeypatch, tmp_path, glue_dir):
     die(go, monkeypatch, 8)
     (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    about = json.loads((run_dir / "run.json").read_text())
+    about = files.read_sealed(run_dir / "run.json")
     about["fingerprint"]["train"]["sha256"] = "another"
-    files.write_json(run_dir / "run.json", about)
+    files.write_sealed(run_dir / "run.json", about)
     with pytest.raises(UserError, match=r"was begun with train .* would mix two runs"):
         go("run")
 
@@ -269,9 +269,9 @@ def test_another_environment_is_said_and_written_down(go, monkeypatch, capsys, t
     """It may change the bits, so it is not silent; but a cluster's next node may well be another, so it is not refused."""
     die(go, monkeypatch, 8)
     (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    about = json.loads((run_dir / "run.json").read_text())
+    about = files.read_sealed(run_dir / "run.json")
     about["environment"]["threads"] = 99
-    files.write_json(run_dir / "run.json", about)
+    files.write_sealed(run_dir / "run.json", about)
     go("run")
     assert "begun with 99: the bits may differ" in capsys.readouterr().out
     events = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
@@ -331,10 +331,24 @@ def test_a_read_only_archive_of_a_finished_run_still_answers(go, monkeypatch, ca
     assert "sparsity" in capsys.readouterr().out
 
 
+HELD = ["run.json", "level_00/metrics.json", "level_00/mask.safetensors", "level_00/weights.safetensors"]
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_flipped_bit_is_never_trained_on_nor_reported(name, go, monkeypatch, tmp_path):
+    die(go, monkeypatch, 8)
+    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
+    data = bytearray((run_dir / name).read_bytes())
+    data[len(data) * 2 // 3] ^= 1
+    (run_dir / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        go("run")
+
+
 def test_a_newer_run_directory_is_refused(go, tmp_path):
     go("run")
     (about,) = (tmp_path / "run").rglob("run.json")
-    files.write_json(about, json.loads(about.read_text()) | {"format": 99})
+    files.write_sealed(about, files.read_sealed(about) | {"format": 99})
     with pytest.raises(UserError, match="format 99; this version reads up to"):
         go("run")
 
