@@ -26,6 +26,7 @@ class Record:
 
     run: Path
     level: int
+    levels: int  # that the run is to have; those that it has finished are its records
     task: str
     metric: str  # the paper's of this task, a key of `metrics`
     metrics: Mapping[str, float | None]  # shares or correlations, not percent; None where undefined
@@ -69,12 +70,16 @@ def _read_run(run: Path) -> list[Record]:
     about = read_sealed(run / "run.json")
     try:
         config, differs = about["config"], about["differs_from_preset"]
-        plain = {key: value for key, value in differs.items() if key not in ("seed", "mask", "init", "rewind", "levels")}
+        own = {"seed", "mask", "init", "rewind", "levels"}  # what a record says by itself
+        if differs.get("reset_optimizer") == (config["rewind"] != "none"):
+            own.add("reset_optimizer")  # it follows from `rewind`
+        plain = {key: value for key, value in differs.items() if key not in own}
         protocol = {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
         common = {
             "run": run,
             "seed": config["seed"],
-            "weights": _weights(config["init"], about["fingerprint"]),
+            "levels": 1 if config["mask"] else config["levels"],
+            "weights": _weights(config["init"], about["fingerprint"], config["seed"]),
             "finding": _words({key: value for key, value in plain.items() if key in FINDING}),
             "setting": _words(protocol | {key: value for key, value in plain.items() if key not in FINDING}),
             "rewind": "" if config["mask"] else config["rewind"],
@@ -107,12 +112,15 @@ def _origin(info: Mapping[str, str]) -> tuple[str, int | None]:
     return names.get(method, GIVEN), int(seed) if re.fullmatch(r"\d{1,10}", seed) else None
 
 
-def _weights(init: str, fingerprint: Mapping[str, Any]) -> str:
+def _weights(init: str, fingerprint: Mapping[str, Any], seed: int) -> str:
+    """What of the weights is the same for every seed: not the order that a seed has drawn, nor the run's own seed."""
     if init in ("pretrained", "random"):
         return {"pretrained": PRETRAINED}.get(init, init)
     facts = fingerprint.get("init") or {}
     said = facts.get("perturbed") or facts.get("rewound")
-    return SHUFFLED if said == "the entries of each matrix shuffled" else said or f"the file {init}"
+    if said == "the entries of each matrix shuffled":
+        return SHUFFLED
+    return said.partition(" in the order ")[0].removesuffix(f", seed {seed}") if said else f"the file {init}"
 
 
 def _words(values: Mapping[str, Any]) -> str:
@@ -136,18 +144,34 @@ def by_seed(records: Sequence[Record], **wanted: object) -> dict[int, Record]:
 def dense(records: Sequence[Record], task: str) -> dict[int, Record]:
     """The full BERT of a task by seed: level 0 of the runs that find tickets from the pre-trained weights, the plain ones first.
 
-    However a run goes on, its level 0 is the same training.
+    However a run goes on, its level 0 is the same training, but for `decay run`. Two equal runs that differ are refused.
     """
     full = [r for r in records if (r.task, r.ticket, r.weights, r.sparsity) == (task, IMP, PRETRAINED, 0.0)]
-    return {r.seed: r for r in sorted(full, key=lambda r: (r.rewind == "0", r.finding == ""))}
+    plainest: dict[int, tuple[bool, bool, str, str]] = {}
+    for r in full:
+        plainest[r.seed] = max(_plainness(r), plainest.get(r.seed, _plainness(r)))
+    return by_seed([r for r in full if _plainness(r) == plainest[r.seed]], task=task, sparsity=0.0)
 
 
-def need_one_setting(records: Sequence[Record]) -> None:
-    """Raise `UserError` where a task was trained under two settings: their numbers must not stand in one column."""
+def _plainness(record: Record) -> tuple[bool, bool, str, str]:
+    return record.rewind == "0", record.finding == "", record.rewind, record.finding
+
+
+def under(records: Sequence[Record], setting: str) -> list[Record]:
+    """The records of one setting, or of those that hold these words ("lr 0.0001, precision bf16"); "" is the preset as it is."""
+    words = set(setting.split(", ")) if setting else set()
+    return [r for r in records if (words <= set(r.setting.split(", ")) if words else r.setting == "")]
+
+
+def need_one_setting(records: Sequence[Record], how: str = "give those of one") -> None:
+    """Raise `UserError` where a task was trained under two settings: their numbers must not stand in one column.
+
+    `how` ends its sentence: what to do.
+    """
     settings: dict[str, dict[str, Path]] = {}
     for record in records:
         settings.setdefault(record.task, {}).setdefault(record.setting, record.run)
     for task, found in settings.items():
         if len(found) > 1:
             listed = "\n".join(f"  {setting or 'the preset as it is'} (such as {run})" for setting, run in found.items())
-            raise UserError(f"the runs of {task} have {len(found)} settings; give those of one:\n{listed}")
+            raise UserError(f"the runs of {task} have {len(found)} settings; {how}:\n{listed}")

@@ -22,6 +22,8 @@ FLOORS = {
     "command": 0,
     "demo": 0,
     "heatmap": 0,
+    "published": 0,
+    "verdicts": 0,
     "attention": 1,
     "batches": 1,
     "models": 1,
@@ -45,6 +47,12 @@ FLOORS = {
     "ranks": 0,
     "history": 0,
     "levels": 2,
+    "sweeps": 3,
+    "entries": 3,
+    "layout": 3,
+    "tables": 3,
+    "winning": 3,
+    "variations": 3,
 }
 # What --help, a mistyped flag, --dry-run and a finished run need: no torch.
 AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records"}

@@ -1,0 +1,63 @@
+"""The command of a sweep (scripts/*.sh) that makes runs like those that there are."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bert_tickets.files import read_json
+
+VARIABLES = {"rate": "STEP", "levels": "LEVELS", "model": "MODEL"}  # of what a sweep has a variable for
+APART = {"seed", "mask", "init", "rewind", "reset_optimizer", *VARIABLES}  # what FLAGS does not say
+FINDING = {"schedule", "scope", "rewind_head", "prune_first", "decay"}  # what FLAGS cannot say: a given ticket refuses them
+
+
+def command(sweep: str, like: Sequence[Path], seeds: Sequence[int], variables: Mapping[str, str]) -> str | None:
+    """The command that has `sweep` make runs of these seeds with the settings of `like`: runs that find tickets, one a task
+    that the command is about.
+
+    None where no sweep does: tickets found in a way of their own, tasks of one script under two settings, or a sparsity
+    (SPARSITY, percent) that is no level.
+    """
+    if not like:
+        return None
+    abouts = [read_json(run / "run.json") for run in like]
+    shared = [_shared(about["config"], about["differs_from_preset"]) for about in abouts]
+    flags: dict[str, set[str]] = {}
+    for about in abouts:
+        flags.setdefault(_kind(about["config"]["task"]), set()).add(_flags(about["config"], about["differs_from_preset"]))
+    step = abouts[0]["config"]["rate"] * 100
+    ways = set().union(*(about["differs_from_preset"] for about in abouts))
+    if any(one != shared[0] for one in shared) or any(len(kind) > 1 for kind in flags.values()) or FINDING & ways:
+        return None
+    if abs(step - round(step)) > 1e-6 or float(variables.get("SPARSITY", 0)) % round(step):
+        return None
+    words = {kind: flag for kind, (flag,) in ((kind, tuple(found)) for kind, found in flags.items()) if flag}
+    if len(set(words.values())) == 1 and len(words) == len(flags):
+        words = {"FLAGS": next(iter(words.values()))}
+    own = shared[0] | {"SEEDS": " ".join(map(str, seeds))} | words | dict(variables)
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in own.items()), f"bash scripts/{sweep}.sh"])
+
+
+def _shared(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, str]:
+    """The variables of all trainings of a sweep."""
+    own = {name: str(config[key]) for key, name in VARIABLES.items() if key in differs}
+    if "STEP" in own:
+        own["STEP"] = f"{config['rate'] * 100:.0f}"
+    return own | ({"OUTPUT": config["output_dir"]} if config["output_dir"] != "runs" else {})
+
+
+def _kind(task: str) -> str:
+    """The variable of the flags for a task's script."""
+    return {"squad": "SQUAD_FLAGS", "mlm": "MLM_FLAGS"}.get(task, "GLUE_FLAGS")
+
+
+def _flags(config: Mapping[str, Any], differs: Mapping[str, Any]) -> str:
+    """The flags of a training, by the values that were given: the sweep's own variables and the tickets are not among them."""
+    words = [] if config["protocol"] == "paper" else [f"--protocol {config['protocol']}"]
+    for key in sorted(differs.keys() - APART - FINDING):
+        flag, value = key.replace("_", "-"), config[key]
+        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+    return " ".join(words)

@@ -1,0 +1,94 @@
+"""The paper's tables from run directories, its published figures beside them; what is missing is said, with the command for it.
+
+  python scripts/tables.py runs                                 # all tables that there are runs for, as Markdown
+  python scripts/tables.py runs --table 2 --format latex --output table2.tex
+  python scripts/tables.py runs --table transfer --sparsity 0.5
+  python scripts/tables.py runs --setting "lr 0.0001" --format csv --output tables.csv   # full precision, with the runs' names
+
+Takes run directories, or folders that hold them. Tables:
+  2         the highest sparsity with winning tickets; random pruning, random weights, shuffled weights   (table2.sh)
+  4         the highest sparsity that matches or exceeds the full BERT                                     (table2.sh)
+  3         rewinding to later steps, and standard pruning                                                 (rewinding.sh)
+  transfer  Figure 2: every task's ticket on every task                                                    (transfer.sh)
+  curves    every task over all sparsities                                                                 (table2.sh)
+  weights   the tasks' own tickets from shuffled and noised weights                                        (perturbed.sh)
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bert_tickets import UserError
+from bert_tickets.command import hyphens, run_command
+
+if TYPE_CHECKING:
+    from bert_tickets.entries import Pool
+    from bert_tickets.layout import Table
+
+TABLES = ("2", "4", "3", "transfer", "curves", "weights")
+AT_ONE_SPARSITY = ("3", "transfer")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders of them")
+    parser.add_argument("--table", choices=TABLES, help="one table (default: all that there are runs for)")
+    parser.add_argument("--sparsity", type=float, metavar="X", help="share of the weights removed, of tables 3 and transfer")
+    parser.add_argument("--setting", metavar="WORDS", help="of runs with several settings those that have these words")
+    parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown", help="(default: markdown)")
+    parser.add_argument("--output", metavar="FILE", help="write there instead of to the terminal")
+    args = parser.parse_args(hyphens(None))
+    if args.sparsity is not None and args.table not in AT_ONE_SPARSITY:
+        parser.error(f"--sparsity is of one table: add --table {' or --table '.join(AT_ONE_SPARSITY)}")
+    if args.sparsity is not None and not 0 < args.sparsity < 1:
+        parser.error(f"--sparsity {args.sparsity}: a share between 0 and 1 is needed")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    from bert_tickets import layout
+    from bert_tickets.entries import choose
+    from bert_tickets.files import write
+    from bert_tickets.records import read_records, under
+
+    records = read_records(args.runs)
+    if args.setting is not None and not (records := under(records, args.setting)):
+        raise UserError(f"no run has the setting {args.setting!r}")
+    pool = choose(records)
+    tables = [table for name in ([args.table] if args.table else TABLES) if (table := build(name, pool, args))]
+    text = {"markdown": layout.markdown, "csv": layout.tidy, "latex": layout.latex}[args.format](tables)
+    if args.output:
+        write(Path(args.output), text.encode())
+        print(f"written to {args.output}")
+    else:
+        print(text, end="")
+
+
+def build(name: str, pool: Pool, args: argparse.Namespace) -> Table | None:
+    """A table; None where there are no runs for it and it was not asked for by name."""
+    from bert_tickets import variations, winning
+
+    try:
+        match name:
+            case "2":
+                return winning.table2(pool)
+            case "4":
+                return winning.table4(pool)
+            case "3":
+                return variations.table3(pool, args.sparsity)
+            case "transfer":
+                return variations.transfer(pool, args.sparsity)
+            case "curves":
+                return winning.curves(pool)
+            case _:
+                return variations.weights(pool)
+    except UserError:
+        if args.table:
+            raise
+        return None
+
+
+if __name__ == "__main__":
+    run_command(main, parse())
