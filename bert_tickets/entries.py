@@ -9,7 +9,7 @@ from pathlib import Path
 from bert_tickets import UserError, published
 from bert_tickets.records import IMP, PRETRAINED, Record, by_seed, dense, need_one_setting
 from bert_tickets.sweeps import command
-from bert_tickets.verdicts import Difference, Summary, holm, paired, summarize, verdict
+from bert_tickets.verdicts import Difference, Summary, holm, matches, matches_or_exceeds, paired, summarize, verdict
 
 UNIT = 100.0  # the paper's: percent, and correlations x 100
 NEAR = 6e-4  # two sparsities that differ by less are one level: masks are made of whole weights
@@ -32,6 +32,8 @@ class Entry:
     published_difference: float | None = None
     reference: str = ""  # what the difference is to
     difference: Difference | None = None
+    within: bool | None = None  # of the full BERT's standard deviation, and
+    exceeds: bool | None = None  # matches or exceeds its mean; None where that cannot be said, or was not compared
     corrected: float | None = None  # the difference's p by Holm
     verdict: str = ""
     sweep: str = ""  # that makes such runs, with these of its variables
@@ -56,7 +58,9 @@ class Pool:
         return sorted({r.task for r in self.records}, key=lambda t: (order.index(t) if t in order else len(order), t))
 
     def seeds(self, task: str) -> tuple[int, ...]:
-        return tuple(sorted({r.seed for r in self.records if r.task == task}))
+        """Those of the runs that find the task's tickets, and where there are none of all that were trained on it."""
+        own = [r for r in self.records if r.task == task]
+        return tuple(sorted({r.seed for r in own if r.ticket == IMP} or {r.seed for r in own}))
 
     def sparsities(self, **wanted: object) -> list[float]:
         """Where there are records whose fields are as wanted, rising; the full network is not counted."""
@@ -70,7 +74,9 @@ class Pool:
     def full(self, task: str) -> Entry:
         """The full BERT, trained on the task."""
         entry = self._entry(task, published.FULL, 0.0, dense(self.records, task))
-        return replace(entry, published=published.table2(published.FULL, task), sweep="table2", variables={"TASKS": task})
+        figure = published.table2(published.FULL, task)
+        at = 0.0 if figure else None
+        return replace(entry, published=figure, published_sparsity=at, sweep="table2", variables={"TASKS": task})
 
     def ticket(self, task: str, sparsity: float, rewind: str = "0", row: str = published.TICKET) -> Entry:
         """A task's own ticket: a level of the runs that find them."""
@@ -176,10 +182,22 @@ def _settings(records: Sequence[Record]) -> list[str]:
 
 
 def compare(reference: Entry, entries: Sequence[Entry]) -> list[Entry]:
-    """The entries with their paired differences to `reference`, and a verdict by Holm's correction over all of them."""
+    """The entries with their paired differences to `reference`, and a verdict by Holm's correction over all of them.
+
+    Beside the full BERT also whether they match, by the paper's two criteria.
+    """
     differences = [paired(entry.summary, reference.summary) for entry in entries]
+    full = reference.row == published.FULL
     corrected = holm([difference.p if difference else None for difference in differences])
     return [
-        replace(e, reference=reference.row, difference=d, corrected=p, verdict=verdict(d, p) if e.summary.n else "")
+        replace(
+            e,
+            reference=reference.row,
+            difference=d,
+            within=matches(e.summary, reference.summary) if full and e.runs else None,
+            exceeds=matches_or_exceeds(e.summary, reference.summary) if full and e.runs else None,
+            corrected=p,
+            verdict=verdict(d, p) if e.summary.n else "",
+        )
         for e, d, p in zip(entries, differences, corrected, strict=True)
     ]

@@ -13,14 +13,16 @@ from bert_tickets.entries import Entry, percent
 from bert_tickets.published import TICKET
 
 MISSING = "no run"
-WIDE, LONG = 6, 40  # columns beyond which a LaTeX table is scaled to the page, lines beyond which it may break
+LONG = 40  # lines beyond which a LaTeX table may break over pages
 COLUMNS = [
     *("table", "task", "row", "sparsity", "metric", "unit", "mean", "sd", "n", "seeds", "undefined"),
+    *("within_one_sd", "match_or_exceed"),
     *("published_mean", "published_sd", "published_sparsity"),
     *("reference", "difference", "interval_low", "interval_high", "pairs", "p_holm", "published_difference", "verdict", "runs"),
 ]
 FORMULA = r"$f(x, m_{\mathrm{IMP}} \odot \theta_0)$"
 MARKS = re.compile(r"([\\|<\[\]#~]|(?<!\S )\*|\*(?! \S)|\b_|_\b)")  # not the star between words, the underscore within one
+SIGNS = {"theta_0": r"\theta_0", ">=": r"\ge", "+": "+", "-": "-"}
 LATEX = {c: f"\\{c}" for c in "%_&#${}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -133,7 +135,7 @@ def _md(text: str) -> str:
 
 def latex(tables: Sequence[Table]) -> str:
     r"""Tables for `\input`, with booktabs. What is missing is a comment: the cells say it already."""
-    return "% needs \\usepackage{booktabs,graphicx,longtable}\n" + "\n".join(_latex_table(table) for table in tables)
+    return "% needs \\usepackage{booktabs,adjustbox,longtable}\n" + "\n".join(_latex_table(table) for table in tables)
 
 
 def _latex_table(table: Table) -> str:
@@ -143,8 +145,7 @@ def _latex_table(table: Table) -> str:
     body = [r"\begin{table}[htbp]", r"\centering", rf"\caption{{{_tex(table.title)}}}"]
     for panel in floats:
         body += [rf"\par\smallskip {{\small {_tex(panel.title)}}}\par"] * bool(panel.title)
-        grid = _tabular(panel, "tabular")
-        body.append(f"\\resizebox{{\\textwidth}}{{!}}{{%\n{grid}}}" if len(panel.header) > WIDE else grid)
+        body += [r"\begin{adjustbox}{max width=\textwidth}", _tabular(panel, "tabular"), r"\end{adjustbox}"]
     body += [notes, r"\end{table}"]
     for panel in long:
         body += [rf"\par\noindent {_tex(panel.title or table.title)}\par", "{\\tiny", _tabular(panel, "longtable"), "}"]
@@ -162,13 +163,11 @@ def _tabular(panel: Panel, environment: str) -> str:
 def _tex(text: str) -> str:
     """Text as LaTeX prints it: its special characters escaped, formulas and signs in mathematics."""
     pieces = []
-    for part in re.split(rf"({re.escape(TICKET)}|theta_0'*|(?<![\w)])[+-](?=\d))", text):
+    for part in re.split(rf"({re.escape(TICKET)}|theta_0|>=|(?<![\w)])[+-](?=\d)|(?<= )-(?= ))", text):
         if part == TICKET:
             pieces.append(FORMULA)
-        elif part.startswith("theta_0"):
-            pieces.append(rf"$\theta_0{part.removeprefix('theta_0')}$")
-        elif part in ("+", "-"):
-            pieces.append(f"${part}$")
+        elif part in SIGNS:
+            pieces.append(f"${SIGNS[part]}$")
         else:
             pieces.append("".join(LATEX.get(c, c) for c in part.replace("`", "")))
     return "".join(pieces)
@@ -197,6 +196,8 @@ def _facts(entry: Entry) -> dict[str, object]:
         "n": summary.n,
         "seeds": _join(summary.values),
         "undefined": _join(summary.undefined),
+        "within_one_sd": entry.within,
+        "match_or_exceed": entry.exceeds,
         "published_mean": entry.published and entry.published.mean,
         "published_sd": entry.published and entry.published.sd,
         "published_sparsity": entry.published_sparsity,

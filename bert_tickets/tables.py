@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from bert_tickets import published
 from bert_tickets.entries import Entry, Pool, percent
@@ -25,10 +25,11 @@ def make(
     entries: Sequence[Entry],
     notes: Sequence[str],
     pool: Pool,
+    sweep: str,
 ) -> Table:
-    """A table with the notes that all have: of equal values, of settings, of what is missing."""
+    """A table with the notes that all have: of equal values, of settings, of what is missing. `sweep` makes all its runs."""
     tasks = {entry.task for entry in entries}
-    missing = [*pool.unfinished(tasks), *pool.remedies(entries)]
+    missing = [*pool.unfinished(tasks), *pool.remedies(entries), *_absent(tasks, sweep)]
     return Table(number, title, panels, entries, [*notes, *equal_values(entries), *pool.notes], missing)
 
 
@@ -52,8 +53,8 @@ def equal_values(entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def absent(tasks: Sequence[str], sweep: str) -> list[str]:
-    """A note of the paper's tasks that have no runs."""
+def _absent(tasks: Collection[str], sweep: str) -> list[str]:
+    """The paper's tasks that have no runs, as a sentence."""
     left = [task for task in published.tasks() if task not in tasks]
     names = ", ".join(map(published.name, left))
-    return [f'No runs of {names}; they are made by `TASKS="{" ".join(left)}" bash scripts/{sweep}.sh`.'] if left else []
+    return [f"no run of {names}. To make them: `TASKS='{' '.join(left)}' bash scripts/{sweep}.sh`"] if left else []

@@ -11,23 +11,19 @@ from bert_tickets.entries import NEAR, Entry, Pool, compare, percent
 from bert_tickets.layout import MISSING, Panel, Table, score, signed
 from bert_tickets.published import FULL, TICKET
 from bert_tickets.records import IMP, ONESHOT, PRETRAINED, RANDOM, SHUFFLED
-from bert_tickets.tables import CELL, TESTED, absent, differences, make
+from bert_tickets.tables import CELL, TESTED, differences, make
 
 REWINDS = ("0", "5%", "10%", "20%", "50%", "none")  # Table 3's
-
-
-def _none(table: str, sweep: str) -> UserError:
-    return UserError(f"there are no runs for table {table}; they are made by: bash scripts/{sweep}.sh")
 
 
 # ---- Table 3 ----
 
 
-def table3(pool: Pool, sparsity: float | None = None) -> Table:
+def table3(pool: Pool, sparsity: float | None = None) -> Table | None:
     """Rewinding to later steps than theta_0, and not rewinding, at each task's published sparsity or the one given."""
     there = {r.rewind for r in pool.records if r.ticket == IMP and r.weights == PRETRAINED}
     if not there - {"0"}:
-        raise _none("3", "rewinding")
+        return None
     rewinds = sorted({*REWINDS, *there}, key=_lateness)
     tasks = [task for task in pool.tasks if any(pool.levels(task, rewind) for rewind in rewinds)]
     notes, lines, entries = [], [], []
@@ -46,11 +42,11 @@ def table3(pool: Pool, sparsity: float | None = None) -> Table:
         *notes,
         "The paper's own Table 3 is not among the published figures here.",
         TESTED.format(family="rewinding steps of a task"),
-        *absent(tasks, "rewinding"),
     ]
     header = ["task", "sparsity", FULL, *map(rewound, rewinds)]
     panels = [Panel("", header, lines, words=1), differences(f"{TICKET} that rewinds to theta_0", entries)]
-    return make("3", "Table 3. Rewinding to later steps, and standard pruning", panels, entries, notes, pool)
+    title = "Rewinding to later steps, and standard pruning (the paper's Table 3)"
+    return make("3", title, panels, entries, notes, pool, "rewinding")
 
 
 def rewound(rewind: str) -> str:
@@ -85,9 +81,15 @@ def _level(pool: Pool, task: str, rewinds: list[str], sparsity: float | None) ->
 # ---- Figure 2 ----
 
 
-def transfer(pool: Pool, sparsity: float | None = None) -> Table:
+def transfer(pool: Pool, sparsity: float | None = None) -> Table | None:
     """TRANSFER(source, target) minus the full BERT of the target, as Figure 2, at 70 % or where most of the runs are."""
-    at = sparsity if sparsity is not None else _most_transfers(pool)
+    counts = _transfers(pool)
+    if not counts:
+        return None
+    at = sparsity if sparsity is not None else _where(counts)
+    if not any(abs(there - at) < NEAR for there in counts):
+        listed = ", ".join(map(percent, sorted(counts)))
+        raise UserError(f"no ticket of {percent(at)} was trained on another task; there are some of {listed}")
     tasks = [task for task in pool.tasks if pool.full(task).runs]
     sources = [task for task in published.tasks() if _is_source(pool, task, at)]
     rows = {_ticket_of(task): _from(task) for task in sources}
@@ -111,8 +113,6 @@ def transfer(pool: Pool, sparsity: float | None = None) -> Table:
         entries += [full, *compared]
         for entry in compared:
             matrix[entry.row][target] = entry
-    if not any(entry.runs for entry in entries if entry.sparsity):
-        raise UserError(f"no ticket of {percent(at)} was trained; there are some of {_listed(pool)}")
     names = [published.name(task) for task in tasks]
     lines = [[row, *(_cell(found[task]) for task in tasks), same_task(matrix, found, tasks)] for row, found in matrix.items()]
     paper = [
@@ -129,10 +129,9 @@ def transfer(pool: Pool, sparsity: float | None = None) -> Table:
         "both were run; in the published panel of all eleven.",
         f"Published figures: {published.source('transfer')}; means of three runs of BERT-base.",
         TESTED.format(family="sources of a target"),
-        *absent(tasks, "transfer"),
     ]
-    title = f"Figure 2. Transfer of tickets at {percent(at)} sparsity"
-    return make("transfer", title, [here, there, differences(FULL, entries)], entries, notes, pool)
+    title = f"Transfer of tickets at {percent(at)} sparsity (the paper's Figure 2)"
+    return make("transfer", title, [here, there, differences(FULL, entries)], entries, notes, pool, "transfer")
 
 
 def _ticket_of(task: str) -> str:
@@ -161,16 +160,10 @@ def _transfers(pool: Pool) -> dict[float, int]:
     return counts
 
 
-def _listed(pool: Pool) -> str:
-    return ", ".join(map(percent, sorted(_transfers(pool)))) or "none at all: bash scripts/transfer.sh makes them"
-
-
-def _most_transfers(pool: Pool) -> float:
-    counts = _transfers(pool)
-    if not counts:
-        raise _none("transfer", "transfer")
-    published_at = next((at for at in counts if abs(at - published.transfer_sparsity()) < NEAR), None)
-    return published_at if published_at is not None else max(counts, key=lambda at: (counts[at], at))
+def _where(counts: dict[float, int]) -> float:
+    """The paper's sparsity, or where most tickets were trained."""
+    aim = published.transfer_sparsity()
+    return next((at for at in counts if abs(at - aim) < NEAR), max(counts, key=lambda at: (counts[at], at)))
 
 
 def _cell(entry: Entry) -> str:
@@ -207,11 +200,11 @@ def _counted(key: str) -> str:
 # ---- perturbed weights ----
 
 
-def weights(pool: Pool) -> Table:
+def weights(pool: Pool) -> Table | None:
     """A task's own tickets trained from other weights than theta_0: shuffled, noised, random."""
     found = {(r.weights, round(r.sparsity, 3)) for r in pool.records if r.ticket == r.task and r.weights != PRETRAINED}
     if not found:
-        raise _none("weights", "perturbed")
+        return None
     sparsities = sorted({sparsity for _, sparsity in found})
     labels = sorted({label for label, _ in found}, key=_strength)
     tasks = [task for task in pool.tasks if pool.sparsities(task=task, ticket=task)]
@@ -233,10 +226,10 @@ def weights(pool: Pool) -> Table:
         [row, percent(at), *(score(by_task[task]) if task in by_task else MISSING for task in tasks)]
         for (at, row), by_task in sorted(matrix.items(), key=lambda item: (item[0][0], _strength(item[0][1])))
     ]
-    notes = [CELL, TESTED.format(family="weights of a task at a sparsity"), *absent(tasks, "perturbed")]
+    notes = [CELL, TESTED.format(family="weights of a task at a sparsity")]
     panels = [Panel("", ["weights", "sparsity", *map(published.name, tasks)], lines, words=1)]
     panels.append(differences(f"{TICKET} of pre-trained weights", entries))
-    return make("weights", "The tasks' own tickets trained from other weights", panels, entries, notes, pool)
+    return make("weights", "The tasks' own tickets trained from other weights", panels, entries, notes, pool, "perturbed")
 
 
 def _from_sweep(entry: Entry, task: str, at: float) -> Entry:

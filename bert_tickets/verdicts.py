@@ -124,7 +124,9 @@ def verdict(difference: Difference | None, corrected: float | None) -> str:
     if len(difference.seeds) == 1:
         return "one seed: no interval"
     if difference.p is None:
-        return "no difference in any seed" if abs(difference.mean) < NO_SPREAD else "one difference in all seeds: no interval"
+        return (
+            "no difference in any seed" if abs(difference.mean) < NO_SPREAD else "the same difference in every seed: no interval"
+        )
     side = "below" if difference.mean < 0 else "above"
     if corrected is not None and corrected < LEVEL:
         return side

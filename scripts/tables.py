@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from bert_tickets.entries import Pool
     from bert_tickets.layout import Table
 
-TABLES = ("2", "4", "3", "transfer", "curves", "weights")
+TABLES = {  # each with the sweep that makes its runs
+    "2": "table2",
+    "4": "table2",
+    "3": "rewinding",
+    "transfer": "transfer",
+    "curves": "table2",
+    "weights": "perturbed",
+}
 AT_ONE_SPARSITY = ("3", "transfer")
 
 
@@ -57,7 +64,12 @@ def main(args: argparse.Namespace) -> None:
     if args.setting is not None and not (records := under(records, args.setting)):
         raise UserError(f"no run has the setting {args.setting!r}")
     pool = choose(records)
-    tables = [table for name in ([args.table] if args.table else TABLES) if (table := build(name, pool, args))]
+    made = {name: build(name, pool, args.sparsity) for name in ([args.table] if args.table else TABLES)}
+    tables = [table for table in made.values() if table]
+    if not tables:
+        sweep = TABLES[args.table or "2"]
+        what = f"table {args.table}" if args.table else "any table"
+        raise UserError(f"there are no runs here for {what}; they are made by: bash scripts/{sweep}.sh")
     text = {"markdown": layout.markdown, "csv": layout.tidy, "latex": layout.latex}[args.format](tables)
     if args.output:
         write(Path(args.output), text.encode())
@@ -66,28 +78,23 @@ def main(args: argparse.Namespace) -> None:
         print(text, end="")
 
 
-def build(name: str, pool: Pool, args: argparse.Namespace) -> Table | None:
-    """A table; None where there are no runs for it and it was not asked for by name."""
+def build(name: str, pool: Pool, sparsity: float | None) -> Table | None:
+    """A table; None where there are no runs for it."""
     from bert_tickets import variations, winning
 
-    try:
-        match name:
-            case "2":
-                return winning.table2(pool)
-            case "4":
-                return winning.table4(pool)
-            case "3":
-                return variations.table3(pool, args.sparsity)
-            case "transfer":
-                return variations.transfer(pool, args.sparsity)
-            case "curves":
-                return winning.curves(pool)
-            case _:
-                return variations.weights(pool)
-    except UserError:
-        if args.table:
-            raise
-        return None
+    match name:
+        case "2":
+            return winning.table2(pool)
+        case "4":
+            return winning.table4(pool)
+        case "3":
+            return variations.table3(pool, sparsity)
+        case "transfer":
+            return variations.transfer(pool, sparsity)
+        case "curves":
+            return winning.curves(pool)
+        case _:
+            return variations.weights(pool)
 
 
 if __name__ == "__main__":
