@@ -70,10 +70,8 @@ def _read_run(run: Path) -> list[Record]:
     about = read_sealed(run / "run.json")
     try:
         config, differs = about["config"], about["differs_from_preset"]
-        own = {"seed", "mask", "init", "rewind", "levels"}  # what a record says by itself
-        if differs.get("reset_optimizer") == (config["rewind"] != "none"):
-            own.add("reset_optimizer")  # it follows from `rewind`
-        plain = {key: value for key, value in differs.items() if key not in own}
+        own = ("seed", "mask", "init", "rewind", "levels", "reset_optimizer")  # what a record says by itself
+        plain = {key: value for key, value in differs.items() if key not in own} | _resets(config, differs)
         protocol = {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
         common = {
             "run": run,
@@ -87,6 +85,12 @@ def _read_run(run: Path) -> list[Record]:
         return [_read_level(file, common, config["mask"] is not None) for file in sorted(run.glob("level_*/metrics.json"))]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run} is not a sound run directory: {error!r}") from None
+
+
+def _resets(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether AdamW begins anew each level, where that does not follow from `rewind`."""
+    resets, follows = differs.get("reset_optimizer", True), "rewind" not in differs or config["rewind"] != "none"
+    return {} if resets == follows else {"reset_optimizer": resets}
 
 
 def _read_level(file: Path, common: dict[str, Any], given: bool) -> Record:

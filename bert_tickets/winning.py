@@ -68,8 +68,8 @@ def table2(pool: Pool) -> Table | None:
     notes = [
         CELL,
         f"{WITHIN} Beside the highest winning sparsity, a line where the controls are, if that is elsewhere.",
-        f"Published figures: {published.source('table2')}; five runs of BERT-base. As printed, the tickets of MRPC, SST-2, CoLA and "
-        "MLM are further below the full BERT than its standard deviation, and within their own.",
+        f"Published figures: {published.source('table2')}; five runs of BERT-base. As printed, the tickets of MRPC, SST-2, CoLA "
+        "and MLM are further below the full BERT than its standard deviation, and within their own.",
         TESTED.format(family="of a task's levels and of the controls shown"),
     ]
     panels = [Panel("", ["task", "", "sparsity", *ROWS], lines, words=3), differences(FULL, entries)]
