@@ -181,6 +181,12 @@ def _settings(records: Sequence[Record]) -> list[str]:
     return [f"{', '.join(sorted(names))}: not the published settings, but {words}" for words, names in sorted(tasks.items())]
 
 
+def expecting(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries, of which each is to have the seeds that any has: what one sweep makes may be fewer than another's."""
+    seeds = tuple(sorted({seed for e in entries for seed in (*e.summary.values, *e.summary.undefined)}))
+    return [replace(entry, seeds=seeds) for entry in entries]
+
+
 def compare(reference: Entry, entries: Sequence[Entry]) -> list[Entry]:
     """The entries with their paired differences to `reference`, and a verdict by Holm's correction over all of them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bert_tickets import published
-from bert_tickets.entries import NEAR, Entry, Pool, compare, percent
+from bert_tickets.entries import NEAR, Entry, Pool, compare, expecting, percent
 from bert_tickets.layout import MISSING, Panel, Table, score
 from bert_tickets.published import FULL, RANDOM_PRUNING, RANDOM_WEIGHTS, ROWS, SHUFFLED_WEIGHTS, TICKET
 from bert_tickets.records import IMP, ONESHOT, PRETRAINED, RANDOM, SHUFFLED
@@ -169,7 +169,8 @@ def curves(pool: Pool) -> Table | None:
         raw = list(_curve(pool, task).values())
         for row, ticket in _tickets(pool, task).items():
             wanted = {"ticket": ticket, "weights": PRETRAINED}
-            raw += [pool.given(task, row, sparsity, **wanted) for sparsity in pool.sparsities(task=task, **wanted)]
+            there = pool.sparsities(task=task, **wanted)
+            raw += expecting([pool.given(task, row, sparsity, **wanted) for sparsity in there])
         compared = compare(full, raw)
         entries += [full, *compared]
         for entry in [replace(full, row=TICKET), *compared]:

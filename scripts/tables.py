@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 
 def build(name: str, pool: Pool, sparsity: float | None) -> Table | None:
     """A table; None where there are no runs for it."""
-    from bert_tickets import variations, winning
+    from bert_tickets import transfers, variations, winning
 
     match name:
         case "2":
@@ -90,7 +90,7 @@ def build(name: str, pool: Pool, sparsity: float | None) -> Table | None:
         case "3":
             return variations.table3(pool, sparsity)
         case "transfer":
-            return variations.transfer(pool, sparsity)
+            return transfers.transfer(pool, sparsity)
         case "curves":
             return winning.curves(pool)
         case _:

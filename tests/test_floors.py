@@ -53,6 +53,7 @@ FLOORS = {
     "tables": 3,
     "winning": 3,
     "variations": 3,
+    "transfers": 3,
 }
 # What --help, a mistyped flag, --dry-run and a finished run need: no torch.
 AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records"}

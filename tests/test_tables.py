@@ -20,6 +20,7 @@ from bert_tickets.entries import choose
 from bert_tickets.layout import Panel, Table, latex, markdown, score, tidy
 from bert_tickets.published import FULL, RANDOM_PRUNING, RANDOM_WEIGHTS, SHUFFLED_WEIGHTS, TICKET
 from bert_tickets.records import read_records
+from bert_tickets.transfers import transfer
 
 ROOT = Path(__file__).parent.parent
 CURVE = {57: [0.80, 0.81, 0.79, 0.60], 58: [0.82, 0.81, 0.83, 0.61], 59: [0.81, 0.80, 0.81, 0.62]}
@@ -220,7 +221,7 @@ def test_tasks_of_other_scripts_keep_their_own_flags(tmp_path):
     sst2 = find(tmp_path, {57: [0.8, 0.8, 0.7]}, lr=1e-4)
     find(tmp_path, {57: [0.3, 0.3, 0.2]}, "mlm", max_steps=100)
     rundirs.run(tmp_path, [0.2], "mlm", mask=rundirs.mask_of(sst2[57], 2), max_steps=100)
-    lines = variations.transfer(pool(tmp_path), 0.4).missing
+    lines = transfer(pool(tmp_path), 0.4).missing
     (line,) = [line for line in lines if line.startswith("no run of SST-2")]
     assert "GLUE_FLAGS='--lr 0.0001' MLM_FLAGS='--max-steps 100'" in line
     assert "SOURCES='mlm sst2' TARGETS=sst2" in line
@@ -285,7 +286,7 @@ def transfers(made_once, tmp_path):
 
 
 def test_transfer_is_the_targets_metric_minus_its_full_network(transfers):
-    table = variations.transfer(pool(transfers))
+    table = transfer(pool(transfers))
     assert table.title.startswith("Transfer of tickets at 40 % sparsity")
     assert table.panels[0].header[1:] == ["MNLI", "QQP", "SST-2", "at least same-task"]
     assert rows(table) == {
@@ -300,23 +301,38 @@ def test_transfer_is_the_targets_metric_minus_its_full_network(transfers):
 
 
 def test_a_published_difference_stands_only_beside_its_own_sparsity(transfers):
-    assert {row["published_difference"] for row in records(variations.transfer(pool(transfers)))} == {""}
+    assert {row["published_difference"] for row in records(transfer(pool(transfers)))} == {""}
 
 
 def test_transfer_where_there_is_none_says_where_there_is(transfers):
     with pytest.raises(UserError, match="no ticket of 70 % was trained on another task; there are some of 40 %"):
-        variations.transfer(pool(transfers), 0.7)
+        transfer(pool(transfers), 0.7)
 
 
 def test_tickets_found_elsewhere_do_not_slip_in(transfers):
     """A ticket of MNLI that rewinds to 5 %, trained on QQP: not Figure 2's."""
-    before = markdown([variations.transfer(pool(transfers))])
+    before = markdown([transfer(pool(transfers))])
     later = find(transfers, {57: [0.1, 0.1, 0.1]}, "mnli", rewind="5%")
     rundirs.run(transfers, [0.1], "qqp", 57, mask=rundirs.mask_of(later[57], 2))
-    assert markdown([variations.transfer(pool(transfers))]) == before
+    assert markdown([transfer(pool(transfers))]) == before
+
+
+def test_a_sweep_of_fewer_seeds_lacks_none(transfers):
+    """Three seeds of Table 2, and two of Figure 2: what the transfer sweep was asked for is there."""
+    find(transfers, {59: [0.80, 0.79, 0.78]})
+    for seed in (57, 58, 59):
+        rundirs.run(transfers, [0.5], "qqp", seed, mask=rundirs.oneshot(transfers / f"r{seed}", 0.4, seed=seed))
+    table = transfer(pool(transfers))
+    assert rows(table)[("ticket of QQP",)][2] == "-5.00 (2)"
+    assert rows(table)[("ticket of SST-2",)][2] == "-2.00 (3)"
+    assert not any("59" in line for line in table.missing)
 
 
 # ---- perturbed weights ----
+
+
+def test_table_2s_weights_alone_make_no_table_of_weights(one_task):
+    assert variations.weights(pool(one_task)) is None
 
 
 def test_weights_are_against_the_ticket_of_pretrained_ones(tmp_path):
@@ -332,9 +348,10 @@ def test_weights_are_against_the_ticket_of_pretrained_ones(tmp_path):
         TICKET,
         "noise of 0.05",
         "noise of 1",
-        "shuffled",
         "random",
+        "shuffled",
     ]
+    assert table.panels[0].header == ["weights", "SST-2, 40 %"]
     assert {line[4] for line in table.panels[1].lines} == {"-11.0", "-21.0"}
     assert {entry.reference for entry in table.entries} == {"", TICKET}
 
@@ -393,7 +410,7 @@ def test_an_irrelevant_run_changes_nothing(one_task):
 
 
 def test_every_line_of_a_markdown_table_has_its_columns(transfers):
-    text = markdown([variations.transfer(pool(transfers)), winning.curves(pool(transfers))])
+    text = markdown([transfer(pool(transfers)), winning.curves(pool(transfers))])
     for block in text.split("\n\n"):
         if block.startswith("|"):
             counts = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
@@ -414,7 +431,7 @@ def test_markdown_means_what_it_says():
 
 def test_latex_is_balanced_and_escaped(transfers):
     chosen = pool(transfers)
-    text = latex([variations.transfer(chosen), winning.table2(chosen), winning.curves(chosen)])
+    text = latex([transfer(chosen), winning.table2(chosen), winning.curves(chosen)])
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert body.count("{") - body.count(r"\{") == body.count("}") - body.count(r"\}")
     assert body.count("$") % 2 == 0
@@ -446,7 +463,7 @@ def test_a_long_latex_table_may_break(tmp_path):
 
 def test_csv_has_an_entry_a_line(transfers):
     chosen = pool(transfers)
-    tables = [variations.transfer(chosen), winning.curves(chosen)]
+    tables = [transfer(chosen), winning.curves(chosen)]
     found = list(csv.DictReader(io.StringIO(tidy(tables))))
     assert len(found) == sum(len(table.entries) for table in tables)
     assert {row["table"] for row in found} == {"transfer", "curves"}
