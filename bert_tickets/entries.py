@@ -81,7 +81,7 @@ class Pool:
     def ticket(self, task: str, sparsity: float, rewind: str = "0", row: str = published.TICKET) -> Entry:
         """A task's own ticket: a level of the runs that find them."""
         entry = self.given(task, row, sparsity, ticket=IMP, weights=PRETRAINED, rewind=rewind)
-        return replace(entry, sweep="table2", variables={"TASKS": task})
+        return replace(entry, sweep="table2", variables={"TASKS": task, "SPARSITY": f"{100 * sparsity:g}"})
 
     def given(self, task: str, row: str, sparsity: float, **wanted: object) -> Entry:
         """The records on a task at a sparsity whose fields are as wanted."""

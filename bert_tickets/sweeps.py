@@ -32,7 +32,8 @@ def command(sweep: str, like: Sequence[Path], seeds: Sequence[int], variables: M
     ways = set().union(*(about["differs_from_preset"] for about in abouts))
     if any(one != shared[0] for one in shared) or any(len(kind) > 1 for kind in flags.values()) or FINDING & ways:
         return None
-    if abs(step - round(step)) > 1e-6 or float(variables.get("SPARSITY", 0)) % round(step):
+    percent = float(variables.get("SPARSITY", 0))
+    if abs(step - round(step)) > 1e-6 or percent % round(step) or percent >= step * abouts[0]["config"]["levels"]:
         return None
     words = {kind: flag for kind, (flag,) in ((kind, tuple(found)) for kind, found in flags.items()) if flag}
     if len(set(words.values())) == 1 and len(words) == len(flags):

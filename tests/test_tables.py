@@ -172,7 +172,7 @@ def test_missing_seeds_are_counted_and_pairs_are_said(one_task):
     assert tests[TICKET][6] == "3 (1 unpaired)"
     assert tests[RANDOM_WEIGHTS][6] == "2 (2 unpaired)"
     assert any("seeds 58, 60: random weights" in line for line in table.missing)
-    assert any("seed 60: random pruning, shuffled weights" in line for line in table.missing)
+    assert any("seed 60: f(x, m_IMP * theta_0), random pruning, shuffled weights" in line for line in table.missing)
 
 
 def test_an_unfinished_run_is_named(tmp_path):
@@ -208,13 +208,25 @@ def test_the_sweeps_command_makes_what_is_missing(tmp_path):
     assert f"python {expected}" in found.stdout.splitlines()
 
 
-@pytest.mark.parametrize("flags", [{"schedule": "geometric"}, {"rate": 0.25}])
-def test_where_no_sweep_makes_it_none_is_named(tmp_path, flags):
+@pytest.mark.parametrize(
+    ("flags", "made"), [({}, True), ({"schedule": "geometric"}, False), ({"scope": "tensor"}, False), ({"rate": 0.125}, False)]
+)
+def test_where_no_sweep_makes_it_none_is_named(tmp_path, flags, made):
     for seed in (57, 58):
         rundirs.run(tmp_path, [0.8, 0.8, 0.7], "sst2", seed, **({"rate": 0.2} | flags))
     table = winning.table2(pool(tmp_path))
     (line,) = [line for line in table.missing if "random pruning" in line]
-    assert ("No sweep makes them" in line) == ("schedule" in flags)
+    assert ("No sweep makes them" in line) != made
+
+
+def test_a_sweep_is_not_asked_for_a_level_that_its_runs_have_not(tmp_path):
+    """Random tickets of 60 % beside runs that end at 40 %: the other controls would need a ticket of 60 %."""
+    find(tmp_path, {57: [0.8, 0.1, 0.1], 58: [0.81, 0.1, 0.1]})
+    for seed in (57, 58):
+        rundirs.run(tmp_path, [0.5], "sst2", seed, mask=rundirs.oneshot(tmp_path / f"r{seed}", 0.6, seed=seed))
+    lines = [line for line in winning.table2(pool(tmp_path)).missing if "at 60 %" in line]
+    assert lines
+    assert all("No sweep makes them" in line for line in lines)
 
 
 def test_tasks_of_other_scripts_keep_their_own_flags(tmp_path):
