@@ -38,7 +38,7 @@ LATEX = {c: f"\\{c}" for c in "%_&#${}"} | {
 
 @dataclass(frozen=True)
 class Panel:
-    """A grid of texts. The first `words` columns and the last are words, the others numbers."""
+    """A grid of texts. The first `words` columns are words, as is one headed `verdict`; the others are numbers."""
 
     title: str
     header: Sequence[str]
@@ -141,7 +141,7 @@ def latex(tables: Sequence[Table]) -> str:
 def _latex_table(table: Table) -> str:
     panels = [panel for panel in table.panels if panel.lines]
     floats, long = ([p for p in panels if (len(p.lines) > LONG) is wanted] for wanted in (False, True))
-    notes = "\\par\\smallskip\n{\\footnotesize " + "\\\\\n".join(map(_tex, table.notes)) + "\\par}"
+    notes = "\\par\\smallskip\n{\\footnotesize\\raggedright " + "\\\\\n".join(map(_tex, table.notes)) + "\\par}"
     body = [r"\begin{table}[htbp]", r"\centering", rf"\caption{{{_tex(table.title)}}}"]
     for panel in floats:
         body += [rf"\par\smallskip {{\small {_tex(panel.title)}}}\par"] * bool(panel.title)
