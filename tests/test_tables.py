@@ -204,7 +204,7 @@ def test_the_sweeps_command_makes_what_is_missing(tmp_path):
         ["env", *variables, "bash", ROOT / script, "--dry-run", "--stage", "1"], capture_output=True, text=True, timeout=60
     )
     assert found.returncode == 0, found.stderr
-    expected = "lt_glue.py --task sst2 --model DIR --seed 58 --data-dir glue --graphs --lr 0.0001 --rate 0.20 --levels 3"
+    expected = "lt_glue.py --task sst2 --model DIR --seed 58 --data-dir glue --graphs --lr 0.0001 --rate 0.2 --levels 3"
     assert f"python {expected}" in found.stdout.splitlines()
 
 
