@@ -2,7 +2,7 @@
 
   python scripts/tables.py runs                                 # all tables that there are runs for, as Markdown
   python scripts/tables.py runs --table 2 --format latex --output table2.tex
-  python scripts/tables.py runs --table transfer --sparsity 0.5
+  python scripts/tables.py runs --table transfer --sparsity 50
   python scripts/tables.py runs --setting "lr 0.0001" --format csv --output tables.csv   # full precision, with the runs' names
 
 Takes run directories, or folders that hold them. Tables:
@@ -24,8 +24,8 @@ from bert_tickets import UserError
 from bert_tickets.command import hyphens, run_command
 
 if TYPE_CHECKING:
-    from bert_tickets.entries import Pool
-    from bert_tickets.layout import Table
+    from bert_tickets.tables.entries import Pool
+    from bert_tickets.tables.layout import Table
 
 TABLES = {  # each with the sweep that makes its runs
     "2": "table2",
@@ -42,29 +42,32 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders of them")
     parser.add_argument("--table", choices=TABLES, help="one table (default: all that there are runs for)")
-    parser.add_argument("--sparsity", type=float, metavar="X", help="share of the weights removed, of tables 3 and transfer")
+    parser.add_argument("--sparsity", type=float, metavar="PERCENT", help="of the weights removed, for tables 3 and transfer")
     parser.add_argument("--setting", metavar="WORDS", help="of runs with several settings those that have these words")
     parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown", help="(default: markdown)")
     parser.add_argument("--output", metavar="FILE", help="write there instead of to the terminal")
     args = parser.parse_args(hyphens(None))
     if args.sparsity is not None and args.table not in AT_ONE_SPARSITY:
         parser.error(f"--sparsity is of one table: add --table {' or --table '.join(AT_ONE_SPARSITY)}")
-    if args.sparsity is not None and not 0 < args.sparsity < 1:
-        parser.error(f"--sparsity {args.sparsity}: a share between 0 and 1 is needed")
+    if args.sparsity is not None and not 1 <= args.sparsity < 100:
+        parser.error(f"--sparsity {args.sparsity:g}: percent of the weights, from 1 to below 100, are needed")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    from bert_tickets import layout
-    from bert_tickets.entries import choose
     from bert_tickets.files import write
     from bert_tickets.records import read_records, under
+    from bert_tickets.tables import layout
+    from bert_tickets.tables.entries import choose
 
     records = read_records(args.runs)
     if args.setting is not None and not (records := under(records, args.setting)):
         raise UserError(f"no run has the setting {args.setting!r}")
     pool = choose(records)
-    made = {name: build(name, pool, args.sparsity) for name in ([args.table] if args.table else TABLES)}
+    made = {
+        name: build(name, pool, None if args.sparsity is None else args.sparsity / 100)
+        for name in ([args.table] if args.table else TABLES)
+    }
     tables = [table for table in made.values() if table]
     if not tables:
         sweep = TABLES[args.table or "2"]
@@ -80,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
 
 def build(name: str, pool: Pool, sparsity: float | None) -> Table | None:
     """A table; None where there are no runs for it."""
-    from bert_tickets import transfers, variations, winning
+    from bert_tickets.tables import transfers, variations, winning
 
     match name:
         case "2":

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from bert_tickets import published
 from bert_tickets.config import tasks
-from bert_tickets.published import FULL, ROWS, TICKET
+from bert_tickets.tables import published
+from bert_tickets.tables.published import FULL, ROWS, TICKET
 
 SOURCES = [*published.tasks(), "one-shot"]
 

@@ -15,12 +15,13 @@ import rundirs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_tickets import UserError, variations, winning
-from bert_tickets.entries import choose
-from bert_tickets.layout import Panel, Table, latex, markdown, score, tidy
-from bert_tickets.published import FULL, RANDOM_PRUNING, RANDOM_WEIGHTS, SHUFFLED_WEIGHTS, TICKET
+from bert_tickets import UserError
 from bert_tickets.records import read_records
-from bert_tickets.transfers import transfer
+from bert_tickets.tables import variations, winning
+from bert_tickets.tables.entries import choose
+from bert_tickets.tables.layout import Panel, Table, latex, markdown, score, tidy
+from bert_tickets.tables.published import FULL, RANDOM_PRUNING, RANDOM_WEIGHTS, SHUFFLED_WEIGHTS, TICKET
+from bert_tickets.tables.transfers import transfer
 
 ROOT = Path(__file__).parent.parent
 CURVE = {57: [0.80, 0.81, 0.79, 0.60], 58: [0.82, 0.81, 0.83, 0.61], 59: [0.81, 0.80, 0.81, 0.62]}
@@ -558,7 +559,7 @@ def test_runs_of_which_no_table_is_made_say_so(command, tmp_path):
     [
         (["--sparsity", "0.5"], "--sparsity is of one table: add --table 3 or --table transfer"),
         (["--table", "2", "--sparsity", "0.5"], "--sparsity is of one table"),
-        (["--table", "3", "--sparsity", "50"], "a share between 0 and 1 is needed"),
+        (["--table", "3", "--sparsity", "0.5"], "percent of the weights, from 1 to below 100, are needed"),
         (["--table", "5"], "invalid choice: '5'"),
         (["--format", "html"], "invalid choice: 'html'"),
     ],

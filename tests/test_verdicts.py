@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
-from bert_tickets.verdicts import (
+from bert_tickets.tables.verdicts import (
     Difference,
     Highest,
     Summary,

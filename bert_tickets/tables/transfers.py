@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bert_tickets import UserError, published
-from bert_tickets.entries import NEAR, Entry, Pool, compare, expecting, percent
-from bert_tickets.layout import MISSING, Panel, Table, score, signed
-from bert_tickets.published import FULL, RANDOM_PRUNING
+from bert_tickets import UserError
 from bert_tickets.records import IMP, ONESHOT, PRETRAINED, RANDOM
-from bert_tickets.tables import TESTED, differences, make
-from bert_tickets.verdicts import paired
+from bert_tickets.tables import published
+from bert_tickets.tables.entries import NEAR, Entry, Pool, compare, expecting, percent
+from bert_tickets.tables.layout import MISSING, Panel, Table, score, signed
+from bert_tickets.tables.notes import TESTED, differences, make
+from bert_tickets.tables.published import FULL, RANDOM_PRUNING
+from bert_tickets.tables.verdicts import paired
 
 Matrix = Mapping[str, Mapping[str, Entry]]  # source -> target -> entry; a source is a task, ONESHOT or RANDOM
 

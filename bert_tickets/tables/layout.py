@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bert_tickets import published
-from bert_tickets.entries import Entry, percent
-from bert_tickets.published import TICKET
+from bert_tickets.tables import published
+from bert_tickets.tables.entries import Entry, percent
+from bert_tickets.tables.published import TICKET
 
 MISSING = "no run"
 LONG = 40  # lines beyond which a LaTeX table may break over pages

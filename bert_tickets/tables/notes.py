@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from bert_tickets import published
-from bert_tickets.entries import Entry, Pool, percent
-from bert_tickets.layout import Panel, Table, against
+from bert_tickets.tables import published
+from bert_tickets.tables.entries import Entry, Pool, percent
+from bert_tickets.tables.layout import Panel, Table, against
 
 CELL = "A cell: mean ± standard deviation (n - 1) of accuracy, F1 or a correlation, x 100 (seeds); one seed has no deviation."
 WITHIN = "Winning, by the paper's criterion: mean >= mean - standard deviation of the full BERT's seeds; it takes two seeds."

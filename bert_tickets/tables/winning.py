@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bert_tickets import published
-from bert_tickets.entries import NEAR, Entry, Pool, compare, expecting, percent
-from bert_tickets.layout import MISSING, Panel, Table, score
-from bert_tickets.published import FULL, RANDOM_PRUNING, RANDOM_WEIGHTS, ROWS, SHUFFLED_WEIGHTS, TICKET
 from bert_tickets.records import IMP, ONESHOT, PRETRAINED, RANDOM, SHUFFLED
-from bert_tickets.tables import CELL, EXCEED, TESTED, WITHIN, differences, make
-from bert_tickets.verdicts import Highest, highest, matches
+from bert_tickets.tables import published
+from bert_tickets.tables.entries import NEAR, Entry, Pool, compare, expecting, percent
+from bert_tickets.tables.layout import MISSING, Panel, Table, score
+from bert_tickets.tables.notes import CELL, EXCEED, TESTED, WITHIN, differences, make
+from bert_tickets.tables.published import FULL, RANDOM_PRUNING, RANDOM_WEIGHTS, ROWS, SHUFFLED_WEIGHTS, TICKET
+from bert_tickets.tables.verdicts import Highest, highest, matches
 
 
 def best_text(best: Highest) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from bert_tickets import published
-from bert_tickets.entries import NEAR, Entry, Pool, compare, expecting, percent
-from bert_tickets.layout import Panel, Table, score
-from bert_tickets.published import FULL, TICKET
 from bert_tickets.records import IMP, PRETRAINED, SHUFFLED
-from bert_tickets.tables import CELL, TESTED, differences, make
+from bert_tickets.tables import published
+from bert_tickets.tables.entries import NEAR, Entry, Pool, compare, expecting, percent
+from bert_tickets.tables.layout import Panel, Table, score
+from bert_tickets.tables.notes import CELL, TESTED, differences, make
+from bert_tickets.tables.published import FULL, TICKET
 
 REWINDS = ("0", "5%", "10%", "20%", "50%", "none")  # Table 3's
 

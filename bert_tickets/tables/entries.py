@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bert_tickets import UserError, published
+from bert_tickets import UserError
 from bert_tickets.records import IMP, PRETRAINED, Record, by_seed, dense, need_one_setting
-from bert_tickets.sweeps import command
-from bert_tickets.verdicts import Difference, Summary, holm, matches, matches_or_exceeds, paired, summarize, verdict
+from bert_tickets.tables import published
+from bert_tickets.tables.sweeps import command
+from bert_tickets.tables.verdicts import Difference, Summary, holm, matches, matches_or_exceeds, paired, summarize, verdict
 
 UNIT = 100.0  # the paper's: percent, and correlations x 100
 NEAR = 6e-4  # two sparsities that differ by less are one level: masks are made of whole weights
