@@ -135,14 +135,16 @@ def fit(
     )
     if run.ranks.world > 1:
         run.ranks.need_same({"trained weights": digest(dict(net.named_parameters()))})
-    metrics = score(setup)
+    metrics, doubts = score(setup)
     print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+    for doubt in doubts:
+        print(f"{keeper.title}: {doubt}", flush=True)
     kept = {} if cfg.resets_optimizer else result.moments
-    run.finish(level, net, setup.tokenizer, mask, _line(result, metrics, task, mask, before, begins_at), kept)
+    run.finish(level, net, setup.tokenizer, mask, _line(result, metrics, doubts, task, mask, before, begins_at), kept)
 
 
-def score(setup: Setup) -> dict[str, float]:
-    """The task's metrics on all its evaluation sets."""
+def score(setup: Setup) -> tuple[dict[str, float], list[str]]:
+    """The task's metrics on all its evaluation sets, and what they do not say of a network that learned nothing."""
     net, task = setup.net, setup.task
     precision = setup.cfg.train.precision
     outputs = {
@@ -155,14 +157,17 @@ def score(setup: Setup) -> dict[str, float]:
     metrics = task.score(outputs, setup.evals)
     if setup.cfg.check_metrics:
         print(task.check(outputs, setup.evals, metrics))
-    return metrics
+    return metrics, task.doubts(outputs, setup.evals)
 
 
-def _line(result: Result, metrics: dict[str, float], task: Task, mask: Mask, before: Mask, begins_at: str) -> dict[str, Any]:
+def _line(
+    result: Result, metrics: dict[str, float], doubts: list[str], task: Task, mask: Mask, before: Mask, begins_at: str
+) -> dict[str, Any]:
     return {
         "task": task.name,
         "metric": task.metric,
         "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},  # JSON has no NaN
+        "doubts": doubts,
         "sparsity": mask.sparsity,
         "kept": mask.kept,
         "total": mask.total,

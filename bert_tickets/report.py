@@ -39,13 +39,16 @@ def print_levels(cfg: Config, preset: str) -> None:
             [
                 str(result["level"]),
                 f"{result['sparsity']:.1%}",
-                *(_number(result["metrics"][name]) for name in names),
+                *(_number(result["metrics"][name]) + "*" * bool(result.get("doubts")) for name in names),
                 difference,
                 f"{result['mask_distance']:.4f}",
                 f"{spent[result['level']]:.1f}" if result["level"] in spent else "-",
             ]
         )
     print(table(["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"], rows))
+    for line in lines:
+        for doubt in line.get("doubts", []):
+            print(f"* level {line['level']}: {doubt}")
     print(f"in {run}")
     if cfg.keep_models and not all((level_dir(run, line["level"]) / "model").is_dir() for line in lines):
         print("the levels that were finished before --keep-models was given have no model folder")

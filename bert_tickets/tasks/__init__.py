@@ -49,6 +49,10 @@ class Task(Protocol):
         """Metrics from each evaluation set's outputs, in the set's order."""
         ...
 
+    def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> list[str]:
+        """What the metrics do not say of a network that learned nothing: the same answer to everything, or worse than chance."""
+        ...
+
     def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: dict[str, float]) -> str:
         """Hold `ours` against another implementation of the metrics; a line to print."""
         ...

@@ -123,6 +123,22 @@ class Glue:
                 values[metric + suffix] = METRICS[metric](self.predict(logits), stores[split].labels.cpu().numpy())
         return values
 
+    def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> list[str]:
+        """Of each set: one answer to every example; or a metric below what knowing no example gives, which is the share of
+        the commonest class for accuracy, and 0 for a correlation."""
+        found = []
+        for split, logits in outputs.items():
+            predicted, labels = self.predict(logits), stores[split].labels.cpu().numpy()
+            if np.ptp(predicted) < 1e-4:
+                answer = f"{predicted[0]:.4g}" if self.regression else self.row.labels[predicted[0]]
+                found.append(f"all {len(predicted)} predictions on {split} are {answer}")
+                continue
+            value = METRICS[self.metric](predicted, labels)
+            chance = np.bincount(labels).max() / len(labels) if self.metric == "accuracy" else 0.0
+            if value < chance:
+                found.append(f"{self.metric} {value:.4f} on {split} is below {chance:.4f}, which knowing no example gives")
+        return found
+
     def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any], ours: dict[str, float]) -> str:
         """What the `evaluate` package says of the same predictions; a line to print."""
         split = next(iter(self.row.dev))

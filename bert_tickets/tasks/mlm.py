@@ -86,6 +86,12 @@ class Mlm:
         loss, accuracy = values.mean(axis=0, dtype=np.float64).tolist()
         return {"accuracy": accuracy, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
+    def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> list[str]:
+        """Whether the loss is above what knowing the tokens' frequencies alone loses."""
+        ((name, store),) = stores.items()
+        loss, known = self.score(outputs, stores)["loss"], getattr(store, "unigram_entropy", math.inf)
+        return [f"loss {loss:.3f} on {name} is above {known:.3f}, which knowing no context gives"] if loss > known else []
+
     def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: Mapping[str, float]) -> str:
         return "metrics not compared with evaluate, which has none for masked tokens"
 

@@ -104,6 +104,15 @@ class Squad:
         """F1 and exact match, in [0, 1]."""
         return squad_scores(self.predict(outputs["validation"]), {q.id: [text for text, _ in q.answers] for q in self.asked})
 
+    def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> list[str]:
+        """Whether the likeliest start of every window is one and the same place, whatever is in them: `[CLS]` for a network
+        that says nothing."""
+        ends = np.cumsum(self.windows["lengths"])[:-1]
+        starts = {int(window[:, 0].argmax()) for window in np.split(outputs["validation"], ends)}
+        if len(starts) > 1 or len(ends) == 0:
+            return []
+        return [f"the likeliest start in all {len(ends) + 1} windows is their token {starts.pop()}"]
+
     def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any], ours: dict[str, float]) -> str:
         """What the `evaluate` package says of the same predictions; a line to print."""
         predictions = [{"id": id, "prediction_text": text} for id, text in self.predict(outputs["validation"]).items()]
