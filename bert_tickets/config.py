@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -119,19 +120,28 @@ def flat(cfg: Config) -> dict[str, Any]:
     return values | values.pop("train")
 
 
+def of_flat(values: Mapping[str, Any]) -> Config:
+    """The inverse of `flat`; what is not given has its default. Raises `UserError` for a setting that is none."""
+    unknown = sorted(set(values) - set(FIELDS))
+    if unknown:
+        raise UserError(f"this version does not know the setting {unknown[0]}: update bert_tickets")
+    training = {name: value for name, value in values.items() if name in Training.__dataclass_fields__}
+    others = {name: value for name, value in values.items() if name not in training}
+    return Config(**others, train=Training(**training))
+
+
 def build(preset: str, given: dict[str, Any]) -> Config:
     """Defaults, then the preset of the protocol, then what was given. Raises `UserError` for values out of range."""
     protocol = given.get("protocol", FIELDS["protocol"].default)
     values = preset_values(preset, protocol) | given
     if "epochs" in given and "max_steps" not in given:
         values["max_steps"] = None  # a preset's steps would make the flag do nothing
-    training = {name: values.pop(name) for name in list(values) if name in Training.__dataclass_fields__}
     _check_effect(given, values.get("rewind", Config.rewind))
     if "levels" not in values:
         values["levels"] = min(10, most_levels(values.get("rate", Config.rate), values.get("schedule", Config.schedule)))
     if "rewind" in given:
         values["rewind"] = _plain_rewind(given["rewind"])  # 0%, 00 and 0 are one run
-    cfg = Config(**values, train=Training(**training))
+    cfg = of_flat(values)
     _check(cfg)
     return cfg
 
@@ -143,6 +153,14 @@ def _read_preset(name: str) -> dict[str, Any]:
 def tasks(preset: str) -> list[str]:
     """The tasks a preset is for."""
     return _read_preset(preset)["tasks"]
+
+
+def preset_of(task: str) -> str:
+    """The preset that a task belongs to. Raises `UserError` where there is no such task."""
+    for path in PRESETS.glob("*.toml"):
+        if task in tasks(path.stem):
+            return path.stem
+    raise UserError(f"this version does not know the task {task}: update bert_tickets")
 
 
 def preset_values(name: str, protocol: str) -> dict[str, Any]:
@@ -193,12 +211,14 @@ def _plain_rewind(text: str) -> str:
         return text
 
 
+FINDING = ("levels", "rate", "schedule", "scope", "rewind", "rewind_head", "prune_first", "decay", "reset_optimizer")
+
+
 def _check_effect(given: dict[str, Any], rewind: str) -> None:
     """Refuse a flag that could do nothing: its user would believe it did."""
     idle: dict[str, str] = {}
     if given.get("mask") is not None:
-        finding = ("levels", "rate", "schedule", "scope", "rewind", "rewind_head", "prune_first", "decay", "reset_optimizer")
-        idle = dict.fromkeys(finding, "belongs to finding a ticket, and --mask trains a given one")
+        idle = dict.fromkeys(FINDING, "belongs to finding a ticket, and --mask trains a given one")
         idle["rewind"] += " (to start it from later weights: --init runs/.../rewind.safetensors)"
     elif rewind == "none":
         idle["rewind_head"] = "has no meaning with --rewind none"
