@@ -34,16 +34,43 @@ class Row:
     metrics: tuple[str, ...]  # the paper's first
     labels: tuple[str, ...] = ("0", "1")  # as written in the .tsv; empty: a score from 0 to 5
     label: str = "label"  # column of the .tsv
+    meanings: tuple[str, ...] = ()  # of labels written as numbers: their names on the hub
     columns: tuple[str, ...] = ()  # of a .tsv without a header
     dev: dict[str, str] = field(default_factory=lambda: {"validation": "dev.tsv"})  # split on the hub: file
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the classes are called, in order; empty for a score."""
+        return self.meanings or self.labels
+
 
 ROWS = {
-    "cola": Row("CoLA", ("sentence",), ("sentence",), ("matthews", "accuracy"), columns=("source", "label", "mark", "sentence")),
-    "sst2": Row("SST-2", ("sentence",), ("sentence",), ("accuracy",)),
-    "mrpc": Row("MRPC", ("#1 String", "#2 String"), ("sentence1", "sentence2"), ("accuracy", "f1"), label="Quality"),
+    "cola": Row(
+        "CoLA",
+        ("sentence",),
+        ("sentence",),
+        ("matthews", "accuracy"),
+        meanings=("unacceptable", "acceptable"),
+        columns=("source", "label", "mark", "sentence"),
+    ),
+    "sst2": Row("SST-2", ("sentence",), ("sentence",), ("accuracy",), meanings=("negative", "positive")),
+    "mrpc": Row(
+        "MRPC",
+        ("#1 String", "#2 String"),
+        ("sentence1", "sentence2"),
+        ("accuracy", "f1"),
+        label="Quality",
+        meanings=("not_equivalent", "equivalent"),
+    ),
     "stsb": Row("STS-B", ("sentence1", "sentence2"), ("sentence1", "sentence2"), ("pearson", "spearman"), (), "score"),
-    "qqp": Row("QQP", ("question1", "question2"), ("question1", "question2"), ("accuracy", "f1"), label="is_duplicate"),
+    "qqp": Row(
+        "QQP",
+        ("question1", "question2"),
+        ("question1", "question2"),
+        ("accuracy", "f1"),
+        label="is_duplicate",
+        meanings=("not_duplicate", "duplicate"),
+    ),
     "mnli": Row(
         "MNLI",
         ("sentence1", "sentence2"),
@@ -55,7 +82,9 @@ ROWS = {
     ),
     "qnli": Row("QNLI", ("question", "sentence"), ("question", "sentence"), ("accuracy",), ("entailment", "not_entailment")),
     "rte": Row("RTE", ("sentence1", "sentence2"), ("sentence1", "sentence2"), ("accuracy",), ("entailment", "not_entailment")),
-    "wnli": Row("WNLI", ("sentence1", "sentence2"), ("sentence1", "sentence2"), ("accuracy",)),
+    "wnli": Row(
+        "WNLI", ("sentence1", "sentence2"), ("sentence1", "sentence2"), ("accuracy",), meanings=("not_entailment", "entailment")
+    ),
 }
 TASKS = tuple(ROWS)
 
@@ -73,7 +102,12 @@ class Glue:
         self.regression = not self.row.labels
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
-        return load_bert(cfg.model, "classifier", cfg.init, cfg.train.seed, labels=len(self.row.labels) or 1)
+        net, tokenizer = load_bert(cfg.model, "classifier", cfg.init, cfg.train.seed, labels=len(self.row.labels) or 1)
+        if not self.regression:
+            net.config.id2label = dict(enumerate(self.row.classes))
+            net.config.label2id = {label: number for number, label in net.config.id2label.items()}
+        net.config.problem_type = "regression" if self.regression else "single_label_classification"
+        return net, tokenizer
 
     def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
         if cfg.data_dir is not None:
