@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -49,6 +50,33 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError):
             raise cannot_write(path, error) from None
         raise
+
+
+@contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which appears as `folder` when it is complete, by one rename: a kill at any moment leaves nothing there,
+    and what it leaves beside it the next call removes. `folder` must not be there, or be empty."""
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        with take_lock(temporary / "lock"):  # another process may write the same
+            try:
+                for leftover in set(temporary.iterdir()) - {temporary / "lock"}:
+                    leftover.unlink()
+                yield temporary
+                for file in temporary.iterdir():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+                (temporary / "lock").unlink()
+                sync_folder(temporary)
+                temporary.rename(folder)
+                sync_folder(folder.parent)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # what fills the disk
+                raise
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def write(path: Path, *parts: bytes | memoryview) -> None:

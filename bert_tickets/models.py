@@ -23,12 +23,13 @@ from transformers.models.bert.modeling_bert import BertPooler
 from bert_tickets import UserError, first_line
 from bert_tickets.attention import layout, replace_dropout
 from bert_tickets.batches import Batch, seeded
-from bert_tickets.files import check
+from bert_tickets.files import check, write_tensors
 from bert_tickets.mask import Mask
 
 Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
 
 ENCODER = "bert."
+POOLER = "pooler.safetensors"  # beside a model whose class has none, such as BertForQuestionAnswering
 PRUNABLE = re.compile(
     r"bert\.(encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|output\.dense)"
     r"|pooler\.dense)\.weight"
@@ -94,9 +95,11 @@ def load_bert(name: str, head: Literal["classifier", "qa", "mlm"], init: str, se
         if config.model_type != "bert":
             raise UserError(f"{name} is a {config.model_type} model; this package prunes BERT")
         tokenizer = AutoTokenizer.from_pretrained(name)
+        config.problem_type = config.id2label = None  # of the checkpoint's own head, as its labels' names are
+        config.num_labels = labels
         net, info = HEADS[head].from_pretrained(
             name,
-            num_labels=labels,
+            config=config,
             dtype=torch.float32,  # otherwise the checkpoint's own, half for some
             attn_implementation="packed",
             output_loading_info=True,
@@ -128,14 +131,35 @@ def load_bert(name: str, head: Literal["classifier", "qa", "mlm"], init: str, se
             print(f"{name} has no head for masked language modelling: its transform is drawn anew, its decoder is the embeddings")
     draw(net, seeded(seed, "head"), new)
     net.bert.pooler.requires_grad_(head == "classifier")
-    if missing:
+    if missing and (beside := _find_pooler(name)):
+        _fill(net, beside)
+    elif missing:
         print(f"{name} has no pooler: its two tensors are drawn at random")
         draw(net, seeded(seed, "pooler"), sorted(missing))
     if init == "random":
         draw(net, seeded(seed, "encoder"), [key for key, _ in net.named_parameters() if key.startswith(ENCODER)])
     elif init != "pretrained":
-        _fill(net, Path(init))
+        known, every = _fill(net, Path(init)), len(encoder_weights(net))
+        if known < every:
+            print(f"{init} sets {known} of the encoder's {every} tensors; the others stay pre-trained")
     return net, tokenizer
+
+
+def save_plain(net: Net, folder: Path) -> None:
+    """Save a network as transformers' class of its name opens it without a word: where that one has no pooler, ours goes into a
+    file beside the model's, and `load_bert` finds it there."""
+    weights: dict[str, Tensor] = net.state_dict()
+    if not isinstance(net, HEADS["classifier"]):
+        write_tensors(folder / POOLER, {name: weights.pop(name) for name in list(weights) if name.startswith("bert.pooler.")})
+    net.save_pretrained(folder, state_dict=weights)
+
+
+def _find_pooler(name: str) -> Path | None:
+    """The file of a checkpoint that holds the pooler beside a model without one, as `save_plain` writes it."""
+    try:
+        return Path(transformers.utils.cached_file(name, POOLER))  # of a folder or of the hub
+    except OSError:
+        return None
 
 
 @torch.no_grad()
@@ -155,8 +179,8 @@ def draw(net: Net, generator: torch.Generator, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def _fill(net: Net, path: Path) -> None:
-    """Overwrite the encoder's weights with those of a safetensors file; a head in the file is passed over."""
+def _fill(net: Net, path: Path) -> int:
+    """Overwrite the encoder's weights with those of a safetensors file; a head in the file is passed over. Returns how many."""
     if not path.is_file():
         raise UserError(f"--init {path}: give pretrained, random, or a file of weights; there is no such file")
     check(path)
@@ -172,8 +196,7 @@ def _fill(net: Net, path: Path) -> None:
         encoder[name].copy_(tensor)
     if not known:
         raise UserError(f"{path} holds none of the encoder's weights (names such as {next(iter(encoder))})")
-    if len(known) < len(encoder):
-        print(f"{path} sets {len(known)} of the encoder's {len(encoder)} tensors; the others stay pre-trained")
+    return len(known)
 
 
 # ---- the weights of a ticket ----
