@@ -58,6 +58,11 @@ FLOORS = {
 }
 # What --help, a mistyped flag, --dry-run and a finished run need: no torch.
 AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records"}
+    "ticket": 3,
+    "card": 3,
+    "export": 3,
+}
+AT_ONCE = {"config", "metrics", "command", "report", "compare", "export"}  # what --help or a mistyped flag needs: no torch
 TRANSFORMERS = {"models", "attention"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}
 
