@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -156,6 +157,8 @@ def test_the_configuration_is_the_tasks(exported, task, architecture, labels, pr
     config = json.loads((exported[task] / "config.json").read_text())
     assert (config["architectures"], config.get("id2label"), config.get("problem_type")) == ([architecture], labels, problem)
     assert config["dtype"] == "float32"
+    tokenizer = json.loads((exported[task] / "tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only", "name_or_path"} & tokenizer.keys()  # where it was read from
 
 
 def test_labels_are_named_as_on_the_hub_and_in_our_order(bert_dir):
@@ -379,21 +382,31 @@ def test_a_kill_leaves_a_whole_folder_or_none(runs, tmp_path, monkeypatch):
 
 
 def test_every_file_is_on_the_disk_before_the_folder_appears(runs, tmp_path, monkeypatch):
-    flushed, rename, fsync, found = set(), Path.rename, os.fsync, {}
+    flushed, rename, fsync, found = {}, Path.rename, os.fsync, {}
 
     def note(descriptor: int) -> None:
-        flushed.add(os.fstat(descriptor).st_ino)
+        about = os.fstat(descriptor)
+        flushed[about.st_ino] = set(os.listdir(descriptor)) if stat.S_ISDIR(about.st_mode) else about.st_size
         fsync(descriptor)
 
     def look(path: Path, target: Path) -> Path:
-        found.update({entry.name: entry.stat().st_ino in flushed for entry in [path, *path.iterdir()]})
+        found["."] = flushed.get(path.stat().st_ino) == {entry.name for entry in path.iterdir()}
+        found.update({entry.name: flushed.get(entry.stat().st_ino) == entry.stat().st_size for entry in path.iterdir()})
         return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "rename", look)
     export(runs["squad"], tmp_path / "o")
-    assert found.keys() == contents(tmp_path / "o").keys() | {".o.tmp"}
+    assert found.keys() == contents(tmp_path / "o").keys() | {"."}
     assert all(found.values())
+
+
+def test_what_a_killed_export_left_is_in_no_other(runs, exported, tmp_path):
+    (tmp_path / ".stsb.tmp").mkdir()
+    (tmp_path / ".stsb.tmp" / "pooler.safetensors").write_bytes(b"of SQuAD")
+    export(runs["stsb"], tmp_path / "stsb")
+    assert contents(tmp_path / "stsb") == contents(exported["stsb"])
+    assert [path.name for path in tmp_path.iterdir()] == ["stsb"]
 
 
 def test_an_error_leaves_nothing(runs, tmp_path, monkeypatch):
