@@ -610,10 +610,14 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
     assert imported.isdisjoint({"torch", "numpy", "transformers", "safetensors", "huggingface_hub"})
 
 
-def test_the_examples_of_the_help_are_accepted():
-    lines = [line.strip() for line in (bert_tickets.export.__doc__ or "").splitlines()]
-    examples = [line.split()[3:] for line in lines if line.startswith("python -m bert_tickets.export ")]
-    assert [parse(words).level for words in examples] == [7, 7]
+def test_the_examples_are_accepted():
+    """Of the help and the README."""
+    texts = (bert_tickets.export.__doc__, (ROOT / "README.md").read_text(encoding="utf-8"))
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    examples = [line.partition("#")[0].split()[3:] for line in lines if line.startswith("python -m bert_tickets.export ")]
+    assert len(examples) >= 2
+    for words in examples:
+        assert parse(words).run.startswith("runs/")
 
 
 @pytest.mark.parametrize("given", [{"task": "mnli", "rewind": "5%", "lr": 1e-4, "mask": None}, {"task": "squad", "max_steps": 7}])
