@@ -160,6 +160,7 @@ def _facts(ticket: Ticket, *, untrained: bool) -> str:
         "sparsity": f"{mask.sparsity:.4%}: {mask.kept:,} of {mask.total:,} weights kept",
         **{name + after: "undefined" if value is None else f"{value:.6g}" for name, value in line["metrics"].items()},
         "evaluated on": f"{sets}, in {noted['precision']}",
+        **({"but": "; ".join(doubts)} if (doubts := line.get("doubts")) else {}),
         "seed": str(ticket.cfg.train.seed),
         "trained for": f"{line['steps']:,} steps, {where}",
         "mask_sha256": f"`{line['mask_sha256']}`",

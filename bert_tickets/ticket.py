@@ -9,9 +9,9 @@ from typing import Any
 
 from bert_tickets import UserError
 from bert_tickets.config import Config, of_flat
-from bert_tickets.files import read_json
+from bert_tickets.files import read_sealed
+from bert_tickets.history import check_format
 from bert_tickets.mask import Mask
-from bert_tickets.runs import FORMAT
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def find(run: Path, level: int | None = None, model: str | None = None) -> Ticke
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is no run directory: it has no run.json")
     about = _read(run / "run.json", {"format", "config", "differs_from_preset", "fingerprint"})
-    if about["format"] > FORMAT:
-        raise UserError(f"{run} has format {about['format']}; this version reads up to {FORMAT}: update bert_tickets")
+    check_format(run)
     levels = [int(path.name[6:]) for path in sorted(run.glob("level_*")) if path.name[6:].isdecimal()]
     if not levels:
         raise UserError(f"{run} has no finished level yet")
@@ -77,7 +76,7 @@ def find(run: Path, level: int | None = None, model: str | None = None) -> Ticke
 
 
 def _read(path: Path, keys: set[str]) -> Mapping[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict) or keys - found.keys():
+    found = read_sealed(path)
+    if keys - found.keys():
         raise UserError(f"{path} is damaged: it is to have {', '.join(sorted(keys))}")
     return found

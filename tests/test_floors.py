@@ -55,14 +55,12 @@ FLOORS = {
     "tables.winning": 3,
     "tables.variations": 3,
     "tables.transfers": 3,
-}
-# What --help, a mistyped flag, --dry-run and a finished run need: no torch.
-AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records"}
     "ticket": 3,
     "card": 3,
     "export": 3,
 }
-AT_ONCE = {"config", "metrics", "command", "report", "compare", "export"}  # what --help or a mistyped flag needs: no torch
+# What --help, a mistyped flag, --dry-run and a finished run need: no torch.
+AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records", "export"}
 TRANSFORMERS = {"models", "attention"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}
 
