@@ -26,7 +26,7 @@ from bert_tickets.command import parse as parse_script
 from bert_tickets.command import run_command
 from bert_tickets.config import build, flat, of_flat, preset_of
 from bert_tickets.export import export, main, parse
-from bert_tickets.files import read_tensors, write_json, write_tensors
+from bert_tickets.files import read_sealed, read_tensors, write_sealed, write_tensors
 from bert_tickets.mask import Mask
 from bert_tickets.models import digest, encoder_weights
 from bert_tickets.runs import Run
@@ -53,7 +53,7 @@ def run_task(task: str, commands: dict[str, list[str]], folder: Path, *extra: ob
 
 
 def line_of(run: Path, level: int) -> dict:
-    return json.loads((run / f"level_{level:02d}" / "metrics.json").read_text())
+    return read_sealed(run / f"level_{level:02d}" / "metrics.json")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -225,7 +225,7 @@ def test_a_ticket_of_other_weights_is_refused(copied, commands, bert_dir, tmp_pa
     assert "the architecture differs" in refused(run, output, "--model", other)
 
     line = line_of(run, 1)
-    write_json(run / "level_01" / "metrics.json", line | {"starts_at_sha256": "0" * 64})
+    write_sealed(run / "level_01" / "metrics.json", line | {"starts_at_sha256": "0" * 64})
     assert "started from other weights (starts_at_sha256)" in refused(run, output, "--untrained")
     late = run_task("rte", commands, tmp_path, "--levels", "2", "--rewind", "3")
     (late / "rewind.safetensors").unlink()
@@ -248,9 +248,9 @@ def test_an_older_level_needs_its_model_kept(runs, tmp_path):
 
 def test_a_kept_model_needs_no_base_model(copied, bert_dir, tmp_path):
     run = copied("rte")
-    about = json.loads((run / "run.json").read_text())
+    about = read_sealed(run / "run.json")
     about["config"]["model"] = about["differs_from_preset"]["model"] = str(tmp_path / "gone")
-    write_json(run / "run.json", about)
+    write_sealed(run / "run.json", about)
     export(run, tmp_path / "kept")
     shutil.rmtree(run / "level_01" / "model")
     said = refused(run, tmp_path / "o")
@@ -261,9 +261,9 @@ def test_a_kept_model_needs_no_base_model(copied, bert_dir, tmp_path):
 
 def test_a_base_model_that_was_named_from_another_folder_is_found(copied, bert_dir, tmp_path, monkeypatch):
     run = copied("stsb")
-    about = json.loads((run / "run.json").read_text())
+    about = read_sealed(run / "run.json")
     about["config"]["model"] = "models/theta0"
-    write_json(run / "run.json", about)
+    write_sealed(run / "run.json", about)
     monkeypatch.chdir(tmp_path)
     export(run, Path("o"), untrained=True)
     assert "a BERT kept in a folder called `theta0`" in Path("o/README.md").read_text()
@@ -295,14 +295,14 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(runs, tmp_path, monkeypatch, ca
 
 def test_a_run_without_a_level_or_of_the_future_is_refused(copied, tmp_path):
     run = copied("stsb")
-    about = json.loads((run / "run.json").read_text())
-    write_json(run / "run.json", about | {"config": about["config"] | {"later": 1}})
+    about = read_sealed(run / "run.json")
+    write_sealed(run / "run.json", about | {"config": about["config"] | {"later": 1}})
     assert "does not know the setting later" in refused(run, tmp_path / "o")
-    write_json(run / "run.json", about | {"format": 99})
+    write_sealed(run / "run.json", about | {"format": 99})
     assert "has format 99" in refused(run, tmp_path / "o")
-    write_json(run / "run.json", {"format": 1})
+    write_sealed(run / "run.json", {"format": 1})
     assert "run.json is damaged" in refused(run, tmp_path / "o")
-    write_json(run / "run.json", about)
+    write_sealed(run / "run.json", about)
     for level in run.glob("level_*"):
         shutil.rmtree(level)
     assert "has no finished level yet" in refused(run, tmp_path / "o")
@@ -313,15 +313,15 @@ def test_a_damaged_level_is_refused_and_leaves_nothing(copied, tmp_path):
     level = run / "level_01"
     mask, weights = (level / "mask.safetensors").read_bytes(), read_tensors(level / "weights.safetensors")
     (level / "mask.safetensors").write_bytes(mask[:-1] + bytes([mask[-1] ^ 1]))
-    assert "its bits do not match its checksum" in refused(run, output)
+    assert "its content does not match its checksum" in refused(run, output)
     shutil.copy(run / "level_00" / "mask.safetensors", level / "mask.safetensors")  # a sound mask, but not this level's
     for words in ([], ["--untrained"]):
         assert "its mask is not the one that its metrics.json names" in refused(run, output, *words)
     (level / "mask.safetensors").write_bytes(mask)
     line = line_of(run, 1)
-    write_json(level / "metrics.json", line | {"kept": line["kept"] + 1})
+    write_sealed(level / "metrics.json", line | {"kept": line["kept"] + 1})
     assert "its mask keeps" in refused(run, output)
-    write_json(level / "metrics.json", line)
+    write_sealed(level / "metrics.json", line)
 
     name, kept = next((name, kept) for name, kept in Mask.load(level / "mask.safetensors").items() if not kept.all())
     place = tuple((~kept).nonzero()[0])

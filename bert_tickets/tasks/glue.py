@@ -164,7 +164,7 @@ class Glue:
         for split, logits in outputs.items():
             predicted, labels = self.predict(logits), stores[split].labels.cpu().numpy()
             if np.ptp(predicted) < 1e-4:
-                answer = f"{predicted[0]:.4g}" if self.regression else self.row.names[predicted[0]]
+                answer = f"{predicted[0]:.4g}" if self.regression else self.row.classes[predicted[0]]
                 found.append(f"all {len(predicted)} predictions on {split} are {answer}")
                 continue
             value = METRICS[self.metric](predicted, labels)
