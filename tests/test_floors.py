@@ -58,9 +58,10 @@ FLOORS = {
     "ticket": 3,
     "card": 3,
     "export": 3,
+    "inspect": 3,
 }
 # What --help, a mistyped flag, --dry-run and a finished run need: no torch.
-AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records", "export"}
+AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records", "export", "inspect"}
 TRANSFORMERS = {"models", "attention"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}
 

@@ -1,0 +1,229 @@
+"""Where a number comes from, and whether it still stands: a run's command, data, model and masks; every file verified.
+
+  python -m bert_tickets.inspect runs/mnli-imp-s57-...
+  python -m bert_tickets.inspect runs                           # all runs of a folder; exit code 1 if a file of any is damaged
+
+Nothing is changed. Takes run directories, or folders that hold them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bert_tickets import UserError
+from bert_tickets.command import run_command
+from bert_tickets.files import check, read_info, read_sealed
+from bert_tickets.history import check_format, level_dir, levels_done, results, results_lines
+from bert_tickets.report import table
+
+if TYPE_CHECKING:
+    from bert_tickets.mask import Mask
+
+SOUND, UNSEALED = "sound", "readable; of an older version, without a checksum"
+Finding = tuple[Path, str]  # a file and what is to be said of it
+
+
+# ---- what a run was ----
+
+
+def provenance(run: Path) -> str:
+    """What was run, where, on what, as run.json and log.jsonl tell."""
+    check_format(run)
+    about = read_sealed(run / "run.json")
+    try:
+        config, noted, here = about["config"], about["fingerprint"], about["environment"]
+        git = here["git"]
+        lines = {
+            "command": "python " + shlex.join(about["argv"]),
+            "differs from the preset": ", ".join(f"{key} {value}" for key, value in about["differs_from_preset"].items())
+            or "nothing",
+            "seed": config["seed"],
+            "began": _began(run),
+            "commit": "not known" if git is None else git["sha"] + ", with changes" * git["dirty"],
+            "versions": ", ".join(f"{name} {number}" for name, number in here["versions"].items()),
+            "device": f"{noted['device']}, {noted['precision']}, {here['threads']} threads"
+            + f", {here['gpu']}" * bool(here["gpu"]),
+            "model": f"{config['model']}, sha256 {noted['model']}",
+            "training set": f"{noted['train']['examples']:,} examples, sha256 {noted['train']['sha256']}",
+            **{
+                f"evaluated on {name}": f"{of['examples']:,} examples, sha256 {of['sha256']}"
+                for name, of in noted["evaluation"].items()
+            },
+        }
+        if config["mask"]:
+            lines["given mask"] = f"{config['mask']}: {_origin(run)}"
+        if config["init"] != "pretrained":
+            lines["starts from"] = f"{config['init']} {json.dumps(noted['init']) if noted.get('init') else ''}"
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run / 'run.json'} is not a run's: {error!r}") from None
+    width = max(map(len, lines))
+    return "\n".join(f"  {name:{width}}  {value}" for name, value in lines.items())
+
+
+def _began(run: Path) -> str:
+    """When and where the run began, and how often it went on."""
+    path = run / "log.jsonl"
+    if not path.exists():
+        return "not known: log.jsonl is gone"
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue  # a line that a kill tore
+    starts = [event for event in events if isinstance(event, dict) and event.get("event") == "start"]
+    resumed = sum(isinstance(event, dict) and event.get("event") == "resume" for event in events)
+    where = f"{starts[0].get('time')} on {starts[0].get('host')}" if starts else "not known"
+    return where + f", gone on with {resumed} time(s)" * bool(resumed)
+
+
+def _origin(run: Path) -> str:
+    file = level_dir(run, 0) / "mask.safetensors"
+    if not file.exists():
+        return "not used yet"
+    own = ("format", "shapes", "density", "checksum")
+    return ", ".join(f"{key} {value}" for key, value in sorted(read_info(file).items()) if key not in own)
+
+
+def levels(run: Path) -> str:
+    """A line a finished level: its metric and the hashes of its mask and of the weights it began with."""
+    rows = []
+    for result in results(run):
+        value = result["metrics"][result["metric"]]
+        number = "undefined" if value is None else f"{value:.6f}"
+        hashes = [result["mask_sha256"], result["starts_at_sha256"]]
+        rows.append([str(result["level"]), f"{result['sparsity']:.2%}", number + "*" * bool(result.get("doubts")), *hashes])
+    return (
+        table(["level", "sparsity", results(run)[0]["metric"], "mask sha256", "began with sha256"], rows)
+        if rows
+        else "no finished level"
+    )
+
+
+# ---- whether its files are what they were ----
+
+
+def verify(run: Path) -> Iterator[Finding]:
+    """Every file of a run directory and `SOUND`, `UNSEALED` or what is wrong with it."""
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+        try:
+            yield path, _verdict(run, path)
+        except UserError as error:
+            yield path, str(error)
+    yield from _disagreements(run)
+
+
+def _verdict(run: Path, path: Path) -> str:
+    name, place = path.name, path.relative_to(run).parts
+    if name in ("lock", "log.jsonl"):
+        return "not checked: differs between equal runs"
+    if any(part.startswith(".") for part in place):
+        return "left by a kill; the next start removes it"
+    if name in ("run.json", "metrics.json") and "model" not in place:
+        value = json.loads(path.read_bytes()) if _is_json(path) else {}
+        read_sealed(path)
+        return SOUND if "checksum" in value else UNSEALED
+    if name == "results.jsonl":
+        return SOUND if path.read_bytes() == results_lines(run) else "is not what the levels' metrics.json say"
+    if path.suffix == ".safetensors":
+        info = read_info(path)
+        check(path)
+        return SOUND if "checksum" in info else UNSEALED
+    if "model" in place:
+        return "not checked: a file of transformers"
+    return "not of a run"
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _disagreements(run: Path) -> Iterator[Finding]:
+    """What sound files say against each other: hashes, counts, a weight that grew back, or that is trained outside the mask."""
+    before: Mask | None = None
+    for level in range(levels_done(run)):
+        try:
+            mask, found = _level(run, level, before)
+        except UserError as error:
+            yield level_dir(run, level), str(error)
+            before = None
+            continue
+        yield from ((level_dir(run, level), what) for what in found)
+        before = mask
+
+
+def _level(run: Path, level: int, before: Mask | None) -> tuple[Mask, list[str]]:
+    from bert_tickets.files import read_tensors
+    from bert_tickets.mask import Mask
+
+    folder = level_dir(run, level)
+    said, mask, found = read_sealed(folder / "metrics.json"), Mask.load(folder / "mask.safetensors"), []
+    if said.get("mask_sha256") != mask.sha256():
+        found.append("metrics.json names another mask (mask_sha256)")
+    if (said.get("kept"), said.get("total"), said.get("level")) != (mask.kept, mask.total, level):
+        found.append("metrics.json has other counts than the mask, or another level")
+    if before is not None and any((kept & ~before[name]).any() for name, kept in mask.items() if name in before):
+        found.append("the mask keeps weights that the level before had removed")
+    if (folder / "weights.safetensors").exists():
+        weights = read_tensors(folder / "weights.safetensors")
+        if any(name not in weights or (weights[name][~kept] != 0).any() for name, kept in mask.items()):
+            found.append("weights.safetensors has weights where the mask has none")
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            found.append("weights.safetensors has weights that are not finite")
+    return mask, found
+
+
+# ---- the command ----
+
+
+def inspect(run: Path) -> bool:
+    """Print all of it for one run; whether every file is sound."""
+    print(f"{run}")
+    sound = True
+    for part in (provenance, levels):
+        try:
+            print(part(run))
+        except UserError as error:
+            print(error)
+            sound = False
+    good, other = 0, []
+    for path, verdict in verify(run):
+        if verdict in (SOUND, UNSEALED):
+            good += 1
+        elif not verdict.startswith(("not ", "left by")):
+            sound = False
+        if verdict != SOUND:
+            other.append(f"  {path.relative_to(run)}: {verdict}")
+    print(f"{good} files verified" + (", and:" if other else ""))
+    print("\n".join([*other, ""]))
+    return sound
+
+
+def main(args: argparse.Namespace) -> None:
+    places = [Path(place) for place in args.runs]
+    runs = [about.parent for place in places for about in _abouts(place)]
+    if not runs:
+        raise UserError(f"no run directory in {', '.join(args.runs)}")
+    damaged = [run for run in runs if not inspect(run)]
+    if damaged:
+        print(f"damaged: {', '.join(map(str, damaged))}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _abouts(place: Path) -> list[Path]:
+    return [place / "run.json"] if (place / "run.json").is_file() else sorted(place.glob("**/run.json"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders of them")
+    run_command(main, parser.parse_args())

@@ -1,0 +1,117 @@
+"""From a number back to its run; and every file of a run directory verified."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lt_glue
+from bert_tickets import UserError
+from bert_tickets.command import parse
+from bert_tickets.files import read_sealed, read_tensors, write_json, write_sealed, write_tensors
+from bert_tickets.history import results, run_dir
+from bert_tickets.inspect import SOUND, inspect, main, verify
+from bert_tickets.mask import Mask
+
+
+@pytest.fixture(scope="module")
+def made(commands, tmp_path_factory) -> Path:
+    """A run of three levels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("inspected"))
+        patch.setattr(sys, "argv", ["lt_glue.py", "--task", "rte", "an argument"])
+        cfg = parse("glue", None, [*commands["lt_glue.py"], "--levels", "3"])
+        lt_glue.main(cfg)
+        return run_dir(cfg, "glue").resolve()
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / made.name))
+
+
+def faults(run: Path) -> dict[str, str]:
+    said = {str(path.relative_to(run)): verdict for path, verdict in verify(run)}
+    return {name: verdict for name, verdict in said.items() if verdict != SOUND and not verdict.startswith("not checked")}
+
+
+def test_a_sound_run_is_traced_and_verified(run, capsys):
+    assert inspect(run)
+    out = capsys.readouterr().out
+    about = read_sealed(run / "run.json")
+    assert "python lt_glue.py --task rte 'an argument'" in out
+    assert about["fingerprint"]["train"]["sha256"] in out
+    assert about["fingerprint"]["model"] in out
+    for result in results(run):
+        assert result["mask_sha256"] in out
+        assert result["starts_at_sha256"] in out
+    assert faults(run) == {}
+
+
+FILES = ["run.json", "results.jsonl", "level_00/metrics.json", "level_01/mask.safetensors", "level_02/weights.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied", "foreign"])
+def test_a_damaged_file_is_named(run, name, how, capsys):
+    path = run / name
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    damaged = {"flipped": data, "cut": data[: len(data) // 2], "emptied": b"", "foreign": b"PK\x03\x04 something else"}[how]
+    path.write_bytes(damaged)
+    assert any(name.startswith(found) or found == name for found in faults(run)), faults(run)
+    assert not inspect(run)
+    with pytest.raises(SystemExit) as end:
+        main(type("Args", (), {"runs": [str(run)]}))
+    assert end.value.code == 1
+    assert "damaged: " in capsys.readouterr().err
+
+
+def test_files_that_contradict_each_other_are_named(run):
+    """Each is sound by itself."""
+    shutil.copy(run / "level_00" / "mask.safetensors", run / "level_01" / "mask.safetensors")
+    assert faults(run)["level_01"] == "metrics.json has other counts than the mask, or another level"
+    first, last = (Mask.load(run / f"level_0{level}" / "mask.safetensors") for level in (0, 2))
+    Mask({name: ~kept for name, kept in last.items()}).write(run / "level_02" / "mask.safetensors")
+    found = [verdict for path, verdict in verify(run) if path.name == "level_02"]
+    assert "metrics.json names another mask (mask_sha256)" in found
+    assert "weights.safetensors has weights where the mask has none" in found
+    first.write(run / "level_02" / "mask.safetensors")
+    last.write(run / "level_01" / "mask.safetensors")
+    assert "the mask keeps weights that the level before had removed" in [v for p, v in verify(run) if p.name == "level_02"]
+
+
+def test_weights_that_are_not_finite_are_named(run):
+    path = run / "level_02" / "weights.safetensors"
+    weights = read_tensors(path)
+    weights["classifier.bias"][0] = torch.nan
+    write_tensors(path, weights)
+    assert faults(run) == {"level_02": "weights.safetensors has weights that are not finite"}
+
+
+def test_a_run_of_an_older_version_is_read_and_said_to_be_one(run, capsys):
+    value = read_sealed(run / "run.json")
+    write_json(run / "run.json", value)
+    assert inspect(run)
+    assert "run.json: readable; of an older version, without a checksum" in capsys.readouterr().out
+    write_sealed(run / "run.json", value | {"format": 99})
+    assert not inspect(run)
+    assert "has format 99; this version reads up to" in capsys.readouterr().out
+
+
+def test_what_a_kill_left_and_what_is_not_of_a_run_do_no_harm(run, capsys):
+    (run / ".level_03.tmp").mkdir()
+    (run / ".level_03.tmp" / "mask.safetensors").write_bytes(b"")
+    (run / "notes.txt").write_text("mine")
+    assert inspect(run)
+    out = capsys.readouterr().out
+    assert "left by a kill; the next start removes it" in out
+    assert "notes.txt: not of a run" in out
+
+
+def test_a_folder_without_a_run_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no run directory in"):
+        main(type("Args", (), {"runs": [str(tmp_path)]}))
