@@ -5,12 +5,13 @@ python oneshot.py --rate 0.5 --method random --seed 1 --output masks/random_50.s
 """
 
 import argparse
+from collections.abc import Sequence
 
 from bert_tickets.command import hyphens, run_command
 from bert_tickets.config import Config, Training
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, required=True, metavar="X", help="share of the weights to remove")
     parser.add_argument("--output", required=True, metavar="FILE", help="the mask file to write")
@@ -18,10 +19,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=Config.model, metavar="TEXT", help="a BERT checkpoint (default: bert-base-uncased)")
     parser.add_argument("--init", default="pretrained", metavar="TEXT", help="pretrained, random, or a file of weights to rank")
     parser.add_argument("--seed", type=int, default=Training.seed, metavar="N", help="of random masks and weights (default: 57)")
-    args = parser.parse_args(hyphens(None))
+    args = parser.parse_args(hyphens(argv))
     if not 0 < args.rate < 1:
         parser.error(f"--rate {args.rate}: a share between 0 and 1 is needed")
     return args
+
+
+def facts(args: argparse.Namespace) -> dict[str, str]:
+    """What the file says of how its mask was made; the share removed is its density."""
+    return {"base_model": args.model, "method": f"oneshot {args.method}", "init": args.init, "seed": str(args.seed)}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -30,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
 
     net, _ = load_bert(args.model, "classifier", args.init, args.seed)
     mask = oneshot(net, args.rate, args.method, args.seed)
-    mask.write(args.output, base_model=args.model, method=f"oneshot {args.method}", init=args.init, seed=str(args.seed))
+    mask.write(args.output, **facts(args))
     print(f"{args.output}: {mask.sparsity:.1%} of {mask.total:,} weights removed by {args.method}")
 
 

@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class Busy(UserError):
+    """Another process is at it now; the same command will do later. The entry scripts exit with code 75 (EX_TEMPFAIL)."""
+
+
 class Stopped(BaseException):
     """SIGTERM or Ctrl-C, after all that can be kept was written. `code` is the process's exit status.
 

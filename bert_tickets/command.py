@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
-from bert_tickets import Stopped, UserError
+from bert_tickets import Busy, Stopped, UserError
 from bert_tickets.config import Config, Training, build, flat, offered, preset_values, tasks
 
 _TYPES = typing.get_type_hints(Config) | typing.get_type_hints(Training)
@@ -89,13 +89,14 @@ def keep_freed_memory() -> None:
 
 
 def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
-    """Run a script's `main` and exit: 2 with a sentence for a user's mistake, 128 + signal when stopped."""
+    """Run a script's `main` and exit: 2 with a sentence for a user's mistake, 75 where another process is at it, 128 + signal
+    when stopped."""
     keep_freed_memory()
     try:
         main(*arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, Busy) else 2)
     except Stopped as stop:
         if str(stop):
             print(stop, file=sys.stderr)

@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that `--help` and a mistyped flag ans
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -80,6 +81,11 @@ class Config:
     @property
     def resets_optimizer(self) -> bool:
         return self.rewind != "none" if self.reset_optimizer is None else self.reset_optimizer
+
+    @property
+    def levels_of_run(self) -> int:
+        """How many levels a run has: a given ticket is trained once."""
+        return 1 if self.mask else self.levels
 
     @property
     def fractions(self) -> list[float]:
@@ -258,7 +264,7 @@ def _check(cfg: Config) -> None:
     need((step >= 0) if share is None else 0 <= share < 100, "rewind", "0, a step, a share such as 5%, or none is needed")
 
 
-# ---- the run's name ----
+# ---- the run's name and directory ----
 
 
 def identity(cfg: Config, preset: str) -> dict[str, Any]:
@@ -269,13 +275,21 @@ def identity(cfg: Config, preset: str) -> dict[str, Any]:
     for name in ("mask", "init"):
         if name in differs and Path(differs[name]).is_file():
             try:
-                differs[name] = "sha256:" + hashlib.sha256(Path(differs[name]).read_bytes()).hexdigest()
+                at = Path(differs[name]).stat()
+                differs[name] = "sha256:" + _sha256(differs[name], at.st_ino, at.st_size, at.st_mtime_ns)
             except OSError as error:
                 raise UserError(f"cannot read {differs[name]}: {error.strerror}") from None
     for name in ("data_dir", "model"):
         if name in differs and Path(differs[name]).is_dir():
             differs[name] = str(Path(differs[name]).resolve())
     return differs
+
+
+@functools.cache
+def _sha256(path: str, *version: int) -> str:
+    """The digest of a file's content, read once a `version` of it: a sweep names hundreds of runs by the same few files."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run_name(cfg: Config, preset: str) -> str:
@@ -285,3 +299,20 @@ def run_name(cfg: Config, preset: str) -> str:
         what += f"-{cfg.protocol}"
     text = json.dumps({"task": cfg.task, "protocol": cfg.protocol, **identity(cfg, preset)}, sort_keys=True)
     return f"{cfg.task}-{what}-s{cfg.train.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def run_dir(cfg: Config, preset: str) -> Path:
+    """Where it runs: two equal configurations have one directory."""
+    return Path(cfg.output_dir) / run_name(cfg, preset)
+
+
+def level_dir(run: Path, level: int) -> Path:
+    return run / f"level_{level:02d}"
+
+
+def levels_done(run: Path) -> int:
+    """How many levels of a run directory are finished: the number of the first that is not."""
+    level = 0
+    while level_dir(run, level).is_dir():
+        level += 1
+    return level

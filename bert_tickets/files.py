@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from bert_tickets import UserError
+from bert_tickets import Busy, UserError
 
 if TYPE_CHECKING:  # reading JSON and metadata takes no torch
     from torch import Tensor
@@ -147,7 +147,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def take_lock(path: Path) -> IO[str]:
-    """The opened lock file, held until it is closed; `UserError` where another process holds it, `OSError` where it cannot be.
+    """The opened lock file, held until it is closed; `Busy` where another process holds it, `OSError` where it cannot be.
 
     The file names its holder. The kernel lets go of it however the process ends.
     """
@@ -157,11 +157,11 @@ def take_lock(path: Path) -> IO[str]:
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
-        raise UserError(f"{path.parent} is in use by {holder}; wait for it, or stop it") from None
+        raise Busy(f"{path.parent} is in use by {holder}; wait for it, or stop it") from None
     except OSError as error:
         raise UserError(f"{path.parent} is on a file system without locks ({error.strerror}); give another place") from None
     if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:  # its holder removed it meanwhile
-        raise UserError(f"{path.parent} was just given up by another process; give the command again")
+        raise Busy(f"{path.parent} was just given up by another process; give the command again")
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()

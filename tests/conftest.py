@@ -32,12 +32,15 @@ OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "�
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", help="real data (SQuAD's published files), for the tests marked realdata")
+    parser.addoption("--cluster", action="store_true", help="run the tests marked cluster as well")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "realdata" in item.keywords and not config.getoption("--data-dir"):
             item.add_marker(pytest.mark.skip(reason="needs --data-dir with real data"))
+        if "cluster" in item.keywords and not config.getoption("--cluster"):
+            item.add_marker(pytest.mark.skip(reason="needs --cluster: minutes"))
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lt_glue
-from bert_tickets import Stopped, UserError
+from bert_tickets import Busy, Stopped, UserError
 from bert_tickets.command import parse, run_command
 from bert_tickets.config import FIELDS, Config, Training, build, flat, identity, offered, preset_values, run_name, tasks
 from bert_tickets.tasks.glue import TASKS
@@ -94,7 +94,11 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 # ---- help ----
 
 
-@pytest.mark.parametrize("script", ["lt_glue.py", "lt_squad.py", "lt_pretrain.py", "oneshot.py", "perturb_weight.py"])
+ENTRIES = ["lt_glue.py", "lt_squad.py", "lt_pretrain.py", "oneshot.py", "perturb_weight.py", "scripts/sweep.py"]
+HEAVY = {"torch", "transformers", "numpy", "datasets", "evaluate", "scipy", "sklearn", "safetensors", "ray"}
+
+
+@pytest.mark.parametrize("script", ENTRIES)
 def test_help_answers_at_once_and_imports_nothing_heavy(script):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ran = subprocess.run(
@@ -105,7 +109,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy(script):
     assert "usage: " in ran.stdout
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ran.stderr.splitlines()}
     assert "argparse" in imported
-    assert imported.isdisjoint({"torch", "transformers", "numpy", "datasets", "evaluate", "scipy", "sklearn", "safetensors"})
+    assert imported.isdisjoint(HEAVY)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6  # of the processor: others may be at work
 
 
@@ -292,6 +296,7 @@ def exit_of(capsys, monkeypatch):
     ("error", "code", "says"),
     [
         (UserError("the disk is full"), 2, "error: the disk is full\n"),
+        (Busy("runs/x is in use by process 7 on vm"), 75, "error: runs/x is in use by process 7 on vm\n"),
         (Stopped("stopped; the same command goes on", 143), 143, "stopped; the same command goes on\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

@@ -62,6 +62,12 @@ FLOORS = {
 }
 # What --help, a mistyped flag, --dry-run and a finished run need: no torch.
 AT_ONCE = {"config", "metrics", "command", "report", "compare", "history", "records", "export", "inspect"}
+    "jobs": 3,
+    "schedule": 3,
+    "view": 3,
+}
+# What --help, a mistyped flag, --dry-run and a finished sweep need: no torch.
+AT_ONCE = {"config", "metrics", "command", "report", "compare", "jobs", "schedule", "view"}
 TRANSFORMERS = {"models", "attention"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}
 

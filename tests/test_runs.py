@@ -13,7 +13,7 @@ import pytest
 import lt_glue
 import lt_pretrain
 import lt_squad
-from bert_tickets import Stopped, UserError, files
+from bert_tickets import Busy, Stopped, UserError, files
 from bert_tickets.command import parse
 from bert_tickets.history import seconds
 from bert_tickets.runs import Run
@@ -357,7 +357,7 @@ def test_a_newer_run_directory_is_refused(go, tmp_path):
 def test_a_second_process_is_told_who_holds_the_directory(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = parse("glue", None, command)
-    with Run(cfg, "glue"), pytest.raises(UserError, match=f"in use by process {os.getpid()}"), Run(cfg, "glue"):
+    with Run(cfg, "glue"), pytest.raises(Busy, match=f"in use by process {os.getpid()}"), Run(cfg, "glue"):
         pass
 
 
