@@ -62,7 +62,7 @@ def summary(sweep: Sweep) -> str:
     counts = [f"{sweep.count(state)} {state}" for state in ("done", "running", "waiting", "failed")]
     counts += [f"{sweep.count('skipped')} not run"] if sweep.count("skipped") else []
     if sweep.stopping:
-        return ", ".join(counts) + "; stopping: the runs save and end (once more to stop at once)"
+        return ", ".join(counts) + "; saving (once more: stop at once)"
     left = sweep.time_left()
     return ", ".join(counts) + f"; time left: {'unknown' if left is None else duration(left)}"
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -38,7 +39,7 @@ from bert_tickets.view import View, report
 
 MAKERS = {"oneshot.py": oneshot, "perturb_weight.py": perturb_weight}
 NODES_SECONDS = 5.0  # between looks at which nodes there are
-OF_A_PLACE = ("CUDA_VISIBLE_DEVICES",)  # Ray's to set; all else of a run's environment is the sweep's
+GPUS = "CUDA_VISIBLE_DEVICES"  # Ray's to set; all else of a run's environment is the sweep's
 
 # Run first in a command's own process: it gets SIGTERM when what started it dies, however that dies, so that no run outlives
 # its worker and holds its directory. (In a process of its own, as Ray's worker has threads, and must not run Python in a fork.)
@@ -83,7 +84,7 @@ class Slot:
 
     def run(self, words: list[str], folder: str, environment: dict[str, str], log: str) -> int:
         """The command's exit code. Its output is added to `log`."""
-        of_place = {name: os.environ[name] for name in OF_A_PLACE if name in os.environ}
+        of_place = {name: os.environ[name] for name in (GPUS,) if name in os.environ}
         program = words[0] if os.path.sep not in words[0] or os.path.exists(words[0]) else sys.executable
         command = [sys.executable, "-I", "-S", "-c", TETHER, str(os.getpid()), program, *words[1:]]
         with open(log, "ab") as output:
@@ -95,7 +96,7 @@ class Slot:
                 self.process = subprocess.Popen(
                     command,
                     cwd=folder,
-                    env=environment | of_place,
+                    env=of_place | environment,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -119,8 +120,8 @@ class Slots:
         self.cpus: float = args.cpus
         self.gpus: float = args.gpus if args.gpus is not None else float(self.ray.cluster_resources().get("GPU", 0) > 0)
         self.log_dir = Path(args.log_dir).resolve()
-        dropped = (*OF_A_PLACE, "RAY_ADDRESS")
-        self.environment = {name: value for name, value in os.environ.items() if name not in dropped}
+        self.environment = {name: value for name, value in os.environ.items() if name != GPUS and not name.startswith("RAY_")}
+        self.environment |= {} if self.gpus else {GPUS: ""}  # a run that was given none sees none
         self.environment.setdefault("OMP_NUM_THREADS", str(max(1, int(self.cpus))))
         self.actor = self.ray.remote(Slot).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_concurrency=2, scheduling_strategy="SPREAD"
@@ -200,7 +201,10 @@ class Slots:
 def connect(address: str) -> Any:
     """Ray, connected; started on this machine for this sweep alone where `address` is `local`."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}  # no reports home, no chatter
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a run without GPUs sees none
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # a wrong address is told after a minute, not a quarter of an hour
+    if address == "local":  # a token for this sweep alone: Ray's own would stay in the home, and bind later clusters to it
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
     except ImportError:
@@ -209,8 +213,9 @@ def connect(address: str) -> Any:
     alone = {"object_store_memory": 80 * 2**20, "include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, logging_level="ERROR", log_to_driver=False, **alone)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"--address {address}: no Ray cluster answers ({first_line(error)})") from None
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        what = "no Ray cluster answers, or it asks for a token (export RAY_AUTH_MODE=token)"
+        raise UserError(f"--address {address}: {what}: {first_line(error)}") from None
     return ray
 
 
@@ -252,18 +257,21 @@ def main(args: argparse.Namespace) -> None:
     jobs = plan(lines := lines_of(args.files), MAKERS)
     sweep = Sweep(jobs, args.retries, view.say)
     sweep.settle()
+    came: list[int] = []
     print(f"{len(lines)} lines are {len(jobs)} jobs, of which {sweep.count('done')} are done", flush=True)
     logs = Path(args.log_dir)
     if not sweep.over:
         logs.mkdir(parents=True, exist_ok=True)
-        run(sweep, args, view)
+        came = run(sweep, args, view)
     print(report(sweep, lambda job: logs / job.name))
+    if came:
+        raise Stopped("stopped; the same command goes on", 128 + came[0])
     if sweep.count("failed") or sweep.count("skipped"):
         sys.exit(1)
 
 
-def run(sweep: Sweep, args: argparse.Namespace, view: View) -> None:
-    """Run what is left of the sweep on Ray. Raises `Stopped` where it was asked to stop."""
+def run(sweep: Sweep, args: argparse.Namespace, view: View) -> list[int]:
+    """Run what is left of the sweep on Ray. Returns the signals that stopped it."""
     slots = Slots(args)
     try:
         with stopping_on_signals(sweep) as came:
@@ -271,9 +279,7 @@ def run(sweep: Sweep, args: argparse.Namespace, view: View) -> None:
     finally:
         view.clear()
         slots.ray.shutdown()
-    if came:
-        left = sweep.count("waiting") + sweep.count("running")
-        raise Stopped(f"stopped; {sweep.count('done')} done, {left} left; the same command goes on", 128 + came[0])
+    return came
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from bert_tickets.config import run_dir
 pytest.importorskip("ray")
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # of the test alone
 
 
 def sweep(folder: Path, lines: list[str], *words: object) -> subprocess.Popen[str]:
@@ -29,7 +31,7 @@ def sweep(folder: Path, lines: list[str], *words: object) -> subprocess.Popen[st
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "sweep.py"), *map(str, words)],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | (TOKEN if "--address" in words else {}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -53,9 +55,9 @@ def swept(folder: Path, lines: list[str], *words: object, timeout: float = 240) 
 
 def grid(commands: dict[str, list[str]], bert_dir: Path, steps: int, seeds: int = 1) -> list[str]:
     """Tickets by IMP, each carried over to SQuAD, and a random one; first what needs, last what is needed."""
-    glue = shlex.join(["python", f"{ROOT}/lt_glue.py", *commands["lt_glue.py"], "--max-steps", str(steps)])
+    glue = shlex.join(["python", f"{ROOT}/lt_glue.py", *commands["lt_glue.py"]])
     squad = shlex.join(["python", f"{ROOT}/lt_squad.py", *commands["lt_squad.py"]])
-    imps = [f"{glue} --levels 2 --rate 0.3 --seed {seed}" for seed in range(seeds)]
+    imps = [f"{glue} --levels 2 --rate 0.3 --max-steps {steps} --seed {seed}" for seed in range(seeds)]
     sources = [run_dir(parse("glue", None, shlex.split(line)[2:]), "glue") for line in imps]
     transfers = [f"{squad} --mask {source}/level_01/mask.safetensors" for source in sources]
     oneshot = f"python {ROOT}/oneshot.py --rate 0.3 --method random --model {bert_dir} --output masks/random.safetensors"
@@ -93,7 +95,7 @@ def folders(tmp_path) -> tuple[Path, Path]:
 
 def test_stopped_and_called_again_it_ends_with_the_plain_loops_bytes_and_then_at_once(folders, commands, bert_dir, monkeypatch):
     on_ray, plain = folders
-    lines = grid(commands, bert_dir, 400)
+    lines = grid(commands, bert_dir, 200)
     process = sweep(on_ray, lines)
     wait_for(lambda: "start" in events(on_ray), 120)
     process.send_signal(signal.SIGINT)
@@ -135,7 +137,7 @@ cluster.shutdown()
 def cluster() -> Iterator[subprocess.Popen[str]]:
     """Two nodes on this machine. It says their address; at a line on its standard input it kills the second with SIGKILL."""
     process = subprocess.Popen(
-        [sys.executable, "-c", TWO_NODES], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", TWO_NODES], env=ENVIRONMENT | TOKEN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     yield process
     process.communicate("\n\n", timeout=60)
@@ -144,7 +146,7 @@ def cluster() -> Iterator[subprocess.Popen[str]]:
 @pytest.mark.cluster
 def test_a_lost_nodes_runs_go_on_elsewhere_and_end_with_the_same_bytes(folders, cluster, commands, bert_dir, monkeypatch):
     on_ray, plain = folders
-    lines = [f"{line} --save-steps 100" if "lt_" in line else line for line in grid(commands, bert_dir, 1500, seeds=2)]
+    lines = [f"{line} --save-steps 100" if "lt_" in line else line for line in grid(commands, bert_dir, 800, seeds=2)]
     assert cluster.stdin
     assert cluster.stdout
     process = sweep(on_ray, lines, "--address", cluster.stdout.readline().strip(), "--retries", "0")
