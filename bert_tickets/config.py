@@ -83,11 +83,6 @@ class Config:
         return self.rewind != "none" if self.reset_optimizer is None else self.reset_optimizer
 
     @property
-    def levels_of_run(self) -> int:
-        """How many levels a run has: a given ticket is trained once."""
-        return 1 if self.mask else self.levels
-
-    @property
     def fractions(self) -> list[float]:
         """The share of what is left that goes before each level."""
         return fractions(self.levels, self.rate, self.schedule)
@@ -264,7 +259,7 @@ def _check(cfg: Config) -> None:
     need((step >= 0) if share is None else 0 <= share < 100, "rewind", "0, a step, a share such as 5%, or none is needed")
 
 
-# ---- the run's name and directory ----
+# ---- the run's name ----
 
 
 def identity(cfg: Config, preset: str) -> dict[str, Any]:
@@ -299,20 +294,3 @@ def run_name(cfg: Config, preset: str) -> str:
         what += f"-{cfg.protocol}"
     text = json.dumps({"task": cfg.task, "protocol": cfg.protocol, **identity(cfg, preset)}, sort_keys=True)
     return f"{cfg.task}-{what}-s{cfg.train.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def run_dir(cfg: Config, preset: str) -> Path:
-    """Where it runs: two equal configurations have one directory."""
-    return Path(cfg.output_dir) / run_name(cfg, preset)
-
-
-def level_dir(run: Path, level: int) -> Path:
-    return run / f"level_{level:02d}"
-
-
-def levels_done(run: Path) -> int:
-    """How many levels of a run directory are finished: the number of the first that is not."""
-    level = 0
-    while level_dir(run, level).is_dir():
-        level += 1
-    return level

@@ -37,9 +37,14 @@ def levels_done(run: Path) -> int:
 
 
 def is_finished(cfg: Config, preset: str) -> bool:
-    """Whether the configuration's run has all its levels, and was tidied up after the last: results.jsonl is written last."""
-    run = run_dir(cfg, preset)
-    if levels_done(run) < levels_of(cfg):
+    """Whether the configuration's run has all its levels, and was tidied up after the last."""
+    return is_settled(run_dir(cfg, preset), levels_of(cfg))
+
+
+def is_settled(run: Path, levels: int) -> bool:
+    """Whether a run directory has all of so many levels, and nothing that a kill after the last would leave: results.jsonl is
+    written last."""
+    if levels_done(run) < levels:
         return False
     try:
         return (run / "results.jsonl").read_bytes() == results_lines(run)

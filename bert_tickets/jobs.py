@@ -23,7 +23,8 @@ from typing import Any, Protocol, TypeVar
 
 from bert_tickets import UserError
 from bert_tickets.command import parse
-from bert_tickets.config import FIELDS, Config, flat, levels_done, run_dir
+from bert_tickets.config import FIELDS, Config, flat
+from bert_tickets.history import is_settled, levels_done, levels_of, run_dir
 
 TRAINING = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}  # script: its preset
 QUOTED = re.compile(r"""'[^']*'|"(\\.|[^"\\])*"|\\.""", re.DOTALL)
@@ -221,7 +222,7 @@ def _has_its_name(job: Job) -> bool:
 
 def _check_level(job: Job, flag: str, within: Path, maker: Job) -> None:
     found = re.match(r"level_(\d+)", str(within))
-    levels = maker.cfg.levels_of_run if maker.cfg else 0
+    levels = levels_of(maker.cfg) if maker.cfg else 0
     if maker.cfg and found and int(found[1]) >= levels:
         raise UserError(f"{job.place}: --{flag} is of level {int(found[1])}, and {maker.place} has levels 0 to {levels - 1}")
 
@@ -241,21 +242,14 @@ def is_done(job: Job, made: Path | None) -> bool:
     """Whether `made` (`target`, once the job's inputs are there) is finished, sound, and of these settings."""
     if made is None or not made.exists():
         return False
-    return _is_settled(made, job.cfg.levels_of_run) if job.cfg else _is_made(job, made)
+    with contextlib.suppress(UserError):  # a damaged file: the run itself says so
+        return is_settled(made, levels_of(job.cfg)) if job.cfg else _is_made(job, made)
+    return False
 
 
 def progress(job: Job, made: Path | None) -> tuple[int, int] | None:
     """How many levels of a run are finished, and how many it has; None for what has none."""
-    return (levels_done(made), job.cfg.levels_of_run) if job.cfg and made else None
-
-
-def _is_settled(run: Path, levels: int) -> bool:
-    """All levels are there, and nothing that a kill between the last of them and the end of the run would leave."""
-    with contextlib.suppress(OSError):
-        lines = (run / "results.jsonl").read_bytes().count(b"\n")
-        weights = len(list(run.glob("level_*/weights.safetensors")))
-        return levels_done(run) == levels == lines and weights <= 1 and not (run / "checkpoint.safetensors").exists()
-    return False
+    return (levels_done(made), levels_of(job.cfg)) if job.cfg and made else None
 
 
 def _is_made(job: Job, file: Path) -> bool:

@@ -17,7 +17,9 @@ import oneshot
 import perturb_weight
 from bert_tickets import UserError, jobs
 from bert_tickets.command import parse
-from bert_tickets.config import FIELDS, run_dir, run_name
+from bert_tickets.config import FIELDS, run_name
+from bert_tickets.files import write_sealed
+from bert_tickets.history import run_dir
 from bert_tickets.jobs import Line, is_done, plan, progress, read_lines, split, target
 from bert_tickets.mask import Mask
 
@@ -245,7 +247,7 @@ def test_needs_do_not_depend_on_the_order_of_the_lines(order):
 
 def make_levels(run: Path, levels: int, lines: int | None = None) -> None:
     for level in range(levels):
-        (run / f"level_{level:02d}").mkdir(parents=True)
+        write_sealed(run / f"level_{level:02d}" / "metrics.json", {})
     (run / f"level_{levels - 1:02d}" / "weights.safetensors").touch()
     (run / "results.jsonl").write_text("{}\n" * (levels if lines is None else lines))
 
@@ -257,7 +259,7 @@ def test_a_run_is_done_when_all_its_levels_are_there():
     assert (is_done(job, run), progress(job, run)) == (False, (0, 3))
     make_levels(run, 2)
     assert (is_done(job, run), progress(job, run)) == (False, (2, 3))
-    (run / "level_02").mkdir()
+    write_sealed(run / "level_02" / "metrics.json", {})
     (run / "results.jsonl").write_text("{}\n" * 3)
     assert (is_done(job, run), progress(job, run)) == (True, (3, 3))
 
@@ -270,10 +272,7 @@ def test_what_a_kill_in_the_last_moment_left_is_not_done():
     assert not is_done(job, run)
     (run / "results.jsonl").write_text("{}\n" * 3)
     assert is_done(job, run)
-    (run / "checkpoint.safetensors").touch()
-    assert not is_done(job, run)
-    (run / "checkpoint.safetensors").unlink()
-    (run / "level_01" / "weights.safetensors").touch()
+    (run / "level_01" / "metrics.json").write_text("torn")  # the run itself will say so
     assert not is_done(job, run)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_jobs import IMP, MAKERS, imp_dir, make_levels, write_mask
 
 from bert_tickets import view as views
+from bert_tickets.history import levels_of
 from bert_tickets.jobs import Job, plan, read_lines
 from bert_tickets.schedule import GRACE, LOSSES, Ended, Sweep, duration
 from bert_tickets.view import View, last_lines, report
@@ -71,8 +72,8 @@ def leave(job: Job, sweep: Sweep) -> None:
     """What a run of it would leave: levels with masks that differ, a mask."""
     made = sweep.at[job].target
     if job.cfg:
-        make_levels(made, job.cfg.levels_of_run)
-        for level in range(job.cfg.levels_of_run):
+        make_levels(made, levels_of(job.cfg))
+        for level in range(levels_of(job.cfg)):
             write_mask(made / f"level_{level:02d}" / "mask.safetensors", seed=level)
     elif job.output:
         write_mask(job.output, seed=len(str(job.output)))

@@ -18,7 +18,7 @@ from test_runs import SCRIPTS, wait_for
 
 import oneshot
 from bert_tickets.command import parse
-from bert_tickets.config import run_dir
+from bert_tickets.history import run_dir
 
 pytest.importorskip("ray")
 
