@@ -33,9 +33,9 @@ import oneshot
 import perturb_weight
 from bert_tickets import Stopped, UserError, first_line
 from bert_tickets.command import hyphens, run_command
-from bert_tickets.jobs import Job, Line, plan, read_lines
-from bert_tickets.schedule import LOSSES, Ended, Sweep
-from bert_tickets.view import View, report
+from bert_tickets.sweep.jobs import Job, Line, plan, read_lines
+from bert_tickets.sweep.schedule import LOSSES, Ended, Sweep
+from bert_tickets.sweep.view import View, report
 
 MAKERS = {"oneshot.py": oneshot, "perturb_weight.py": perturb_weight}
 NODES_SECONDS = 5.0  # between looks at which nodes there are

@@ -59,12 +59,13 @@ FLOORS = {
     "card": 3,
     "export": 3,
     "inspect": 3,
-    "jobs": 3,
-    "schedule": 3,
-    "view": 3,
+    "sweep": 3,
+    "sweep.jobs": 3,
+    "sweep.schedule": 3,
+    "sweep.view": 3,
 }
 # What --help, a mistyped flag, --dry-run, a finished run and a finished sweep need: no torch.
-AT_ONCE = {"config", "metrics", "command", "report", "history", "jobs", "schedule", "view"}
+AT_ONCE = {"config", "metrics", "command", "report", "history", "sweep.jobs", "sweep.schedule", "sweep.view"}
 AT_ONCE |= {"compare", "records", "export", "inspect"}
 TRANSFORMERS = {"models", "attention"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}

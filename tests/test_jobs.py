@@ -15,13 +15,14 @@ from test_command import GIVEN, words
 import lt_glue
 import oneshot
 import perturb_weight
-from bert_tickets import UserError, jobs
+from bert_tickets import UserError
 from bert_tickets.command import parse
 from bert_tickets.config import FIELDS, run_name
 from bert_tickets.files import write_sealed
 from bert_tickets.history import run_dir
-from bert_tickets.jobs import Line, is_done, plan, progress, read_lines, split, target
 from bert_tickets.mask import Mask
+from bert_tickets.sweep import jobs
+from bert_tickets.sweep.jobs import Line, is_done, plan, progress, read_lines, split, target
 
 MAKERS = {"oneshot.py": oneshot, "perturb_weight.py": perturb_weight}
 IMP = "python lt_glue.py --task mnli"

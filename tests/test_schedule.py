@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_jobs import IMP, MAKERS, imp_dir, make_levels, write_mask
 
-from bert_tickets import view as views
 from bert_tickets.history import levels_of
-from bert_tickets.jobs import Job, plan, read_lines
-from bert_tickets.schedule import GRACE, LOSSES, Ended, Sweep, duration
-from bert_tickets.view import View, last_lines, report
+from bert_tickets.sweep import view as views
+from bert_tickets.sweep.jobs import Job, plan, read_lines
+from bert_tickets.sweep.schedule import GRACE, LOSSES, Ended, Sweep, duration
+from bert_tickets.sweep.view import View, last_lines, report
 
 
 @pytest.fixture(autouse=True)

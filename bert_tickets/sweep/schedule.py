@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from bert_tickets import UserError
-from bert_tickets.jobs import Job, is_done, progress, target
+from bert_tickets.sweep.jobs import Job, is_done, progress, target
 
 LOSSES = 20  # of one job, before it is given up
 GRACE = 300.0  # seconds for runs to finish their step or evaluation and save, once asked to stop

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from bert_tickets.jobs import Job, progress
-from bert_tickets.schedule import Sweep, duration
+from bert_tickets.sweep.jobs import Job, progress
+from bert_tickets.sweep.schedule import Sweep, duration
 
 HEARTBEAT = 60.0  # seconds between lines, where nobody watches a terminal
 REDRAW = 1.0
