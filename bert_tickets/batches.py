@@ -178,7 +178,8 @@ Alter = Callable[[Batch, int], Batch]  # a batch and its step to what the step s
 class Batches:
     """The training batches of a level, by step: a cursor that can be set anywhere at no cost.
 
-    Several processes divide each batch: every example is in one's share, and shares have about as many tokens.
+    Several processes divide each batch, and one may divide it once more where memory is short: every example is in one share,
+    and shares have about as many tokens.
     """
 
     def __init__(
@@ -197,17 +198,25 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> Batch:
+        """The batch of a step; of several processes, this one's share of it."""
+        (batch,) = self.parts(step, 1)
+        return batch
+
+    def parts(self, step: int, count: int) -> list[Batch]:
+        """The same in `count` parts, for one after another."""
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, order(len(self.store), self.seed, epoch)
         examples = self._order[place * self.batch_size : (place + 1) * self.batch_size]
-        if self.ranks.world > 1:
-            return self.alter(self._share(examples), step)
-        return self.alter(self.store.batch(examples, bucketed=self.bucketed), step)
+        shares = self.ranks.world * count
+        if shares == 1:
+            return [self.alter(self.store.batch(examples, bucketed=self.bucketed), step)]
+        mine = range(self.ranks.rank * count, (self.ranks.rank + 1) * count)
+        return [self.alter(self._share(examples, number, shares), step) for number in mine]
 
-    def _share(self, examples: Tensor) -> Batch:
-        """This process's share of the examples. An empty one is the first example at no weight: all must take the step."""
-        share = share_of(self.store.lengths[examples.numpy()], self.ranks.rank, self.ranks.world)
+    def _share(self, examples: Tensor, number: int, shares: int) -> Batch:
+        """One of the shares of the examples. An empty one is the first example at no weight: all must take the step."""
+        share = share_of(self.store.lengths[examples.numpy()], number, shares)
         weight = (share.last - share.first) / len(examples)
         if not weight:
             share = replace(share, first=0, last=1)

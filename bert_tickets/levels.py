@@ -44,6 +44,16 @@ class Level:
         path, facts = self.run.dir / "checkpoint.safetensors", {**facts, "level": self.level}
         self.run.ranks.first(lambda: write_tensors(path, tensors, facts))
 
+    def divided(self, step: int, parts: int) -> None:
+        """Say that memory ran out, and in how many parts batches are taken from here on."""
+        print(
+            f"{self.title}: out of memory in step {step}; each process takes its batches in {parts} parts from here on: the",
+            end=" ",
+        )
+        print("same steps, to rounding", flush=True)
+        if self.run.ranks.rank == 0:
+            self.run.log("out of memory", level=self.level, step=step, parts=parts)
+
     def stopped(self, step: int) -> None:
         number = max(self.run.ranks.gather(self.run.stop_signal or 0))
         if self.run.ranks.rank:

@@ -137,6 +137,8 @@ def fit(
         run.ranks.need_same({"trained weights": digest(dict(net.named_parameters()))})
     metrics, doubts = score(setup)
     print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+    if result.skipped > 0.1 * result.steps:
+        doubts.append(f"fp16 gradients overflowed in {result.skipped} of {result.steps} steps, which changed nothing")
     for doubt in doubts:
         print(f"{keeper.title}: {doubt}", flush=True)
     kept = {} if cfg.resets_optimizer else result.moments
@@ -173,6 +175,8 @@ def _line(
         "total": mask.total,
         "mask_distance": mask.distance(before),
         "steps": result.steps,
+        "skipped_steps": result.skipped,
+        "batch_parts": result.divided,
         "losses": result.losses,
         "starts_at_sha256": begins_at,
         "mask_sha256": mask.sha256(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,22 +76,24 @@ class Step:
         )
         self.graphs = Graphs(self._take, self._state, record or Recorder()) if cfg.graphs else None
 
-    def __call__(self, batch: Batch, lr: float) -> Tensor:
+    def __call__(self, batch: Batch | Sequence[Batch], lr: float) -> Tensor:
+        """One step on a batch, or on the parts that it is divided into, whose gradients are then added up.
+
+        Raises `torch.OutOfMemoryError` with nothing changed, on all processes if on one, where a part is too large.
+        """
+        parts = [batch] if isinstance(batch, Batch) else list(batch)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        return self.graphs(batch) if self.graphs else self._take(batch)
+        if self.graphs and len(parts) == 1:
+            return self.graphs(parts[0])
+        return self._take(*parts)
 
-    def _take(self, batch: Batch) -> Tensor:
-        with autocast(self.precision, self.device), dropout_of(batch.share):
-            loss = self.loss(batch)
+    def _take(self, *parts: Batch) -> Tensor:
+        loss = self._backward(parts)
         if self.ranks.world > 1:
-            loss = loss * batch.weight  # the sum of the shares is the mean of the batch
-        self.scaler.scale(loss).backward()
-        if self.ranks.world > 1:
-            loss = loss.detach()
             self.ranks.sum([*(p.grad for p in self.params.values() if p.grad is not None), loss])
         if self.masks:
             torch._foreach_mul_(list(self._grads(self.masks)), list(self.masks.values()))
@@ -100,7 +102,28 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
+
+    def _backward(self, parts: Sequence[Batch]) -> Tensor:
+        """The gradients of this process's part of the batch, in the parameters, and its part of the mean loss."""
+        draws = torch.get_rng_state() if len(parts) > 1 and self.device.type == "cpu" else None
+        losses, short = [], None
+        try:
+            for part in parts:
+                if draws is not None:
+                    torch.set_rng_state(draws)  # each part takes its own of the whole batch's dropout
+                with autocast(self.precision, self.device), dropout_of(part.share):
+                    loss = self.loss(part)
+                if part.share is not None:
+                    loss = loss * part.weight  # the sum over the shares is the mean of the batch
+                self.scaler.scale(loss).backward()
+                losses.append(loss.detach())
+        except torch.OutOfMemoryError as error:
+            short = str(error)
+        if any(self.ranks.any(short is not None)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise torch.OutOfMemoryError(short or "of another process")
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _grads(self, names: Iterable[str]) -> Iterator[Tensor]:
         for name in names:
@@ -124,6 +147,11 @@ class Step:
             if p in self.optimizer.state
             for moment in MOMENTS
         }
+
+    def taken(self, before: Mapping[str, Tensor] | None = None) -> int:
+        """How many steps changed the weights: AdamW's count, less that of the moments `before`. Waits for the device."""
+        begun = max((int(tensor) for name, tensor in (before or {}).items() if name.startswith("step/")), default=0)
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0) - begun
 
     @torch.no_grad()
     def set_moments(self, moments: Mapping[str, Tensor]) -> None:

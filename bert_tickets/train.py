@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bert_tickets import UserError
+from bert_tickets import UserError, first_line
 from bert_tickets.batches import Batch, Batches, Store, by_length, derive
 from bert_tickets.config import Training
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
 from bert_tickets.step import Loss, Step, autocast, precision_of
 
+LEAST_SCALE = 2.0**-10  # of fp16 losses: below it the gradients themselves are beyond what fp16 holds
 EVAL_TOKENS = {"cuda": 16384, "cpu": 4096}  # padded tokens of an evaluation batch
 
 
@@ -38,6 +39,7 @@ class Keeper(Protocol):
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None: ...
     def save_checkpoint(self, tensors: dict[str, Tensor], facts: dict) -> None: ...
     def stopped(self, step: int) -> None: ...
+    def divided(self, step: int, parts: int) -> None: ...
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Result:
     seconds: float
     losses: list[tuple[int, float]]  # (step, mean loss since the one before)
     moments: dict[str, Tensor]  # AdamW's state at the end
+    divided: int = 1  # parts of a batch at the end; more than one where memory ran out
+    skipped: int = 0  # steps in which fp16 gradients overflowed, so that nothing was changed
 
 
 def total_steps(cfg: Training, per_epoch: int) -> int:
@@ -83,13 +87,14 @@ def train(
     stream = ("dropout", ranks.rank) if ranks.rank and device.type == "cuda" else ("dropout",)
     losses: list[tuple[int, float]] = []
     total = torch.zeros((), device=device)  # of the losses since the last look; it stays on the device
-    at, seconds = start, 0.0
+    at, seconds, divided = start, 0.0, 1
     checkpoint = keeper.load_checkpoint()
     if checkpoint is None:
         step.set_moments(moments or {})
     else:
         tensors, facts = checkpoint
         at, seconds, losses = facts["step"], facts["seconds"], [(s, x) for s, x in facts["losses"]]
+        divided = facts.get("divided", 1)
         total.copy_(tensors["total"])
         _restore(step, tensors, facts)
     began = saved = time.monotonic()
@@ -105,12 +110,30 @@ def train(
         """The mean loss since the last look; where the host waits for the device."""
         mean = total.item() / (at - max(start, (at - 1) // cfg.log_every * cfg.log_every))
         check(math.isfinite(mean), f"the loss became {mean}")
+        if step.scaler.is_enabled():
+            check(step.scaler.get_scale() >= LEAST_SCALE, "fp16 gradients overflowed at every scale")
         return mean
+
+    def take() -> Tensor:
+        """The next step's loss. Where memory runs out, the batch is divided into twice as many parts, until the level ends."""
+        nonlocal divided
+        while True:
+            torch.manual_seed(derive(cfg.seed, *stream, at))  # each step's own: no state to carry, the same on every level
+            try:
+                return step(batches.parts(at, divided), cfg.lr * max(0.0, 1 - at / span))
+            except torch.OutOfMemoryError as error:
+                if divided * ranks.world >= batches.batch_size:
+                    why = f"out of memory in step {at}, with one example at a time: {first_line(error)}"
+                    raise UserError(f"{keeper.title}: {why}. A smaller --max-length, or a larger GPU, may help.") from None
+            divided *= 2
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            keeper.divided(at, divided)
 
     def save() -> None:
         check(_finite(step.params), "a weight became infinite or NaN")
         spent = seconds + time.monotonic() - began
-        facts = {"step": at, "seconds": spent, "losses": losses, "scaler": step.scaler.state_dict()}
+        facts = {"step": at, "seconds": spent, "losses": losses, "divided": divided, "scaler": step.scaler.state_dict()}
         keeper.save_checkpoint({"total": total, **_state(step)}, facts)
 
     pace = 0.5 if sys.stderr.isatty() else 30
@@ -118,8 +141,7 @@ def train(
         while at < steps:
             if capture is not None and at == capture[0]:
                 capture[1]()
-            torch.manual_seed(derive(cfg.seed, *stream, at))  # each step's own: no state to carry, the same on every level
-            total += step(batches[at], cfg.lr * max(0.0, 1 - at / span))
+            total += take()
             at += 1
             bar.update()
             if at % cfg.log_every == 0 or at == steps:
@@ -135,7 +157,8 @@ def train(
                     keeper.stopped(at)
     check(_finite(step.params), "a weight became infinite or NaN")
     step.graphs = None  # a circle, whose memory the next level would wait for the garbage collector to have
-    return Result(steps - start, seconds + time.monotonic() - began, losses, step.moments())
+    ended = step.moments()
+    return Result(steps - start, seconds + time.monotonic() - began, losses, ended, divided, steps - start - step.taken(moments))
 
 
 def _finite(tensors: Mapping[str, Tensor]) -> bool:
@@ -168,11 +191,14 @@ def evaluate(
 
     The network is left as it was. Several processes take the packs in turn, and each returns the outputs of all.
     """
-    device = store.device
     was_training = net.training
     net.eval()
-    with autocast(precision_of(precision, device), device):
-        packs = [(chosen, outputs(batch).float()) for chosen, batch in by_length(store, EVAL_TOKENS[device.type], ranks)]
+    most = EVAL_TOKENS[store.device.type]
+    while (packs := _packs(outputs, store, precision, most, ranks)) is None:
+        most //= 2
+        if most < 1:
+            raise UserError("out of memory in the evaluation, with one example at a time: a smaller --max-length may help")
+        print(f"out of memory in the evaluation: again, in packs of {most} tokens", flush=True)
     net.train(was_training)
     turns = zip_longest(*ranks.gather([(chosen, found.cpu()) for chosen, found in packs]))
     indices, found = zip(*(pack for turn in turns for pack in turn if pack is not None), strict=True)
@@ -180,3 +206,21 @@ def evaluate(
     if rows == "token":
         order = torch.repeat_interleave(order, torch.from_numpy(store.lengths)[order])
     return (values if rows == "any" else values[order.argsort(stable=True)]).numpy()
+
+
+def _packs(
+    outputs: Callable[[Batch], Tensor], store: Store, precision: str, most: int, ranks: Ranks
+) -> list[tuple[Tensor, Tensor]] | None:
+    """This process's packs of at most `most` tokens with their outputs; None where one of them, anybody's, was too large."""
+    packs, short = [], False
+    try:
+        with autocast(precision_of(precision, store.device), store.device):
+            packs = [(chosen, outputs(batch).float()) for chosen, batch in by_length(store, most, ranks)]
+    except torch.OutOfMemoryError:
+        short = True
+    if not any(ranks.any(short)):
+        return packs
+    del packs
+    if store.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
