@@ -1,5 +1,6 @@
 # Sourced by demo.sh and test.sh: makes .venv with the package installed, or uses the one that is there.
-# PYTHON chooses the interpreter, TORCH the torch to install (the default is the version the tests last ran with).
+# PYTHON chooses the interpreter, TORCH the torch to install (the default is the version the tests last ran with) and
+# TRANSFORMERS the transformers (the default is the newest that the package takes).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,11 +24,11 @@ install() { # extras
     "$python" -m venv .venv ||
       { rm -rf .venv; fail "$python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; }
   fi
-  stamp=.venv/installed-$1-$( (echo "${TORCH:-}"; cat pyproject.toml scripts/environment.sh) | cksum | cut -d' ' -f1)
+  stamp=.venv/installed-$1-$( (echo "${TORCH:-} ${TRANSFORMERS:-}"; cat pyproject.toml scripts/environment.sh) | cksum | cut -d' ' -f1)
   if [ ! -e "$stamp" ]; then
     echo "installing into $PWD/.venv ..."
     .venv/bin/python -m pip install -q --disable-pip-version-check "${TORCH:-torch==2.13.0}" &&
-      .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$1]" ||
+      .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$1]" ${TRANSFORMERS:+"$TRANSFORMERS"} ||
       fail "the installation failed (see above). A package registry must be reachable; the same command tries again."
     rm -f .venv/installed-"$1"-*
     touch "$stamp"
