@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from bert_tickets import UserError
 from bert_tickets.command import hyphens, run_command
-from bert_tickets.heatmap import Cell, draw, need_matplotlib
+from bert_tickets.figures.heatmap import Cell, draw
+from bert_tickets.figures.pictures import need_matplotlib, picture_file
 from bert_tickets.report import table
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
         write_json(Path(args.json), found)
     if args.output:
         picture = picture_of_parts if args.by else picture_of_pairs
-        picture(found, Path(args.output))
+        picture(found, args.output)
         print(f"drawn in {args.output}")
 
 
@@ -268,15 +269,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("masks", nargs="+", metavar="MASK", help="two or more: mask files, run directories, folders of a level")
     parser.add_argument("--level", type=int, metavar="N", help="of run directories this level, instead of the newest")
     parser.add_argument("--by", choices=("layer", "kind"), help="compare two masks also by layer, or by kind of matrix")
-    parser.add_argument("--output", metavar="FILE", help="draw a heat map: .png, .svg or .pdf")
+    parser.add_argument("--output", type=picture_file, metavar="FILE", help="draw a heat map: .png, .svg or .pdf")
     parser.add_argument("--json", metavar="FILE", help="write all numbers")
     args = parser.parse_args(hyphens(argv))
     if len(args.masks) < 2:
         parser.error("two masks are needed, and one was given")
     if args.by and len(args.masks) != 2:
         parser.error(f"--by {args.by} compares two masks, and {len(args.masks)} were given")
-    if args.output and Path(args.output).suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--output {args.output}: a picture is .png, .svg or .pdf")
     return args
 
 

@@ -166,13 +166,13 @@ class Mask(Mapping[str, Tensor]):
                 start = file.read(4)
             if start in (b"PK\x03\x04", b"\x80\x02\x8a\x0a"):  # torch.save: a zip archive, or the older plain pickle
                 return cls._load_released(path)
-            check(path)
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 _check_format(path, metadata)
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged, or no mask file: {error}") from None
+        check(path)
         return cls._from_packed(path, metadata, packed)
 
     @classmethod

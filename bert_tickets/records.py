@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from bert_tickets import UserError
+from bert_tickets import config as settings
 from bert_tickets.files import read_info, read_sealed
 
 IMP, ONESHOT, RANDOM, GIVEN = "IMP", "one-shot", "random", "given"  # where a ticket comes from; or the task that found it
 PRETRAINED, SHUFFLED = "pre-trained", "shuffled"  # what a ticket's weights are; or "random", or what their file says
 # How a ticket is found, beside `rewind`; the rest of what differs from the preset is how it is trained.
-FINDING = ("rate", "schedule", "scope", "rewind_head", "prune_first", "decay", "reset_optimizer")
+FINDING = tuple(name for name in settings.FINDING if name not in ("levels", "rewind"))
 
 
 @dataclass(frozen=True, kw_only=True)

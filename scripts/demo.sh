@@ -32,4 +32,4 @@ for percent in 20 40 60; do
 done
 
 echo
-$python scripts/figures.py runs/demo --title "Generated sentiment, all-MiniLM-L6-v2" --output runs/demo/tickets.png
+$python scripts/figures.py curves runs/demo --title "Generated sentiment, all-MiniLM-L6-v2" --output runs/demo/tickets.png

@@ -1,139 +1,264 @@
-"""Draw a task's metric over sparsity: iterative magnitude pruning beside other tickets, mean and range over seeds.
+"""Draw the paper's figures from run directories, each with the table behind it.
 
-  python scripts/figures.py runs/demo --output tickets.png
-  python scripts/figures.py runs/sst2-* --title "SST-2" --output sst2.svg
+  python scripts/figures.py curves runs --output curves.svg                           # metric over sparsity, a panel a task
+  python scripts/figures.py curves runs/sst2-* --title "SST-2" --output sst2.png
+  python scripts/figures.py transfer runs --sparsity 70 --output transfer.pdf         # tickets trained on other tasks
+  python scripts/figures.py transfer runs --sparsity 70 --relative same-task --output transfer.pdf
+  python scripts/figures.py overlap runs --sparsity 70 --output overlap.png           # how alike the tasks' tickets are
+  python scripts/figures.py densities runs --sparsity 70 --output densities.png       # what is left of each layer
 
-Takes run directories of one task, or folders that hold them.
-Prints the table behind the picture.
+Takes run directories, or folders that hold them. Runs that differ in nothing but their seed are one line or one cell: their
+mean, with the standard deviation of single runs. Masks that are in no run compare by python -m bert_tickets.compare.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations_with_replacement
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING
 
-from bert_tickets import UserError
-from bert_tickets.command import run_command
-from bert_tickets.files import read_json
+from bert_tickets import UserError, compare
+from bert_tickets.command import hyphens, run_command
+from bert_tickets.figures import curves, heatmap
+from bert_tickets.figures.pictures import need_matplotlib, picture_file
 from bert_tickets.report import table
+from bert_tickets.tables import published
 
-# Okabe and Ito's colours keep apart for colour-blind readers; the markers keep apart in grey.
-STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"), ("#56B4E9", "v", "-")]
+if TYPE_CHECKING:
+    from bert_tickets.records import Record
 
-Series = dict[str, dict[float, dict[int, float]]]  # label -> sparsity -> seed -> value
-
-
-def read_runs(paths: list[Path]) -> tuple[str, str, Series]:
-    """The task, its metric, and the values of all finished levels; only seeds are pooled under one label."""
-    folders = sorted({about.parent for path in paths for about in [*path.glob("run.json"), *path.glob("*/run.json")]})
-    if not folders:
-        raise UserError(f"no run directory in {', '.join(map(str, paths))}")
-    abouts = {folder: read_json(folder / "run.json") for folder in folders}
-    labels = _labels(abouts)
-    series: Series = defaultdict(lambda: defaultdict(dict))
-    subjects, undefined = set(), 0
-    for folder, about in abouts.items():
-        for file in sorted(folder.glob("level_*/metrics.json")):
-            level = read_json(file)
-            subjects.add((level["task"], level["metric"]))
-            value, seeds = level["metrics"][level["metric"]], series[labels[folder]][round(level["sparsity"], 4)]
-            if about["config"]["seed"] in seeds:
-                raise UserError(f"{folder} and another run are both {labels[folder]!r} with seed {about['config']['seed']}")
-            if value is None:
-                undefined += 1
-            else:
-                seeds[about["config"]["seed"]] = value
-    if len(subjects) != 1:
-        found = ", ".join(sorted(task for task, _ in subjects)) or "no finished level"
-        raise UserError(f"one task makes a picture, and these runs hold {found}")
-    if undefined:
-        print(f"{undefined} value(s) are undefined (a correlation of constant predictions) and left out of the means")
-    ((task, metric),) = subjects
-    return task, metric, series
+BySeed = Mapping[int, "Record"]
+DENSE = "dense network"
 
 
-def _labels(abouts: dict[Path, dict[str, Any]]) -> dict[Path, str]:
-    """A label a run: how its tickets were found, and the settings in which the runs of this kind differ, but for the seed."""
-    kinds = {folder: _kind(folder, about["config"]) for folder, about in abouts.items()}
-    labels = {}
-    for folder, about in abouts.items():
-        alike = [other["config"] for place, other in abouts.items() if kinds[place] == kinds[folder]]
-        named = {key for place, other in abouts.items() if kinds[place] == kinds[folder] for key in other["differs_from_preset"]}
-        named = (named | {"protocol"}) - {"seed", "mask"}
-        differ = sorted(key for key in named if len({repr(config[key]) for config in alike}) > 1)
-        values = [f"{key.replace('_', ' ')} {about['config'][key]}" for key in differ]
-        labels[folder] = kinds[folder] + (f" ({', '.join(values)})" if values else "")
-    return labels
+def tell(values: Sequence[float], form: str = ".2f") -> str:
+    """A mean, and with two values or more their standard deviation and number."""
+    spread = f" ± {stdev(values):{form.lstrip('+')}} (n={len(values)})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}" if values else "-"
 
 
-def _kind(folder: Path, config: dict[str, Any]) -> str:
-    if config["mask"] is None:
-        return "IMP"
-    from bert_tickets.mask import Mask
-
-    info = Mask.load(folder / "level_00" / "mask.safetensors").info if (folder / "level_00").exists() else {}
-    source = f" of {info['task']}" if "task" in info else ""
-    return f"{info.get('method', 'given').removeprefix('oneshot ')} ticket{source}"
+def tell_undefined(records: Iterable[Record]) -> None:
+    count = sum(record.value is None for record in records)
+    if count:
+        print(f"{count} value(s) are undefined (a correlation of constant predictions) and left out of the means")
 
 
-def print_table(metric: str, series: Series) -> None:
-    sparsities = sorted({sparsity for values in series.values() for sparsity in values})
-    rows = [
-        [f"{sparsity:.0%}", *(_cell(list(values.get(sparsity, {}).values())) for values in series.values())]
-        for sparsity in sparsities
-    ]
-    print(table([metric, *series], rows))
+def tell_seeds(counts: Iterable[int]) -> str:
+    """What a picture's means and spreads are of."""
+    found = sorted(set(counts) - {0})
+    if not found or found[-1] == 1:
+        return "one seed each"
+    return f"mean ± standard deviation of {found[0]}{f' to {found[-1]}' if len(found) > 1 else ''} seeds"
 
 
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "-"
-    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f} (n={len(values)})" if len(values) > 1 else "")
+def own_tickets(records: Sequence[Record], sparsity: float) -> dict[str, BySeed]:
+    """What IMP found from the pre-trained weights: task -> seed -> the level that removes `sparsity` percent.
+
+    Raises `UserError` where there is none, or a task's were found in two ways.
+    """
+    from bert_tickets.figures.series import in_order, percent
+    from bert_tickets.records import IMP, PRETRAINED, by_seed
+
+    found = [r for r in records if (r.ticket, r.weights, r.rewind) == (IMP, PRETRAINED, "0")]
+    there = [r for r in found if percent(r) == sparsity]
+    if not there:
+        levels = ", ".join(f"{level:g}" for level in sorted({percent(r) for r in found})) or "no level"
+        raise UserError(f"no IMP ticket at --sparsity {sparsity:g}: these runs have {levels}")
+    for task in {r.task for r in there}:
+        ways = {(r.finding, r.setting): r.run for r in there if r.task == task}
+        if len(ways) > 1:
+            listed = "\n".join(f"  {'; '.join(filter(None, way)) or 'the preset'} (such as {run})" for way, run in ways.items())
+            raise UserError(f"the tickets of {task} were found in {len(ways)} ways; give the runs of one:\n{listed}")
+    return {task: by_seed(there, task=task) for task in in_order(r.task for r in there)}
 
 
-def draw(title: str, metric: str, series: Series, output: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install matplotlib, or pip install -e '.[figures]'") from None
+# ---- metric over sparsity ----
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (label, values), (color, marker, line) in zip(series.items(), STYLES * 9, strict=False):
-        x = sorted(sparsity for sparsity, seeds in values.items() if seeds)
-        percent, points = [100 * sparsity for sparsity in x], [list(values[sparsity].values()) for sparsity in x]
-        axes.plot(percent, list(map(mean, points)), line, marker=marker, color=color, label=label)
-        axes.fill_between(percent, list(map(min, points)), list(map(max, points)), color=color, alpha=0.15, linewidth=0)
-        if 0.0 in x:
-            dense = mean(points[0])
-            axes.axhline(dense, color=color, linewidth=1, linestyle=(0, (1, 2)))
-            axes.text(
-                0.99, dense, "dense", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=color, fontsize=8
-            )
-    axes.set(xlabel="weights removed (%)", ylabel=f"{metric} on the evaluation set", title=title)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
-    try:
-        figure.savefig(output, dpi=160)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {output}: {error}") from None
+def draw_curves(records: Sequence[Record], args: argparse.Namespace) -> None:
+    from bert_tickets.figures.series import UNITS, read_curves
+
+    units = {record.task: UNITS.get(record.metric, f"{record.metric} × 100") for record in records}
+    panels, found = [], read_curves(records)
+    for task, lines in found.items():
+        rows = [
+            [f"{x:g} %", *(tell(line.get(x, [])) for line in lines.values())]
+            for x in sorted({x for line in lines.values() for x in line})
+        ]
+        print(f"{published.name(task)}, {units[task]}\n{table(['removed', *lines], rows)}\n")
+        dense = sorted({mean(line[0.0]) for line in lines.values() if 0.0 in line})
+        panels.append(curves.Panel(title=published.name(task), unit=units[task], lines=lines, levels={DENSE: dense}))
+    tell_undefined(records)
+    if not panels:
+        raise UserError("these runs hold no finished level with a defined value")
+    spread = tell_seeds(len(values) for lines in found.values() for line in lines.values() for values in line.values())
+    curves.draw(args.output, args.title or "Tickets over sparsities", "weights removed (%)", panels, spread)
+
+
+# ---- transfer ----
+
+
+def draw_transfer(records: Sequence[Record], args: argparse.Namespace) -> None:
+    from bert_tickets.figures.series import in_order, percent, points
+    from bert_tickets.records import ONESHOT, PRETRAINED, RANDOM, by_seed, dense, need_one_setting
+
+    own = own_tickets(records, args.sparsity)
+    given = [r for r in records if (percent(r), r.weights, r.level) == (args.sparsity, PRETRAINED, 0) and r.ticket != r.task]
+    found = {r.ticket for r in given}
+    sources = [*in_order([*own, *found.intersection(published.tasks())]), *(name for name in (ONESHOT, RANDOM) if name in found)]
+    targets = in_order([*own, *(r.task for r in given if r.ticket in sources)])
+    runs: dict[tuple[str, str], BySeed] = {
+        (source, task): own.get(task, {}) if source == task else by_seed(given, task=task, ticket=source)
+        for source in sources
+        for task in targets
+    }
+    bases = {task: own.get(task, {}) if args.relative == "same-task" else dense(records, task) for task in targets}
+    used = [record for seeds in [*runs.values(), *bases.values()] for record in seeds.values()]
+    need_one_setting(used)
+    tell_undefined({(record.run, record.level): record for record in used}.values())
+
+    base = {task: points(seeds) for task, seeds in bases.items()}
+    less = {
+        (source, task): [value - mean(base[task]) for value in points(seeds)] if base[task] else []
+        for (source, task), seeds in runs.items()
+    }
+    rows = []
+    for source in sources:
+        both = [task for task in targets if less[source, task] and less.get((task, task))]
+        reach = sum(mean(less[source, task]) >= mean(less[task, task]) for task in both)
+        rows.append([published.name(source), *(tell(less[source, task], "+.2f") for task in targets), f"{reach} of {len(both)}"])
+    names = [published.name(task) for task in targets]
+    of = "same-task ticket" if args.relative == "same-task" else DENSE
+    print(f"points above the {of}, at {args.sparsity:g} % sparsity, of the ticket of (row) trained on (column)")
+    print(table(["", *names, "at least same-task"], rows))
+    cells = [[_difference(runs[s, t], less[s, t], base[t]) for t in targets] for s in sources]
+    scale = heatmap.around_zero([value for row in cells for value, _ in row if value is not None], "+.1f")
+    title = args.title or f"Transfer of tickets at {args.sparsity:g} % sparsity"
+    spread = tell_seeds(len(values) for values in less.values())
+    unit = f"points above the {of}; colours end at ±{scale.high:g}"
+    labels = [published.name(source) for source in sources]
+    axes = ("trained on", "ticket of")
+    heatmap.draw(args.output, f"{title}\n{spread}", axes, names, labels, cells, unit, scale=scale)
+
+
+def _difference(seeds: BySeed, less: Sequence[float], base: Sequence[float]) -> heatmap.Cell:
+    if less:
+        return mean(less), f"±{stdev(less):.1f}" if len(less) > 1 else ""
+    return None, "no run" if not seeds else "undef." if base else "no base"
+
+
+# ---- masks: overlap and densities ----
+
+
+def draw_overlap(records: Sequence[Record], args: argparse.Namespace) -> None:
+    own = own_tickets(records, args.sparsity)
+    tickets = [(task, seed) for task, seeds in own.items() for seed in seeds]
+    if len(tickets) < 2:
+        raise UserError(f"a ticket overlaps with another, and these runs have one at --sparsity {args.sparsity:g}")
+    found = compare.measure([own[task][seed].mask_file for task, seed in tickets], by_part=False)
+    names = {task: published.name(task) for task in own}
+    cells: dict[tuple[str, str], heatmap.Cell] = {}
+    rows, chances = [], []
+    for one, other in combinations_with_replacement(own, 2):
+        pairs = []
+        for pair in found["pairs"]:
+            (a, seed), (b, other_seed) = (tickets[i] for i in pair["masks"])
+            if (a, b) == (one, other) and (a == b or seed == other_seed):
+                pairs.append(pair)
+        overlaps, *by_chance = ([pair[key] for pair in pairs] for key in ("overlap", "chance", "chance_in_tensors"))
+        rows.append([names[one], names[other], *(tell(values, ".4f") for values in (overlaps, *by_chance))])
+        chances += [*zip(*by_chance, strict=True)]
+        note = f"±{stdev(overlaps):.3f}" if len(overlaps) > 1 else ""
+        cells[one, other] = cells[other, one] = (mean(overlaps), note) if pairs else (None, "no pair")
+    print(f"tickets at {args.sparsity:g} % sparsity: of two tasks with the same seed, or of one task with two seeds")
+    print(table(["ticket of", "and of", "overlap", "by chance", "in tensors"], rows))
+    print(compare.LEGEND)
+    chance, in_tensors = (_range(values) for values in zip(*chances, strict=True))
+    title = args.title or f"Overlap of tickets at {args.sparsity:g} % sparsity"
+    title += f"\n{tell_seeds(len(seeds) for seeds in own.values())}; diagonal: two seeds of a task"
+    title += f"\nby chance {chance}; with each matrix's own density {in_tensors}"
+    grid = [[cells[one, other] for other in own] for one in own]
+    heatmap.draw(args.output, title, ("ticket of", "ticket of"), [*names.values()], [*names.values()], grid, compare.MEASURE)
+
+
+def _range(values: Sequence[float]) -> str:
+    ends = list(dict.fromkeys(f"{value:.3f}" for value in (min(values), max(values))))
+    return " to ".join(ends)
+
+
+def draw_densities(records: Sequence[Record], args: argparse.Namespace) -> None:
+    panels, names = [], []
+    own = own_tickets(records, args.sparsity)
+    for task, seeds in own.items():
+        shares = [read_densities(record.mask_file) for record in seeds.values()]
+        names = [name for name in shares[0] if name != "all"]
+        kinds = list(dict.fromkeys(kind for row in shares[0].values() for kind in row))
+        rows = [
+            [name, *(tell([100 * share[name][k] for share in shares if k in share[name]]) for k in kinds)] for name in shares[0]
+        ]
+        print(f"{published.name(task)}, weights kept (%) at {args.sparsity:g} % sparsity\n{table(['layer', *kinds], rows)}\n")
+        lines = {
+            kind: {
+                float(x): [100 * share[name][kind] for share in shares] for x, name in enumerate(names) if kind in shares[0][name]
+            }
+            for kind in kinds
+            if kind != "all"
+        }
+        whole = mean(100 * share["all"]["all"] for share in shares)
+        panels.append(
+            curves.Panel(title=published.name(task), unit="weights kept (%)", lines=lines, levels={"all matrices": [whole]})
+        )
+    step = math.ceil(len(names) / 5)
+    ticks = {float(x): name for x, name in enumerate(names) if not name.isdigit() or (x % step == 0 and x + step < len(names))}
+    title = args.title or f"Weights kept at {args.sparsity:g} % sparsity"
+    curves.draw(args.output, title, "layer", panels, tell_seeds(len(seeds) for seeds in own.values()), ticks)
+
+
+def read_densities(file: Path) -> dict[str, dict[str, float]]:
+    """Layer -> kind of matrix -> the share of its weights that a mask keeps; "all" sums up each."""
+    sizes, (mask,), _ = compare.read([file])
+    kept = compare.common(mask, mask)
+    grid = compare.grid(sizes, kept, kept, kept)
+    return {layer: {kind: part["kept"][0] / max(1, part["weights"]) for kind, part in row.items()} for layer, row in grid.items()}
+
+
+# ---- the command ----
+
+COMMANDS = {"curves": draw_curves, "transfer": draw_transfer, "overlap": draw_overlap, "densities": draw_densities}
 
 
 def main(args: argparse.Namespace) -> None:
-    task, metric, series = read_runs([Path(path) for path in args.runs])
-    print_table(metric, series)
-    draw(args.title or f"Tickets on {task}", metric, series, Path(args.output))
+    need_matplotlib()  # met before anything is read
+    from bert_tickets.records import read_records
+
+    COMMANDS[args.figure](read_records(args.runs), args)
     print(f"drawn in {args.output}")
 
 
-if __name__ == "__main__":
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders of them")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
-    parser.add_argument("--title", metavar="TEXT", help="the picture's title")
-    run_command(main, parser.parse_args())
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    for name, what in {
+        "curves": "the metric over sparsity, a panel a task",
+        "transfer": "every ticket trained on every task, as a difference to the dense network",
+        "overlap": "how alike the tickets of different tasks are, and of different seeds",
+        "densities": "the share of weights kept in each layer, by kind of matrix",
+    }.items():
+        figure = figures.add_parser(name, help=what, description=f"Draw {what}.")
+        figure.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold them")
+        figure.add_argument("--output", type=picture_file, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
+        figure.add_argument("--title", metavar="TEXT", help="the picture's title")
+        if name != "curves":
+            figure.add_argument("--sparsity", type=float, required=True, metavar="PERCENT", help="of the weights removed")
+        if name == "transfer":
+            bases = ("dense", "same-task")
+            figure.add_argument("--relative", choices=bases, default="dense", help="to what the difference is (default: dense)")
+    return parser.parse_args(hyphens(argv))
+
+
+if __name__ == "__main__":
+    run_command(main, parse())

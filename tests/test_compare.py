@@ -16,7 +16,7 @@ from test_mask import BERT_BASE, bits, saved
 import bert_tickets.compare
 from bert_tickets.command import run_command
 from bert_tickets.compare import common, find, grid, label, likeness, main, measure, pack, parse, parts, place_of
-from bert_tickets.heatmap import draw, ink_on, scale
+from bert_tickets.figures.heatmap import draw, ink_on, tenths
 from bert_tickets.mask import Mask
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -265,11 +265,8 @@ def test_pictures_of_other_formats(run_dir, tmp_path, suffix, start):
     assert (tmp_path / f"o{suffix}").read_bytes().startswith(start)
 
 
-def test_a_picture_says_what_it_shows(run_dir, tmp_path, monkeypatch):
-    """Labels, values and chance as text of the picture, as far as an .svg with plain text shows them."""
-    import matplotlib
-
-    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+def test_a_picture_says_what_it_shows(run_dir, tmp_path):
+    """Labels, values and chance as text of the picture."""
     places = [run_dir(task, [5], task=task) for task in ("mnli", "qqp")]
     compare(*places, "--output", tmp_path / "o.svg")
     (pair,) = measure([find(place, None) for place in places], by_part=False)["pairs"]
@@ -283,7 +280,7 @@ def test_a_picture_says_what_it_shows(run_dir, tmp_path, monkeypatch):
     [([0.95, 0.98], (0.9, 1)), ([0.18, 0.61], (0.1, 0.7)), ([0.5], (0.5, 0.6)), ([1.0, 1.0], (0.9, 1)), ([0.0], (0, 0.1))],
 )
 def test_the_scale_is_as_wide_as_the_values_and_ends_on_tenths(values, ends):
-    assert scale(values) == ends
+    assert tenths(values) == ends
 
 
 def test_the_ink_stands_out_from_every_colour_of_the_scale():
@@ -301,7 +298,7 @@ def test_the_ink_stands_out_from_every_colour_of_the_scale():
 
 def test_the_ink_is_chosen_for_the_colour_on_this_pictures_scale(tmp_path, monkeypatch):
     inks: list[str] = []
-    monkeypatch.setattr(bert_tickets.heatmap, "ink_on", lambda color: inks.append(ink_on(color)) or inks[-1])
+    monkeypatch.setattr(bert_tickets.figures.heatmap, "ink_on", lambda color: inks.append(ink_on(color)) or inks[-1])
     draw(tmp_path / "o.png", "title", ("x", "y"), ["a", "b"], ["c"], [[(0.91, ""), (0.99, "")]], "values")
     assert inks == ["white", "black"]
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_tickets.files import read_json
+from bert_tickets import config as settings
+from bert_tickets.files import read_sealed
 
 VARIABLES = {"rate": "STEP", "levels": "LEVELS", "model": "MODEL"}  # of what a sweep has a variable for
 APART = {"seed", "mask", "init", "rewind", "reset_optimizer", *VARIABLES}  # what FLAGS does not say
-FINDING = {"schedule", "scope", "rewind_head", "prune_first", "decay"}  # what FLAGS cannot say: a given ticket refuses them
+FINDING = set(settings.FINDING) - APART  # what FLAGS cannot say: a given ticket refuses them
 
 
 def command(sweep: str, like: Sequence[Path], seeds: Sequence[int], variables: Mapping[str, str]) -> str | None:
@@ -23,7 +24,7 @@ def command(sweep: str, like: Sequence[Path], seeds: Sequence[int], variables: M
     """
     if not like:
         return None
-    abouts = [read_json(run / "run.json") for run in like]
+    abouts = [read_sealed(run / "run.json") for run in like]
     shared = [_shared(about["config"], about["differs_from_preset"]) for about in abouts]
     flags: dict[str, set[str]] = {}
     for about in abouts:
