@@ -58,6 +58,7 @@ def refuse_occupied(output: Path) -> None:
 def load_trained(ticket: Ticket) -> tuple[Net, Any]:
     """The network as the level's training left it, and its tokenizer."""
     from bert_tickets.files import read_tensors
+    from bert_tickets.models import POOLER
 
     kept, file = ticket.folder / "model", ticket.folder / "weights.safetensors"
     if not file.is_file():
@@ -73,7 +74,9 @@ def load_trained(ticket: Ticket) -> tuple[Net, Any]:
         net, tokenizer = _load(ticket, str(kept) if whole else ticket.model, "pretrained")
     if not whole:
         _check_base(ticket, net, weights=ticket.cfg.init == "pretrained", head=False)
-    _fill(net, read_tensors(file), file)
+    beside = kept / POOLER  # of a kept model whose class has no pooler
+    apart = read_tensors(beside) if file.parent == kept and beside.is_file() else {}
+    _fill(net, read_tensors(file) | apart, file)
     return net, tokenizer
 
 

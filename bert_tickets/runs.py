@@ -44,6 +44,7 @@ from bert_tickets.files import (
 )
 from bert_tickets.history import FORMAT, check_format, level_dir, levels_done, levels_of, results, results_lines, run_dir
 from bert_tickets.mask import Mask
+from bert_tickets.models import save_plain
 from bert_tickets.ranks import ALONE, Ranks
 
 
@@ -259,7 +260,7 @@ def _brief(value: Any) -> str:
 
 
 def _keep_model(net: Any, tokenizer: Any, folder: Path) -> None:
-    net.save_pretrained(folder)
+    save_plain(net, folder)
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
         with file.open("rb") as opened:

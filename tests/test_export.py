@@ -62,10 +62,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def runs(commands, tmp_path_factory) -> dict[str, Path]:
-    """A run of two levels, 0 and 40 % removed, for each task; RTE's keeps its models. No test changes them."""
+    """A run of two levels, 0 and 40 % removed, for each task; RTE's and SQuAD's keep their models. No test changes them."""
     folder = tmp_path_factory.mktemp("runs")
     words = ["--levels", "2", "--rate", "0.4"]
-    return {task: run_task(task, commands, folder, *words, *["--keep-models"] * (task == "rte")) for task in TASKS}
+    return {task: run_task(task, commands, folder, *words, *["--keep-models"] * (task in ("rte", "squad"))) for task in TASKS}
 
 
 @pytest.fixture(scope="session")
@@ -629,3 +629,17 @@ def test_a_configuration_comes_back_from_its_flat_form(given):
 def test_an_unknown_task_is_refused():
     with pytest.raises(UserError, match="does not know the task nli"):
         preset_of("nli")
+
+
+def test_a_kept_model_of_an_earlier_level_is_exported_with_its_pooler(runs, tmp_path, capsys):
+    """The plain class has no pooler, so that it lies beside the kept model."""
+    from bert_tickets.models import load_bert
+
+    kept = runs["squad"] / "level_00" / "model"
+    assert {path.name for path in kept.iterdir()} >= {"model.safetensors", "pooler.safetensors"}
+    export(runs["squad"], tmp_path / "o", 0)
+    for place in (kept, tmp_path / "o"):
+        net, _ = load_bert(str(place), "qa", "pretrained", 57)
+        pooler = read_tensors(kept / "pooler.safetensors")
+        assert all(torch.equal(net.get_parameter(name), tensor) for name, tensor in pooler.items())
+    assert "drawn at random" not in capsys.readouterr().out
