@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -152,6 +153,8 @@ def save_plain(net: Net, folder: Path) -> None:
     if not isinstance(net, HEADS["classifier"]):
         write_tensors(folder / POOLER, {name: weights.pop(name) for name in list(weights) if name.startswith("bert.pooler.")})
     net.save_pretrained(folder, state_dict=weights)
+    for file in folder.glob("model*.safetensors"):  # the library leaves it readable by its owner alone
+        shutil.copymode(folder / "config.json", file)
 
 
 def _find_pooler(name: str) -> Path | None:

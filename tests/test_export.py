@@ -637,6 +637,7 @@ def test_a_kept_model_of_an_earlier_level_is_exported_with_its_pooler(runs, tmp_
 
     kept = runs["squad"] / "level_00" / "model"
     assert {path.name for path in kept.iterdir()} >= {"model.safetensors", "pooler.safetensors"}
+    assert len({path.stat().st_mode for path in kept.iterdir()}) == 1, "who may read one file may read all"
     export(runs["squad"], tmp_path / "o", 0)
     for place in (kept, tmp_path / "o"):
         net, _ = load_bert(str(place), "qa", "pretrained", 57)
