@@ -40,6 +40,7 @@ class Record:
     finding: str  # how a ticket is found, where it differs from the preset
     setting: str  # how it is trained, likewise; records of one task compare under one setting
     mask_sha256: str
+    doubts: tuple[str, ...] = ()  # what the run says against its own value
 
     @property
     def value(self) -> float | None:
@@ -107,6 +108,7 @@ def _read_level(file: Path, common: dict[str, Any], given: bool) -> Record:
         ticket=ticket,
         ticket_seed=ticket_seed,
         mask_sha256=level["mask_sha256"],
+        doubts=tuple(level.get("doubts", ())),
     )
 
 

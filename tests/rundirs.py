@@ -38,10 +38,12 @@ def weights(path: Path, perturbed: str) -> Path:
     return path
 
 
-def run(place: Path, values: Sequence[float | None], task: str = "sst2", seed: int = 57, **given: Any) -> Path:
+def run(
+    place: Path, values: Sequence[float | None], task: str = "sst2", seed: int = 57, doubts: Sequence[str] = (), **given: Any
+) -> Path:
     """A run of `task` under `place` whose levels score these values; with `mask` a given ticket, of one level.
 
-    Its levels are as many as the values unless `levels` says more. `given` are the flags.
+    Its levels are as many as the values unless `levels` says more. `doubts` are of the last one. `given` are the flags.
     """
     preset = task if task in ("squad", "mlm") else "glue"
     if "mask" not in given:
@@ -66,7 +68,8 @@ def run(place: Path, values: Sequence[float | None], task: str = "sst2", seed: i
         mask.write(folder / f"level_{level:02d}" / "mask.safetensors", **info)
         metric = METRICS.get(task, "accuracy")
         line = {"level": level, "task": task, "metric": metric, "metrics": {metric: value}, "sparsity": mask.sparsity}
-        write_json(folder / f"level_{level:02d}" / "metrics.json", line | {"mask_sha256": mask.sha256()})
+        said = list(doubts) if level == len(values) - 1 else []
+        write_json(folder / f"level_{level:02d}" / "metrics.json", line | {"mask_sha256": mask.sha256(), "doubts": said})
     return folder
 
 

@@ -587,3 +587,19 @@ def test_help_answers_without_torch(run_script):
     assert found.returncode == 0
     assert "--table" in found.stdout
     assert time.monotonic() - began < 2
+
+
+def test_what_a_run_says_against_its_value_stands_in_every_format(tmp_path):
+    """The last level of one seed of three is a network that says one class."""
+    for seed, values in CURVE.items():
+        said = ["all 872 predictions on validation are negative"] if seed == 58 else []
+        rundirs.run(tmp_path, values, "sst2", seed, doubts=said, rate=0.2)
+    table = winning.curves(pool(tmp_path))
+    cells = [cell for cells in rows(table).values() for cell in cells]
+    assert [cell for cell in cells if "doubted" in cell] == ["61.0 ± 1.0 (3, doubted)"]
+    note = "SST-2, f(x, m_IMP * theta_0) at 60 %: seed 58: all 872 predictions on validation are negative"
+    assert f"Doubted: {note}" in table.notes
+    assert "61.0 ± 1.0 (3, doubted)" in markdown([table])
+    assert "all 872 predictions" in latex([table])
+    found = list(csv.DictReader(io.StringIO(tidy([table]))))
+    assert [line["doubts"] for line in found if line["doubts"]] == ["seed 58: all 872 predictions on validation are negative"]

@@ -28,6 +28,7 @@ class Entry:
     seeds: tuple[int, ...]  # that the task has runs of; `missing` are those without this one
     summary: Summary
     runs: tuple[Path, ...] = ()
+    doubts: tuple[str, ...] = ()  # what its runs say against their values, with the seed
     published: published.Figure | None = None
     published_sparsity: float | None = None
     published_difference: float | None = None
@@ -99,6 +100,7 @@ class Pool:
             seeds=self.seeds(task),
             summary=summarize({seed: record.value for seed, record in found.items()}, UNIT),
             runs=tuple(record.run for record in records),
+            doubts=tuple(f"seed {record.seed}: {doubt}" for record in records for doubt in record.doubts),
         )
 
     def unfinished(self, tasks: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from bert_tickets.tables.published import TICKET
 MISSING = "no run"
 LONG = 40  # lines beyond which a LaTeX table may break over pages
 COLUMNS = [
-    *("table", "task", "row", "sparsity", "metric", "unit", "mean", "sd", "n", "seeds", "undefined"),
+    *("table", "task", "row", "sparsity", "metric", "unit", "mean", "sd", "n", "seeds", "undefined", "doubts"),
     *("within_one_sd", "match_or_exceed"),
     *("published_mean", "published_sd", "published_sparsity"),
     *("reference", "difference", "interval_low", "interval_high", "pairs", "p_holm", "published_difference", "verdict", "runs"),
@@ -68,6 +68,7 @@ def score(entry: Entry) -> str:
         return MISSING
     seeds = f"{summary.n} of {len(entry.seeds)}" if summary.n < len(entry.seeds) else str(summary.n)
     doubts = [f"{len(summary.undefined)} undefined"] * bool(summary.undefined) + ["all equal"] * summary.constant
+    doubts += ["doubted"] * bool(entry.doubts)
     if summary.mean is None:
         return f"undefined: constant predictions ({seeds})"
     deviation = "" if summary.sd is None else f" ± {summary.sd:.1f}"
@@ -196,6 +197,7 @@ def _facts(entry: Entry) -> dict[str, object]:
         "n": summary.n,
         "seeds": _join(summary.values),
         "undefined": _join(summary.undefined),
+        "doubts": "; ".join(entry.doubts),
         "within_one_sd": entry.within,
         "match_or_exceed": entry.exceeds,
         "published_mean": entry.published and entry.published.mean,

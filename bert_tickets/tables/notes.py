@@ -30,13 +30,22 @@ def make(
     """A table with the notes that all have: of equal values, of settings, of what is missing. `sweep` makes all its runs."""
     tasks = {entry.task for entry in entries}
     missing = [*pool.unfinished(tasks), *pool.remedies(entries), *_absent(tasks, sweep)]
-    return Table(number, title, panels, entries, [*notes, *equal_values(entries), *pool.notes], missing)
+    return Table(number, title, panels, entries, [*notes, *doubtful(entries), *equal_values(entries), *pool.notes], missing)
 
 
 def differences(reference: str, entries: Sequence[Entry]) -> Panel:
     """The panel of what was compared with `reference`, a line an entry that has values."""
     lines = [against(entry) for entry in entries if entry.reference and entry.summary.n]
     return Panel(f"Differences from the {reference}", HEADER, lines, words=2)
+
+
+def doubtful(entries: Sequence[Entry]) -> list[str]:
+    """What runs say against their own values, a sentence a row."""
+    return [
+        f"Doubted: {published.name(entry.task)}, {entry.row} at {percent(entry.sparsity)}: {'; '.join(entry.doubts)}"
+        for entry in entries
+        if entry.doubts
+    ]
 
 
 def equal_values(entries: Sequence[Entry]) -> list[str]:
