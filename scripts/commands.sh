@@ -107,9 +107,12 @@ imp() { # task, seed, flags ...
 # The mask that `imp` with the same words leaves at a sparsity, in the variable `mask`.
 declare -A run_dirs=()
 ticket() { # sparsity in percent, task, seed, flags ...
-  local percent=$1
+  local percent=$1 most=$(((99 + STEP) / STEP))
   shift
+  [ "$most" -le 10 ] || most=10
   [ $((percent % STEP)) -eq 0 ] || fail "no level removes $percent % of the weights where each removes $STEP %"
+  [ $((percent / STEP)) -lt "${LEVELS:-$most}" ] ||
+    fail "$percent % is removed at level $((percent / STEP)), and a run has ${LEVELS:-$most} levels: set LEVELS"
   run_dir "$@"
   mask=$(printf '%s/level_%02d/mask.safetensors' "$directory" $((percent / STEP)))
 }

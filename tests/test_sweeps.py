@@ -106,6 +106,8 @@ def test_variables_reach_the_commands():
         ({}, ["--stage", "4"], "--stage 1, 2 or 3 is needed"),
         ({"STEP": "ten"}, [], "STEP=ten: whole percents"),
         ({"STEP": "20", "SPARSITY": "50"}, ["--dry-run"], "no level removes 50 %"),
+        ({"STEP": "5", "SPARSITY": "60"}, ["--dry-run"], "60 % is removed at level 12, and a run has 10 levels: set LEVELS"),
+        ({"LEVELS": "4", "SPARSITY": "60"}, ["--dry-run"], "60 % is removed at level 6, and a run has 4 levels: set LEVELS"),
         ({"FLAGS": "--frobnicate"}, ["--dry-run"], "unrecognized arguments: --frobnicate"),
     ],
 )
