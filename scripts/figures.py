@@ -128,7 +128,7 @@ def draw_transfer(records: Sequence[Record], args: argparse.Namespace) -> None:
     }
     rows = []
     for source in sources:
-        both = [task for task in targets if less[source, task] and less.get((task, task))]
+        both = [task for task in targets if task != source and less[source, task] and less.get((task, task))]
         reach = sum(mean(less[source, task]) >= mean(less[task, task]) for task in both)
         rows.append([published.name(source), *(tell(less[source, task], "+.2f") for task in targets), f"{reach} of {len(both)}"])
     names = [published.name(task) for task in targets]
