@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours keep apart for colour-blind readers; the markers, of another number, and the dashes keep apart in grey.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+ASIDE = 0.035  # of the axis, between points of one place
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
 
 Points = Mapping[float, Sequence[float]]  # x -> the values there, of one run each
@@ -88,15 +89,20 @@ def _style(i: int) -> dict[str, Any]:
 def _draw_panel(plot: Axes, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Draw one panel, and return what stands for each name in the legend."""
     handles: dict[str, Any] = {}
+    everywhere = [x for points in panel.lines.values() for x in points]
+    width = max(everywhere, default=0.0) - min(everywhere, default=0.0)
     for name, values in panel.levels.items():
         for value in values:
             handles[name] = plot.axhline(value, color="0.45", linewidth=0.9, linestyle=(0, (1, 1.5)))
+    alone = [name for name, points in panel.lines.items() if len(points) == 1]
     for name, points in panel.lines.items():
         if not points:
             continue
         xs, style = sorted(points), styles[name]
         means = [mean(points[x]) for x in xs]
         spreads = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
+        if len(xs) == 1:  # points that share a place stand side by side, in the order of the legend
+            xs = [xs[0] + ASIDE * width * (alone.index(name) - (len(alone) - 1) / 2)]
         (handles[name],) = plot.plot(xs, means, **style)
         if len(xs) == 1:
             plot.errorbar(xs, means, yerr=spreads, fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=2)

@@ -70,7 +70,9 @@ def draw(
             plot.axhline(y - 0.5, color="white", linewidth=1)
         more, less = any(value > scale.high for value in known), any(value < scale.low for value in known)
         extend = {(True, True): "both", (True, False): "max", (False, True): "min", (False, False): "neither"}[more, less]
-        figure.colorbar(image, label=measure, location="bottom", extend=extend, aspect=40, pad=0.03)
+        letters = int((figure.get_size_inches()[0] - 0.4 - LETTER * max(map(len, rows))) / (0.85 * LETTER))
+        label = textwrap.fill(measure, letters)  # a label wider than its bar would be cut at the picture's edge
+        figure.colorbar(image, label=label, location="bottom", extend=extend, aspect=40, pad=0.03)
 
 
 def _text(value: float | None, note: str, scale: Scale) -> str:
