@@ -60,8 +60,13 @@ class Ranks:
         """What `action` returns here, done by each machine's first process before the others: they find its caches filled."""
         if self.world == 1:
             return action()
-        result = action() if self.local == 0 else None
-        dist.barrier(group=self._control)
+        result, failed = None, None
+        try:
+            result = action() if self.local == 0 else None
+        except UserError as error:
+            failed = error
+        if any(self.any(failed is not None)):
+            raise failed if failed is not None else SystemExit(2)
         return result if self.local == 0 else action()  # type: ignore[return-value]
 
     def spread(self, read: Callable[[], tuple[dict[str, Tensor], T] | None]) -> tuple[dict[str, Tensor], T] | None:
@@ -149,9 +154,11 @@ def joined(device: str) -> Iterator[Ranks]:
     All but the first are silent: what they would print, the first prints.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if world == 1 or "LOCAL_RANK" not in os.environ:  # some clusters set WORLD_SIZE for every program
         yield ALONE
         return
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: under torchrun each process has a GPU of its own; give cuda, cpu or nothing")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     local = int(os.environ["LOCAL_RANK"])
     if on_gpu:

@@ -5,6 +5,7 @@ Tables and figures are made of these. A run directory says what it is; nothing i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Record:
     setting: str  # how it is trained, likewise; records of one task compare under one setting
     mask_sha256: str
     doubts: tuple[str, ...] = ()  # what the run says against its own value
+    model: str = ""  # the encoder's fingerprint before training
+    data: str = ""  # fingerprints of what was trained and evaluated on, and the precision: one place may hold others later
 
     @property
     def value(self) -> float | None:
@@ -83,6 +86,8 @@ def _read_run(run: Path) -> list[Record]:
             "finding": _words({key: value for key, value in plain.items() if key in FINDING}),
             "setting": _words(protocol | {key: value for key, value in plain.items() if key not in FINDING}),
             "rewind": "" if config["mask"] else config["rewind"],
+            "model": about["fingerprint"].get("model", ""),
+            "data": json.dumps([about["fingerprint"].get(key) for key in ("train", "evaluation", "precision")], sort_keys=True),
         }
         return [_read_level(file, common, config["mask"] is not None) for file in sorted(run.glob("level_*/metrics.json"))]
     except (KeyError, TypeError, AttributeError) as error:
@@ -182,3 +187,18 @@ def need_one_setting(records: Sequence[Record], how: str = "give those of one") 
         if len(found) > 1:
             listed = "\n".join(f"  {setting or 'the preset as it is'} (such as {run})" for setting, run in found.items())
             raise UserError(f"the runs of {task} have {len(found)} settings; {how}:\n{listed}")
+
+
+def need_one_subject(records: Sequence[Record]) -> None:
+    """Raise `UserError` where runs of one setting saw other data, or began one seed with other weights: files change."""
+    first: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        same = (record.task, record.setting)
+        for kind, key in (("data", same), ("model", (*same, str(record.seed), record.weights))):
+            other = first.setdefault((kind, *key), record)
+            if getattr(other, kind) != getattr(record, kind):
+                what = "data or precision" if kind == "data" else "weights to begin with"
+                raise UserError(
+                    f"{other.run} and {record.run} are of one setting and had other {what} under one name "
+                    "(python -m bert_tickets.inspect shows them): give those of one"
+                )

@@ -15,12 +15,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def print_finished(cfg: Config, preset: str) -> bool:
-    """Print the closing table if the run is finished, and say whether it is. Takes no lock: such a run is only read."""
+    """Print the closing table if the run is finished, and say whether it is. Takes no lock: such a run is only read.
+
+    Under torchrun it says no: processes that look at different file systems must not come to different answers.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        return False
     check_format(run_dir(cfg, preset))
     if not is_finished(cfg, preset):
         return False
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-        print_levels(cfg, preset)
+    print_levels(cfg, preset)
     return True
 
 

@@ -59,6 +59,7 @@ class Run:
         self.dir, self.levels = run_dir(cfg, preset), levels_of(cfg)
         self._told = 0  # finished levels, as the first process says
         self.stop_signal: int | None = None
+        self._asked_at = 0.0
         self.saves_on_stop = False
 
     # ---- entering and leaving ----
@@ -81,9 +82,12 @@ class Run:
         self._lock.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.saves_on_stop or self.stop_signal is not None:  # nothing to save; or asked a second time
+        asked = self.stop_signal is not None
+        if asked and self.ranks.world > 1 and time.monotonic() - self._asked_at < 2:
+            return  # from torchrun, which passes on what a terminal or a cluster has sent to each process already
+        if not self.saves_on_stop or asked:  # nothing to save; or asked a second time
             raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command goes on from there", 128 + number)
-        self.stop_signal = number
+        self.stop_signal, self._asked_at = number, time.monotonic()
         os.write(2, b"\nstopping after this step or evaluation; once more to stop at once\n")  # print may be at work
 
     def _hold(self) -> None:

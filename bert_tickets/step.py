@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_tickets import UserError
+from bert_tickets import UserError, first_line
 from bert_tickets.attention import dropout_of
 from bert_tickets.batches import Batch
 from bert_tickets.config import Training
@@ -93,6 +93,16 @@ class Step:
 
     def _take(self, *parts: Batch) -> Tensor:
         loss = self._backward(parts)
+        try:
+            return self._update(loss)
+        except torch.OutOfMemoryError as error:  # smaller parts would not help, and the weights may have moved in part
+            raise UserError(
+                f"out of memory for the gradients' sum or AdamW's moments: {first_line(error)}. Nothing of this level is saved; "
+                "a larger GPU is needed, or a smaller model."
+            ) from None
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Sum over the processes, mask, clip, take the step; returns the loss of the whole batch."""
         if self.ranks.world > 1:
             self.ranks.sum([*(p.grad for p in self.params.values() if p.grad is not None), loss])
         if self.masks:

@@ -10,12 +10,14 @@
 #   STEP    percent that a level removes    GLUE_FLAGS  SQUAD_FLAGS  MLM_FLAGS   flags for those scripts only
 #   LEVELS  levels of a run, 0 % counted    OUTPUT      where runs, masks and weights go
 #   PYTHON  the interpreter
+# FLAGS and its like are split as the shell splits words: FLAGS="--data-dir 'my data'" holds two.
 
 : "${MODEL:=bert-base-uncased}" "${STEP:=10}" "${OUTPUT:=runs}" "${PYTHON:=python}"
 : "${FLAGS:=}" "${GLUE_FLAGS:=}" "${SQUAD_FLAGS:=}" "${MLM_FLAGS:=}" "${LEVELS:=}"
 GLUE_TASKS="mnli qqp stsb wnli qnli mrpc rte sst2 cola"
 ALL_TASKS="$GLUE_TASKS squad mlm"
 
+arguments=("$@")
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=false stage_wanted='' failures=()
 
@@ -30,7 +32,20 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[[ $STEP =~ ^[0-9]+$ ]] && [ "$STEP" -ge 1 ] && [ "$STEP" -le 99 ] || fail "STEP=$STEP: whole percents from 1 to 99 are needed"
+need_percent() { # variable, value
+  [[ $2 =~ ^[1-9][0-9]?$ ]] || fail "$1=$2: whole percents from 1 to 99 are needed"
+}
+need_percent STEP "$STEP"
+for percent in ${SPARSITY-}; do need_percent SPARSITY "$percent"; done
+for percent in ${SPARSITIES-}; do need_percent SPARSITIES "$percent"; done
+[[ $LEVELS =~ ^([1-9][0-9]*)?$ ]] || fail "LEVELS=$LEVELS: a whole number is needed"
+case " $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS " in
+  *" --rate"* | *" --levels"*) fail "--rate and --levels of a sweep are its variables STEP (percent) and LEVELS" ;;
+  *" --schedule"*) fail "a sweep's levels are of --schedule linear: STEP percent of the original weights each" ;;
+esac
+if ! $dry_run; then # a mistake in the variables is met now, and not after days of training
+  bash "$0" ${arguments[@]+"${arguments[@]}"} --dry-run > /dev/null 2>&1 || exec bash "$0" --dry-run > /dev/null
+fi
 
 # One command of the sweep: run, or printed. A failed one is named at the end and does not stop the others; a stopped one does.
 # Stage 1 needs nothing of the others, stage 2 what stage 1 made, stage 3 what stage 2 made.
@@ -48,7 +63,7 @@ emit() { # stage, command ...
   fi
   printf '\n$ %s\n' "${line% }"
   "$@" || code=$?
-  if [ $code -gt 128 ]; then
+  if [ $code -eq 130 ] || [ $code -eq 143 ]; then # Ctrl-C, SIGTERM; what the kernel killed for its memory is a failed one
     echo "stopped; the same command goes on" >&2
     exit $code
   elif [ $code -ne 0 ]; then
@@ -89,7 +104,8 @@ training() { # task, seed, flags ...
   esac
   [ "$MODEL" = bert-base-uncased ] || command+=(--model "$MODEL")
   [ "$OUTPUT" = runs ] || command+=(--output-dir "$OUTPUT")
-  command+=(--seed "$seed" $FLAGS $extra "$@")
+  eval "command+=(--seed $seed $FLAGS $extra)"
+  command+=("$@")
 }
 
 finding() { # task, seed, flags ...: the same for a run that finds tickets

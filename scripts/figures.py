@@ -233,9 +233,11 @@ COMMANDS = {"curves": draw_curves, "transfer": draw_transfer, "overlap": draw_ov
 
 def main(args: argparse.Namespace) -> None:
     need_matplotlib()  # met before anything is read
-    from bert_tickets.records import read_records
+    from bert_tickets.records import need_one_subject, read_records
 
-    COMMANDS[args.figure](read_records(args.runs), args)
+    records = read_records(args.runs)
+    need_one_subject(records)
+    COMMANDS[args.figure](records, args)
     print(f"drawn in {args.output}")
 
 

@@ -58,7 +58,7 @@ def test_a_batch_that_does_not_fit_is_divided_and_the_run_is_the_same_to_roundin
     whole = go(script, "large")
     small_device(SCRIPTS[script][2], 3, monkeypatch)
     divided = go(script, "small")
-    assert "out of memory in step 0; each process takes its batches in 2 parts" in capsys.readouterr().out
+    assert "out of memory in step 0; each process takes its batches in 2 parts from here on" in capsys.readouterr().out
     for a, b in zip(whole, divided, strict=True):
         assert a["batch_parts"] == 1
         assert b["batch_parts"] >= 4
@@ -121,6 +121,17 @@ def test_parts_hold_every_example_once(bert_dir, glue_dir):
         assert torch.equal(torch.cat([part.input_ids for part in parts], 1), whole.input_ids)
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
         assert sum(part.weight for part in parts) == pytest.approx(1)
+
+
+def test_memory_that_ends_in_the_update_ends_the_run(go, monkeypatch):
+    """Smaller parts would not help there, and some weights may have moved already."""
+
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("no room for moments")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", short)
+    with pytest.raises(UserError, match="out of memory for the gradients' sum or AdamW's moments: no room for moments"):
+        go("lt_glue.py", "update")
 
 
 # ---- fp16 ----

@@ -1,5 +1,6 @@
 """What is read from run directories: what was trained, and what it scored."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ import lt_glue
 from bert_tickets import UserError
 from bert_tickets.command import parse
 from bert_tickets.config import build
+from bert_tickets.files import read_sealed, write_sealed
 from bert_tickets.lottery import finetune, prepare
 from bert_tickets.mask import Mask
 from bert_tickets.records import (
@@ -25,6 +27,7 @@ from bert_tickets.records import (
     by_seed,
     dense,
     need_one_setting,
+    need_one_subject,
     read_records,
     under,
 )
@@ -197,3 +200,17 @@ def test_the_order_of_places_does_not_matter(tmp_path, rng: random.Random):
     places = sorted(tmp_path.iterdir())
     shuffled = rng.sample(places, len(places))
     assert read_records(shuffled) == read_records(places)
+
+
+def test_other_data_or_weights_under_one_name_are_not_pooled(tmp_path):
+    """The places are equal; what lay there when the runs began was not."""
+    for seed, data, model in ((1, "a", "m"), (2, "a", "n"), (3, "b", "m")):
+        run = rundirs.run(tmp_path, [0.8], seed=seed)
+        about = read_sealed(run / "run.json")
+        write_sealed(run / "run.json", about | {"fingerprint": {"train": {"sha256": data}, "model": model}})
+    one, two, three = sorted(read_records([tmp_path]), key=lambda record: record.seed)
+    need_one_subject([one, two])  # a checkpoint without a pooler has one drawn by each seed
+    with pytest.raises(UserError, match="had other data or precision under one name"):
+        need_one_subject([one, two, three])
+    with pytest.raises(UserError, match="had other weights to begin with under one name"):
+        need_one_subject([one, dataclasses.replace(one, model="n")])

@@ -85,6 +85,24 @@ def test_table_2_is_as_published():
     assert sum("--mask" in words for words in lines("transfer", SEEDS="57")) == 11 * 10 + 11
 
 
+def test_flags_may_hold_spaces():
+    for words in lines("similarity", TASKS="rte", SEEDS="1", FLAGS="--data-dir 'my data' --model 'a model'"):
+        assert flag(words, "--data-dir") == "my data"
+        assert flag(words, "--model") == "a model"
+
+
+def test_a_command_that_is_killed_stops_no_other_and_one_that_is_stopped_does(tmp_path):
+    """137 is what the kernel leaves of a process that took too much memory; 143 is a run that saved and ended."""
+    for code, calls in ((137, 4), (143, 1)):
+        stub = tmp_path / "python"
+        script = f'[[ "$*" == *--dry-run ]] && echo "would run in runs/x" && exit; echo called >> {tmp_path}/{code}; exit {code}'
+        stub.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        stub.chmod(0o755)
+        found = sweep("rewinding", TASKS="rte", SEEDS="1", REWIND="5% none", PYTHON=str(stub))
+        assert (tmp_path / str(code)).read_text().count("called") == calls, found.stderr
+        assert found.returncode == (1 if code == 137 else 143)
+
+
 def test_variables_reach_the_commands():
     whole = lines(
         "table2", MODEL="a model", TASKS="rte mlm", SEEDS="3", STEP="20", LEVELS="4", SPARSITY="40", OUTPUT="o",
@@ -108,6 +126,11 @@ def test_variables_reach_the_commands():
         ({"STEP": "20", "SPARSITY": "50"}, ["--dry-run"], "no level removes 50 %"),
         ({"STEP": "5", "SPARSITY": "60"}, ["--dry-run"], "60 % is removed at level 12, and a run has 10 levels: set LEVELS"),
         ({"LEVELS": "4", "SPARSITY": "60"}, ["--dry-run"], "60 % is removed at level 6, and a run has 4 levels: set LEVELS"),
+        ({"STEP": "08"}, ["--dry-run"], "STEP=08: whole percents from 1 to 99 are needed"),
+        ({"SPARSITY": "100"}, ["--dry-run"], "SPARSITY=100: whole percents from 1 to 99 are needed"),
+        ({"FLAGS": "--schedule geometric"}, ["--dry-run"], "a sweep's levels are of --schedule linear"),
+        ({"MLM_FLAGS": "--lr 1e-4 --rate 0.2"}, ["--dry-run"], "--rate and --levels of a sweep are its variables STEP"),
+        ({"STEP": "20", "SPARSITY": "50"}, [], "no level removes 50 %"),
         ({"FLAGS": "--frobnicate"}, ["--dry-run"], "unrecognized arguments: --frobnicate"),
     ],
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bert_tickets import UserError
-from bert_tickets.records import IMP, PRETRAINED, Record, by_seed, dense, need_one_setting
+from bert_tickets.records import IMP, PRETRAINED, Record, by_seed, dense, need_one_setting, need_one_subject
 from bert_tickets.tables import published
 from bert_tickets.tables.sweeps import command
 from bert_tickets.tables.verdicts import Difference, Summary, holm, matches, matches_or_exceeds, paired, summarize, verdict
@@ -150,6 +150,7 @@ def choose(records: Sequence[Record]) -> Pool:
     ticket is left out where the run that found it is there and is not one of those chosen, or rewinds elsewhere.
     """
     need_one_setting(records, CHOOSE)
+    need_one_subject(records)
     notes, chosen = [], {}
     for task in sorted({r.task for r in records}):
         ways: dict[str, Path] = {}

@@ -61,5 +61,5 @@ def _flags(config: Mapping[str, Any], differs: Mapping[str, Any]) -> str:
     words = [] if config["protocol"] == "paper" else [f"--protocol {config['protocol']}"]
     for key in sorted(differs.keys() - APART - FINDING):
         flag, value = key.replace("_", "-"), config[key]
-        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {shlex.quote(str(value))}")
     return " ".join(words)
