@@ -47,10 +47,9 @@ class Level:
     def divided(self, step: int, parts: int) -> None:
         """Say that memory ran out, and in how many parts batches are taken from here on."""
         print(
-            f"{self.title}: out of memory in step {step}; each process takes its batches in {parts} parts from here on: the",
-            end=" ",
+            f"{self.title}: out of memory in step {step}; each process takes its batches in {parts} parts from here on",
+            flush=True,
         )
-        print("same steps, to rounding", flush=True)
         if self.run.ranks.rank == 0:
             self.run.log("out of memory", level=self.level, step=step, parts=parts)
 

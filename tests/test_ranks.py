@@ -110,6 +110,29 @@ def test_a_users_mistake_ends_all_processes_in_a_sentence(commands, tmp_path):
     assert not list(tmp_path.glob("runs/*/level_*"))
 
 
+def test_a_mistake_in_the_data_is_one_sentence(commands, tmp_path):
+    """The first process meets it while the other waits for its turn."""
+    code, _, errors = finished(start(2, tmp_path, "lt_glue.py", *commands["lt_glue.py"], "--data-dir", str(tmp_path / "nope")))
+    assert code != 0
+    assert errors.count("error: no RTE data") == 1
+    assert "[rank1]" not in errors
+
+
+def test_a_finished_run_answers_two_processes_too(commands, tmp_path):
+    arguments = [*commands["lt_glue.py"], "--levels", "1", "--max-steps", "2"]
+    for _ in range(2):
+        code, out, errors = finished(start(2, tmp_path, "lt_glue.py", *arguments))
+        assert code == 0, errors
+        assert out.count("in runs/") == 1
+
+
+def test_a_gpu_by_number_is_none_for_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="under torchrun each process has a GPU of its own"), joined("cuda:1"):
+        pass
+
+
 # ---- shares ----
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40).map(np.array)
@@ -143,9 +166,11 @@ def test_alone_there_is_nothing_to_agree_on():
 
 
 def test_joined_is_one_process_without_torchrun(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("cpu") as ranks:
-        assert ranks is ALONE
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for world in ("1", "8"):  # some clusters set it for every program
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with joined("cpu") as ranks:
+            assert ranks is ALONE
 
 
 def test_what_differs_between_processes_is_named(monkeypatch):
