@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # reading JSON and metadata takes no torch
     from torch import Tensor
 
 CHECKSUM = "checksum"  # of a file's other content, by sha256
+HEADER = 2**25  # bytes; a longer header of a safetensors file is no one's of ours, whose longest are a checkpoint's losses
+OBJECT = 2**26  # bytes; a longer JSON object with a checksum likewise
 DTYPES = {  # safetensors' names of what is written here
     "torch.float32": "F32",
     "torch.float64": "F64",
@@ -103,15 +105,32 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
     write_json(path, value | {CHECKSUM: _sha256(_compact(value))})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """The object of `write_sealed`; `UserError` where it is damaged. One without a checksum, of an older version, is taken."""
+def read_sealed(path: Path, *, strict: bool = False) -> dict[str, Any]:
+    """The object of `write_sealed`; `UserError` where it is damaged. One without a checksum, of an older version, is taken
+    unless `strict`."""
+    with suppress(OSError):
+        if (size := path.stat().st_size) > OBJECT:
+            raise UserError(f"{path} is damaged: of its {size:,} bytes at most {OBJECT:,} can be a run's")
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it is no JSON object")
     expected = value.pop(CHECKSUM, None)
-    if expected is not None and expected != _sha256(_compact(value)):
+    if expected is None:
+        need_checksum(path, strict)
+        return value
+    try:
+        found = _sha256(_compact(value))
+    except RecursionError:
+        raise UserError(f"{path} is damaged: it is nested too deep") from None
+    if expected != found:
         raise UserError(f"{path} is damaged or was edited: its content does not match its checksum")
     return value
+
+
+def need_checksum(path: Path, strict: bool) -> None:
+    """Raise `UserError`, if `strict`, of a file without a checksum: a bit of the checksum's name may have flipped."""
+    if strict:
+        raise UserError(f"{path} is damaged or was edited: it has lost its checksum")
 
 
 def _compact(value: Any) -> bytes:
@@ -151,12 +170,12 @@ def take_lock(path: Path) -> IO[str]:
 
     The file names its holder. The kernel lets go of it however the process ends.
     """
-    lock = path.open("a+")
+    lock = path.open("a+", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = lock.read(200).strip() or "another process"
         raise Busy(f"{path.parent} is in use by {holder}; wait for it, or stop it") from None
     except OSError as error:
         raise UserError(f"{path.parent} is on a file system without locks ({error.strerror}); give another place") from None
@@ -191,24 +210,31 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return [len(text).to_bytes(8, "little") + text, *parts]
 
 
-def check(path: Path) -> None:
-    """Raise `UserError` where a safetensors file's bytes do not match its checksum. One without a checksum is taken."""
+def check(path: Path, *, strict: bool = False) -> None:
+    """Raise `UserError` where a safetensors file's bytes do not match its checksum. One without a checksum is taken unless
+    `strict`."""
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > os.fstat(file.fileno()).st_size:
-                raise ValueError(f"its header is said to have {size} bytes")
-            header = json.loads(file.read(size))
+            header = json.loads(file.read(_header_size(file)))
             expected = header.get("__metadata__", {}).pop(CHECKSUM, None)
             if expected is None:
+                need_checksum(path, strict)
                 return
             sha = hashlib.sha256(_compact(header))
             while block := file.read(1 << 20):
                 sha.update(block)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or missing: {error}") from None
     if sha.hexdigest() != expected:
         raise UserError(f"{path} is damaged: its content does not match its checksum")
+
+
+def _header_size(file: IO[bytes]) -> int:
+    """The bytes of a safetensors file's header, read from its first eight; `ValueError` where they are no header's."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > min(HEADER, os.fstat(file.fileno()).st_size):
+        raise ValueError(f"its header is said to have {size} bytes")
+    return size
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
@@ -226,7 +252,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_facts(path: Path) -> dict[str, Any]:
     """The facts of `write_tensors`, without reading the tensors; `UserError` likewise."""
     with _opened(path) as file:
-        return json.loads((file.metadata() or {}).get("facts", "{}"))
+        facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is damaged: its facts are no JSON object")
+    return facts
 
 
 def read_info(path: Path) -> dict[str, str]:
@@ -240,7 +269,9 @@ def _opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb") as plain:
+            _header_size(plain)
         with safe_open(path, framework=framework) as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or missing: {error}") from None

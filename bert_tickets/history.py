@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from bert_tickets import UserError
 from bert_tickets.config import Config, run_name
 from bert_tickets.files import read_sealed
 
-FORMAT = 1  # of the run directory; a newer one is refused
+FORMAT = 2  # of the run directory; a newer one is refused. From 2 on each file has a checksum and says which run it is of
+# What every level's metrics.json has, and more.
+LINE = {"level": int, "metric": str, "metrics": dict, "sparsity": float, "mask_sha256": str, "mask_distance": float}
 
 
 def run_dir(cfg: Config, preset: str) -> Path:
@@ -59,24 +62,80 @@ def results_lines(run: Path) -> bytes:
 
 def results(run: Path) -> list[dict[str, Any]]:
     """A dictionary a finished level, as in results.jsonl."""
-    return [read_sealed(level_dir(run, level) / "metrics.json") for level in range(levels_done(run))]
+    return [result(run, level) for level in range(levels_done(run))]
+
+
+def result(run: Path, level: int) -> dict[str, Any]:
+    """What a level's metrics.json says; `UserError` where it is missing or damaged."""
+    path = level_dir(run, level) / "metrics.json"
+    line = read_sealed(path, strict=is_strict(run))
+    for key, kind in LINE.items():
+        if not (is_number(line.get(key)) if kind is float else type(line.get(key)) is kind):
+            raise UserError(f"{path} is damaged: it is to have {key}, of the kind {kind.__name__}")
+    values = line["metrics"].values()
+    if line["metric"] not in line["metrics"] or not all(value is None or is_number(value) for value in values):
+        raise UserError(f"{path} is damaged: its metrics are to be numbers, {line['metric'][:40]} among them")
+    return line
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a number that can be printed and reckoned with: JSON's integers have no largest."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def seconds(run: Path) -> dict[int, float]:
     """Wall-clock seconds of training and evaluation by level, from log.jsonl."""
-    path = run / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill tore is worth no crash
-            event = json.loads(line)
-            if event["event"] == "level":
-                found[event["level"]] = event["seconds"]
-    return found
+    return {
+        event["level"]: event["seconds"]
+        for event in events(run / "log.jsonl")
+        if event.get("event") == "level" and is_number(event.get("level")) and is_number(event.get("seconds"))
+    }
+
+
+def events(log: Path) -> Iterator[dict[str, Any]]:
+    """What log.jsonl tells, in its order. A line that a kill tore, or a log that is gone, is worth no crash."""
+    with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(event := json.loads(line), dict):
+                    yield event
+
+
+# ---- whether it can be gone on from ----
 
 
 def check_format(run: Path) -> None:
-    """Raise `UserError` where the directory was written by a newer version."""
-    about = run / "run.json"
-    if about.exists() and (found := read_sealed(about).get("format", 0)) > FORMAT:
+    """Raise `UserError` where the directory was written by a newer version, or does not say."""
+    with needed(run):
+        found = _format(run)
+    if found > FORMAT:
         raise UserError(f"{run} has format {found}; this version reads up to {FORMAT}: update bert_tickets")
+
+
+def is_strict(run: Path) -> bool:
+    """Whether every file of the directory is to have a checksum and to say which run it is of; those of format 1 need not."""
+    return _format(run) >= 2
+
+
+def _format(run: Path) -> int:
+    path = run / "run.json"
+    if not path.exists():
+        return 0
+    found = read_sealed(path).get("format", 0)
+    if not is_number(found):
+        raise UserError(f"{path} is damaged: its format is no number")
+    if found >= 2:
+        read_sealed(path, strict=True)
+    return found
+
+
+@contextlib.contextmanager
+def needed(run: Path) -> Iterator[None]:
+    """What is damaged in here, the run cannot go on without; the `UserError` says what can be done."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{str(error).rstrip('.')}. The run cannot go on without it, and nothing was changed: put back a copy of that file, "
+            f"or move {run} away and give the same command again, which then begins anew."
+        ) from None

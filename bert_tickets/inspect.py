@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING
 
 from bert_tickets import UserError
 from bert_tickets.command import run_command
-from bert_tickets.files import check, read_info, read_sealed
-from bert_tickets.history import check_format, level_dir, levels_done, results, results_lines
+from bert_tickets.files import check, read_facts, read_info, read_sealed
+from bert_tickets.history import check_format, events, is_strict, level_dir, levels_done, results, results_lines
 from bert_tickets.report import table
+from bert_tickets.soundness import check_mask, check_metrics, check_tensors
 
 if TYPE_CHECKING:
     from bert_tickets.mask import Mask
 
+TENSORS = ("weights.safetensors", "moments.safetensors", "rewind.safetensors", "checkpoint.safetensors")
 SOUND, UNSEALED = "sound", "readable; of an older version, without a checksum"
 Finding = tuple[Path, str]  # a file and what is to be said of it
 
@@ -45,7 +47,7 @@ def provenance(run: Path) -> str:
             or "nothing",
             "seed": config["seed"],
             "began": _began(run),
-            "commit": "not known" if git is None else git["sha"] + ", with changes" * git["dirty"],
+            "commit": "not known" if git is None else git["sha"] + ", with changes" * bool(git["dirty"]),
             "versions": ", ".join(f"{name} {number}" for name, number in here["versions"].items()),
             "device": f"{noted['device']}, {noted['precision']}, {here['threads']} threads"
             + f", {here['gpu']}" * bool(here["gpu"]),
@@ -60,25 +62,19 @@ def provenance(run: Path) -> str:
             lines["given mask"] = f"{config['mask']}: {_origin(run)}"
         if config["init"] != "pretrained":
             lines["starts from"] = f"{config['init']} {json.dumps(noted['init']) if noted.get('init') else ''}"
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run / 'run.json'} is not a run's: {error!r}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{run / 'run.json'} is not a run's: {repr(error)[:200]}") from None
     width = max(map(len, lines))
     return "\n".join(f"  {name:{width}}  {value}" for name, value in lines.items())
 
 
 def _began(run: Path) -> str:
     """When and where the run began, and how often it went on."""
-    path = run / "log.jsonl"
-    if not path.exists():
+    if not (run / "log.jsonl").exists():
         return "not known: log.jsonl is gone"
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue  # a line that a kill tore
-    starts = [event for event in events if isinstance(event, dict) and event.get("event") == "start"]
-    resumed = sum(isinstance(event, dict) and event.get("event") == "resume" for event in events)
+    told = list(events(run / "log.jsonl"))
+    starts = [event for event in told if event.get("event") == "start"]
+    resumed = sum(event.get("event") == "resume" for event in told)
     where = f"{starts[0].get('time')} on {starts[0].get('host')}" if starts else "not known"
     return where + f", gone on with {resumed} time(s)" * bool(resumed)
 
@@ -97,7 +93,7 @@ def levels(run: Path) -> str:
     for result in results(run):
         value = result["metrics"][result["metric"]]
         number = "undefined" if value is None else f"{value:.6f}"
-        hashes = [result["mask_sha256"], result["starts_at_sha256"]]
+        hashes = [result["mask_sha256"], str(result.get("starts_at_sha256"))]
         rows.append([str(result["level"]), f"{result['sparsity']:.2%}", number + "*" * bool(result.get("doubts")), *hashes])
     return (
         table(["level", "sparsity", results(run)[0]["metric"], "mask sha256", "began with sha256"], rows)
@@ -110,13 +106,33 @@ def levels(run: Path) -> str:
 
 
 def verify(run: Path) -> Iterator[Finding]:
-    """Every file of a run directory and `SOUND`, `UNSEALED` or what is wrong with it."""
+    """Every file of a run directory and `SOUND`, `UNSEALED` or what is wrong with it; then what is missing or contradicts."""
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         try:
             yield path, _verdict(run, path)
-        except UserError as error:
+        except (UserError, OSError) as error:
             yield path, str(error)
+    yield from ((path, f"is missing: {what}") for path, what in _needed(run) if not path.is_file())
     yield from _disagreements(run)
+
+
+def _needed(run: Path) -> Iterator[Finding]:
+    """Files that a run's state says must be there, and for what. (What a level lacks, `_disagreements` says.)"""
+    yield run / "run.json", "without it nobody can tell what ran; the run cannot go on"
+    done = levels_done(run)
+    if done == 0:
+        return
+    yield run / "results.jsonl", "the same command writes it again"
+    newest = level_dir(run, done - 1)
+    yield newest / "weights.safetensors", "without the newest weights no run can go on, and no network be shared"
+    try:
+        config = read_sealed(run / "run.json").get("config")
+    except UserError:
+        return  # said already
+    if not isinstance(config, dict) or config.get("mask"):
+        return
+    if str(config.get("rewind", "0")) not in ("0", "none"):
+        yield run / "rewind.safetensors", "later levels begin with these weights"
 
 
 def _verdict(run: Path, path: Path) -> str:
@@ -126,25 +142,31 @@ def _verdict(run: Path, path: Path) -> str:
     if any(part.startswith(".") for part in place):
         return "left by a kill; the next start removes it"
     if name in ("run.json", "metrics.json") and "model" not in place:
-        value = json.loads(path.read_bytes()) if _is_json(path) else {}
-        read_sealed(path)
-        return SOUND if "checksum" in value else UNSEALED
+        read_sealed(path, strict=is_strict(run))
+        if name == "metrics.json":
+            check_metrics(run, _level_of(path))
+        return SOUND if b'"checksum"' in path.read_bytes() else UNSEALED
     if name == "results.jsonl":
         return SOUND if path.read_bytes() == results_lines(run) else "is not what the levels' metrics.json say"
-    if path.suffix == ".safetensors":
-        info = read_info(path)
-        check(path)
-        return SOUND if "checksum" in info else UNSEALED
     if "model" in place:
         return "not checked: a file of transformers"
+    if path.suffix == ".safetensors":
+        if name == "mask.safetensors":
+            check_mask(run, _level_of(path))
+        elif name in TENSORS:
+            check_tensors(path, run, read_facts(path).get("level") if len(place) == 1 else _level_of(path))
+        else:
+            check(path)
+        return SOUND if "checksum" in read_info(path) else UNSEALED
     return "not of a run"
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except (ValueError, RecursionError):
-        return False
+def _level_of(path: Path) -> int:
+    """The level in whose folder a file lies."""
+    number = path.parent.name.removeprefix("level_")
+    if not (number.isascii() and number.isdigit()) or path.parent.name != f"level_{int(number):02d}":
+        raise UserError(f"{path} is in no level's folder")
+    return int(number)
 
 
 def _disagreements(run: Path) -> Iterator[Finding]:
@@ -171,13 +193,17 @@ def _level(run: Path, level: int, before: Mask | None) -> tuple[Mask, list[str]]
         found.append("metrics.json names another mask (mask_sha256)")
     if (said.get("kept"), said.get("total"), said.get("level")) != (mask.kept, mask.total, level):
         found.append("metrics.json has other counts than the mask, or another level")
-    if before is not None and any((kept & ~before[name]).any() for name, kept in mask.items() if name in before):
+    if before is not None and [(name, kept.shape) for name, kept in before.items()] != [(n, k.shape) for n, k in mask.items()]:
+        found.append("the mask is of another architecture than the level before's")
+    elif before is not None and any((kept & ~before[name]).any() for name, kept in mask.items()):
         found.append("the mask keeps weights that the level before had removed")
     if (folder / "weights.safetensors").exists():
         weights = read_tensors(folder / "weights.safetensors")
-        if any(name not in weights or (weights[name][~kept] != 0).any() for name, kept in mask.items()):
+        if any(name not in weights or weights[name].shape != kept.shape for name, kept in mask.items()):
+            found.append("weights.safetensors is of another architecture than the mask")
+        elif any((weights[name][~kept] != 0).any() for name, kept in mask.items()):
             found.append("weights.safetensors has weights where the mask has none")
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
+        if not all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point()):
             found.append("weights.safetensors has weights that are not finite")
     return mask, found
 
@@ -210,7 +236,7 @@ def inspect(run: Path) -> bool:
 
 def main(args: argparse.Namespace) -> None:
     places = [Path(place) for place in args.runs]
-    runs = [about.parent for place in places for about in _abouts(place)]
+    runs = [run for place in places for run in _runs(place)]
     if not runs:
         raise UserError(f"no run directory in {', '.join(args.runs)}")
     damaged = [run for run in runs if not inspect(run)]
@@ -219,8 +245,10 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _abouts(place: Path) -> list[Path]:
-    return [place / "run.json"] if (place / "run.json").is_file() else sorted(place.glob("**/run.json"))
+def _runs(place: Path) -> list[Path]:
+    """The run directories of a place: what has a run.json, or levels and has lost it."""
+    found = [place] if (place / "run.json").is_file() or level_dir(place, 0).is_dir() else place.glob("**/run.json")
+    return sorted({path.parent if path.name == "run.json" else path for path in found})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch import Tensor
 from bert_tickets import Stopped, UserError
 from bert_tickets.files import read_facts, read_tensors, write_tensors
 from bert_tickets.runs import Run
+from bert_tickets.soundness import check_tensors
 
 
 class Level:
@@ -33,15 +34,15 @@ class Level:
         if not path.exists():
             return None
         try:
-            facts = read_facts(path)
-            tensors = read_tensors(path) if facts["level"] == self.level else {}
+            check_tensors(path, self.run.dir, self.level)
+            return read_tensors(path), read_facts(path)
         except UserError as error:
             print(f"{error}; level {self.level} begins again from its start")
             return None
-        return (tensors, facts) if tensors else None
 
     def save_checkpoint(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        path, facts = self.run.dir / "checkpoint.safetensors", {**facts, "level": self.level}
+        path = self.run.dir / "checkpoint.safetensors"
+        facts = {**facts, "run": self.run.dir.name, "level": self.level}
         self.run.ranks.first(lambda: write_tensors(path, tensors, facts))
 
     def divided(self, step: int, parts: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from bert_tickets.config import Config, identity
-from bert_tickets.history import check_format, is_finished, level_dir, results, run_dir, seconds
+from bert_tickets.history import check_format, is_finished, level_dir, needed, results, run_dir, seconds
+from bert_tickets.soundness import check_finished
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -21,9 +22,12 @@ def print_finished(cfg: Config, preset: str) -> bool:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
         return False
-    check_format(run_dir(cfg, preset))
-    if not is_finished(cfg, preset):
-        return False
+    run = run_dir(cfg, preset)
+    check_format(run)
+    with needed(run):
+        if not is_finished(cfg, preset):
+            return False
+        check_finished(run)
     print_levels(cfg, preset)
     return True
 
@@ -43,7 +47,7 @@ def print_levels(cfg: Config, preset: str) -> None:
             [
                 str(result["level"]),
                 f"{result['sparsity']:.1%}",
-                *(_number(result["metrics"][name]) + "*" * bool(result.get("doubts")) for name in names),
+                *(_number(result["metrics"].get(name)) + "*" * bool(result.get("doubts")) for name in names),
                 difference,
                 f"{result['mask_distance']:.4f}",
                 f"{spent[result['level']]:.1f}" if result["level"] in spent else "-",

@@ -42,10 +42,11 @@ from bert_tickets.files import (
     write_sealed,
     write_tensors,
 )
-from bert_tickets.history import FORMAT, check_format, level_dir, levels_done, levels_of, results, results_lines, run_dir
+from bert_tickets.history import FORMAT, check_format, level_dir, levels_done, levels_of, needed, results, results_lines, run_dir
 from bert_tickets.mask import Mask
 from bert_tickets.models import save_plain
 from bert_tickets.ranks import ALONE, Ranks
+from bert_tickets.soundness import check_levels, check_tensors
 
 
 class Run:
@@ -104,8 +105,14 @@ class Run:
     def _recover(self) -> None:
         """Finish what a kill may have left undone."""
         check_format(self.dir)
-        for leftover in self.dir.glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if self.done or any((self.dir / name).exists() for name in ("run.json", "checkpoint.safetensors")):
+            with needed(self.dir):
+                check_levels(self.dir)
+        try:
+            for leftover in self.dir.glob(".*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        except OSError as error:
+            raise cannot_write(self.dir, error) from None
         if self.done:
             self._settle()
 
@@ -140,7 +147,10 @@ class Run:
     def _describe(self, facts: dict[str, Any]) -> None:
         path, here = self.dir / "run.json", environment() | {"processes": self.ranks.world}
         if path.exists():
-            about = read_sealed(path)
+            with needed(self.dir):
+                about = read_sealed(path)
+                if not all(isinstance(about.get(key), dict) for key in ("fingerprint", "environment")):
+                    raise UserError(f"{path} is damaged: it is to have fingerprint and environment")
             before = about["fingerprint"]
             for key, value in facts.items():
                 if key in before and before[key] != value:
@@ -158,6 +168,7 @@ class Run:
             path,
             {
                 "format": FORMAT,
+                "run": self.dir.name,
                 "config": {key: value for key, value in flat(self.cfg).items() if key != "dry_run"},
                 "differs_from_preset": identity(self.cfg, self.preset),
                 "argv": sys.argv,
@@ -179,21 +190,28 @@ class Run:
     def restore(self, level: int, net: nn.Module) -> Mask:
         """A finished level's mask; of the newest one also its trained weights, into `net`."""
         if level == self.done - 1:
-            _set_parameters(net, self._read(self.level_dir(level) / "weights.safetensors"))
+            path = self.level_dir(level) / "weights.safetensors"
+            _set_parameters(net, self._read(path, level), path)
         return self.ranks.first(lambda: Mask.load(self.level_dir(level) / "mask.safetensors"))
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state at the end of the newest finished level (where the optimiser is not reset)."""
-        return self._read(self.level_dir(self.done - 1) / "moments.safetensors")
+        return self._read(self.level_dir(self.done - 1) / "moments.safetensors", self.done - 1)
 
-    def _read(self, path: Path) -> dict[str, Tensor]:
-        """A file's tensors, read by the first process for all."""
-        found = self.ranks.spread(lambda: (read_tensors(path), None))
+    def _read(self, path: Path, level: int | None = None) -> dict[str, Tensor]:
+        """A file's tensors, read by the first process for all. It is to be sound, and this run's."""
+
+        def read() -> tuple[dict[str, Tensor], None]:
+            with needed(self.dir):
+                check_tensors(path, self.dir, level)
+                return read_tensors(path), None
+
+        found = self.ranks.spread(read)
         assert found is not None
         return found[0]
 
     def save_rewind(self, net: nn.Module) -> None:
-        facts = {"rewound": f"{self.cfg.task} trained to {self.cfg.rewind}, seed {self.cfg.train.seed}"}
+        facts = {"rewound": f"{self.cfg.task} trained to {self.cfg.rewind}, seed {self.cfg.train.seed}", "run": self.dir.name}
         self.ranks.first(lambda: write_tensors(self.dir / "rewind.safetensors", dict(net.named_parameters()), facts))
 
     def load_rewind(self) -> dict[str, Tensor]:
@@ -213,17 +231,18 @@ class Run:
         folder = self.level_dir(level)
         temporary = self.dir / f".{folder.name}.tmp"
         found = {"base_model": self.cfg.model, "task": self.cfg.task, "seed": str(self.cfg.train.seed), "method": "imp"}
-        info = {} if self.cfg.mask else {**found, "level": str(level)}  # a given mask stays as it came
+        info = {} if self.cfg.mask else {**found, "level": str(level), "run": folder.parent.name}  # a given mask stays as it came
+        facts = {"run": self.dir.name, "level": level}
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             mask.write(temporary / "mask.safetensors", **info)
-            write_tensors(temporary / "weights.safetensors", dict(net.named_parameters()))
+            write_tensors(temporary / "weights.safetensors", dict(net.named_parameters()), facts)
             if moments:
-                write_tensors(temporary / "moments.safetensors", moments)
+                write_tensors(temporary / "moments.safetensors", moments, facts)
             if self.cfg.keep_models:
                 _keep_model(net, tokenizer, temporary / "model")
-            write_sealed(temporary / "metrics.json", {"level": level, **result})
+            write_sealed(temporary / "metrics.json", {**facts, **result})
             self.log("level", level=level, seconds=round(seconds, 2))
             temporary.rename(folder)
             sync_folder(self.dir)
@@ -242,19 +261,29 @@ class Run:
         if checkpoint.exists() and (self.complete or self._is_of_a_finished_level(checkpoint)):
             checkpoint.unlink()
         path, data = self.dir / "results.jsonl", results_lines(self.dir)
-        if not path.exists() or path.read_bytes() != data:
-            write(path, data)
+        found = path.read_bytes() if path.exists() else b""
+        if found == data and path.exists():
+            return
+        if not data.startswith(found):  # more than a kill before its writing leaves
+            print(f"{path} is damaged or was edited: it is written again from the levels' metrics.json")
+        write(path, data)
 
     def _is_of_a_finished_level(self, checkpoint: Path) -> bool:
         try:
-            return read_facts(checkpoint)["level"] < self.done
+            level = read_facts(checkpoint).get("level")
+            if not isinstance(level, int) or level >= self.done:
+                return False
+            check_tensors(checkpoint, self.dir, level)
         except UserError:
             return False  # damaged: the level it may be of will say so
+        return True
 
 
 @torch.no_grad()
-def _set_parameters(net: nn.Module, weights: dict[str, Tensor]) -> None:
+def _set_parameters(net: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     for name, parameter in net.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise UserError(f"{path} is another network's: {name} is not in it, or has another shape")
         parameter.copy_(weights[name])
 
 

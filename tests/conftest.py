@@ -41,8 +41,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs --data-dir with real data"))
         if "cluster" in item.keywords and not config.getoption("--cluster"):
             item.add_marker(pytest.mark.skip(reason="needs --cluster: minutes"))
+        if "faults" in item.keywords and "faults" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="needs -m faults: minutes"))
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> list[str]:
+    """Lines that stand at the end of what pytest prints."""
+    return request.config.stash.setdefault(FIGURES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in terminalreporter.config.stash.get(FIGURES, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -50,6 +50,7 @@ FLOORS = {
     "records": 3,
     "ranks": 0,
     "history": 0,
+    "soundness": 0,
     "levels": 2,
     "tables.sweeps": 3,
     "tables.entries": 3,

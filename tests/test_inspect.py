@@ -10,7 +10,7 @@ import torch
 import lt_glue
 from bert_tickets import UserError
 from bert_tickets.command import parse
-from bert_tickets.files import read_sealed, read_tensors, write_json, write_sealed, write_tensors
+from bert_tickets.files import read_facts, read_sealed, read_tensors, write_json, write_sealed, write_tensors
 from bert_tickets.history import results, run_dir
 from bert_tickets.inspect import SOUND, inspect, main, verify
 from bert_tickets.mask import Mask
@@ -88,12 +88,12 @@ def test_weights_that_are_not_finite_are_named(run):
     path = run / "level_02" / "weights.safetensors"
     weights = read_tensors(path)
     weights["classifier.bias"][0] = torch.nan
-    write_tensors(path, weights)
+    write_tensors(path, weights, read_facts(path))
     assert faults(run) == {"level_02": "weights.safetensors has weights that are not finite"}
 
 
 def test_a_run_of_an_older_version_is_read_and_said_to_be_one(run, capsys):
-    value = read_sealed(run / "run.json")
+    value = read_sealed(run / "run.json") | {"format": 1}
     write_json(run / "run.json", value)
     assert inspect(run)
     assert "run.json: readable; of an older version, without a checksum" in capsys.readouterr().out

@@ -1,0 +1,74 @@
+"""Whether a run's files are sound and its own: what a run asks before it goes on, or answers. No torch: see `history`.
+
+A checksum tells that a file is as it was written, and what it says of itself that it was written by this run at this level.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bert_tickets import UserError
+from bert_tickets.files import check, read_facts, read_info, read_sealed
+from bert_tickets.history import is_strict, level_dir, levels_done, result
+
+
+def check_levels(run: Path) -> None:
+    """Raise `UserError` where run.json, or a finished level's metrics.json or mask, is missing, damaged or another run's."""
+    about = run / "run.json"
+    if not about.exists():
+        raise UserError(f"{about} is missing")
+    if is_strict(run) and (name := read_sealed(about).get("run")) != run.name:
+        raise UserError(f"{about} is damaged or another run's: it is of {name}")
+    for level in range(levels_done(run)):
+        line, info = check_metrics(run, level), check_mask(run, level)
+        if info.get("sha256") != line["mask_sha256"]:
+            mask = level_dir(run, level) / "mask.safetensors"
+            raise UserError(f"{mask} is damaged or another level's: metrics.json names another mask (mask_sha256)")
+
+
+def check_metrics(run: Path, level: int) -> dict[str, Any]:
+    """What a level's metrics.json says; `UserError` where it is missing, damaged, or of another run or level."""
+    line, name = result(run, level), _own(run)[0]
+    if line["level"] != level or (is_strict(run) and line.get("run") != name):
+        path = level_dir(run, level) / "metrics.json"
+        raise UserError(f"{path} is damaged or another level's: it is of {line.get('run')}, level {line['level']}")
+    return line
+
+
+def check_mask(run: Path, level: int) -> dict[str, str]:
+    """What a level's mask file says of itself; `UserError` where it is missing, damaged, or of another run."""
+    path, strict, (name, given) = level_dir(run, level) / "mask.safetensors", is_strict(run), _own(run)
+    check(path, strict=strict)
+    info = read_info(path)
+    if strict and not given and info.get("run") != name:
+        raise UserError(f"{path} is damaged or another run's: it is of {info.get('run')}")
+    return info
+
+
+def check_tensors(path: Path, run: Path, level: int | None = None) -> None:
+    """Raise `UserError` where a file of tensors is missing, damaged, or of another run or level."""
+    strict = is_strict(run)
+    check(path, strict=strict)
+    facts, own = read_facts(path), {"run": _own(run)[0], "level": level}
+    if any(facts.get(key) != value for key, value in own.items() if strict or key in facts):
+        raise UserError(f"{path} is damaged or another run's: it is of {facts.get('run')}, level {facts.get('level')}")
+
+
+def check_finished(run: Path) -> None:
+    """As `check_levels`, and of all other files of a finished run: what is there of them is to be sound."""
+    check_levels(run)
+    newest = levels_done(run) - 1
+    for path in sorted(run.glob("rewind.safetensors")):
+        check_tensors(path, run)
+    for path in sorted(set(level_dir(run, newest).glob("*.safetensors")) - {level_dir(run, newest) / "mask.safetensors"}):
+        check_tensors(path, run, newest)
+
+
+def _own(run: Path) -> tuple[str, bool]:
+    """What a run is called in its files, and whether it trains a given mask, which says where it was found."""
+    about = read_sealed(run / "run.json")
+    config = about.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{run / 'run.json'} is damaged: it is to have config")
+    return about.get("run", run.name), bool(config.get("mask"))
