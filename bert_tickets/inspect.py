@@ -21,7 +21,7 @@ from bert_tickets.command import run_command
 from bert_tickets.files import check, read_facts, read_info, read_sealed
 from bert_tickets.history import check_format, events, is_strict, level_dir, levels_done, results, results_lines
 from bert_tickets.report import table
-from bert_tickets.soundness import check_mask, check_metrics, check_tensors
+from bert_tickets.soundness import check_mask, check_metrics, check_tensors, missing
 
 if TYPE_CHECKING:
     from bert_tickets.mask import Mask
@@ -112,27 +112,8 @@ def verify(run: Path) -> Iterator[Finding]:
             yield path, _verdict(run, path)
         except (UserError, OSError) as error:
             yield path, str(error)
-    yield from ((path, f"is missing: {what}") for path, what in _needed(run) if not path.is_file())
+    yield from ((path, f"is missing: {what}") for path, what in missing(run))
     yield from _disagreements(run)
-
-
-def _needed(run: Path) -> Iterator[Finding]:
-    """Files that a run's state says must be there, and for what. (What a level lacks, `_disagreements` says.)"""
-    yield run / "run.json", "without it nobody can tell what ran; the run cannot go on"
-    done = levels_done(run)
-    if done == 0:
-        return
-    yield run / "results.jsonl", "the same command writes it again"
-    newest = level_dir(run, done - 1)
-    yield newest / "weights.safetensors", "without the newest weights no run can go on, and no network be shared"
-    try:
-        config = read_sealed(run / "run.json").get("config")
-    except UserError:
-        return  # said already
-    if not isinstance(config, dict) or config.get("mask"):
-        return
-    if str(config.get("rewind", "0")) not in ("0", "none"):
-        yield run / "rewind.safetensors", "later levels begin with these weights"
 
 
 def _verdict(run: Path, path: Path) -> str:
@@ -145,6 +126,8 @@ def _verdict(run: Path, path: Path) -> str:
         read_sealed(path, strict=is_strict(run))
         if name == "metrics.json":
             check_metrics(run, _level_of(path))
+        elif is_strict(run) and (told := {line.get("run") for line in results(run)}) - {read_sealed(path).get("run")}:
+            raise UserError(f"{path} is damaged or another run's: its levels are of {', '.join(sorted(map(str, told)))}")
         return SOUND if b'"checksum"' in path.read_bytes() else UNSEALED
     if name == "results.jsonl":
         return SOUND if path.read_bytes() == results_lines(run) else "is not what the levels' metrics.json say"

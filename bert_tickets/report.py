@@ -6,7 +6,7 @@ import os
 
 from bert_tickets.config import Config, identity
 from bert_tickets.history import check_format, is_finished, level_dir, needed, results, run_dir, seconds
-from bert_tickets.soundness import check_finished
+from bert_tickets.soundness import check_finished, missing
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -29,6 +29,8 @@ def print_finished(cfg: Config, preset: str) -> bool:
             return False
         check_finished(run)
     print_levels(cfg, preset)
+    for path, what in missing(run):  # the levels were told from their metrics.json alone
+        print(f"{path} is missing: {what}")
     return True
 
 

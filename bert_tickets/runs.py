@@ -294,6 +294,8 @@ def _brief(value: Any) -> str:
 
 def _keep_model(net: Any, tokenizer: Any, folder: Path) -> None:
     save_plain(net, folder)
+    tokenizer.backend_tokenizer.no_truncation()  # or it is saved as the last call left it, which a cache may have spared
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
         with file.open("rb") as opened:

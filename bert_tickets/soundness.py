@@ -65,6 +65,25 @@ def check_finished(run: Path) -> None:
         check_tensors(path, run, newest)
 
 
+def missing(run: Path) -> list[tuple[Path, str]]:
+    """Files that a run's state says must be there and are not, and what that means. (Without masks and metrics no level is read.)"""
+    done, needed = levels_done(run), {run / "run.json": "without it nobody can tell what ran, and the run cannot go on"}
+    if done:
+        newest = level_dir(run, done - 1)
+        needed[run / "results.jsonl"] = "the same command writes it again"
+        needed[newest / "weights.safetensors"] = "without the newest level's weights no run can go on, and no network be shared"
+        try:
+            config = read_sealed(run / "run.json").get("config")
+        except UserError:
+            config = None  # said elsewhere
+        if isinstance(config, dict) and not config.get("mask"):
+            if config.get("reset_optimizer") is False or (config.get("reset_optimizer"), config.get("rewind")) == (None, "none"):
+                needed[newest / "moments.safetensors"] = "no run can go on without AdamW's state"
+            if config.get("rewind") not in ("0", "none"):
+                needed[run / "rewind.safetensors"] = "no later level can begin without these weights"
+    return [(path, what) for path, what in needed.items() if not path.is_file()]
+
+
 def _own(run: Path) -> tuple[str, bool]:
     """What a run is called in its files, and whether it trains a given mask, which says where it was found."""
     about = read_sealed(run / "run.json")

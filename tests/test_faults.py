@@ -204,6 +204,9 @@ def check_rerun(end: End, name: str, kind: str, folder: Path, before: dict[str, 
     assert "Traceback" not in end.said, end.said
     file = name.split("/")[-1]
     if end.code == 0:
+        if kind == "removed" and len(before) < len(expected) and contents(folder) == before:
+            assert f"{name} is missing: " in end.said  # of a finished run: its table does without
+            return "said"
         assert contents(folder) == expected
         if file == "checkpoint.safetensors" and kind != "removed":
             assert re.search(r"checkpoint\.safetensors is damaged.*begins again", end.said), end.said
@@ -221,7 +224,7 @@ def check_inspect(run: Path, name: str, kind: str, capsys: pytest.CaptureFixture
         main(type("Args", (), {"runs": [str(run)]}))
     said = capsys.readouterr().out
     assert end.value.code == 1, (name, kind, said)
-    assert name.split("/")[-1] in said
+    assert name.split("/")[-1] in said, (name, kind, said)
 
 
 def spoil(bench: Bench, capsys, variant: Variant, *, finished: bool, rng: random.Random, only=lambda name, kind: True):
@@ -271,8 +274,6 @@ def test_every_file_damaged_in_every_way(bench, capsys, seed, figures):
             for name, kind, outcome in spoil(bench, capsys, variant, finished=finished, rng=rng):
                 tried[outcome, f"{Path(name).name}"] += 1
                 tried[kind, Path(name).name] += 1
-    figures.append(
-        f"files damaged (seed {seed}): {sum(tried[o, n] for o, n in tried if o in ('recovered', 'refused'))} times, "
-        f"{time.monotonic() - began:.0f} s"
-    )
-    figures.extend(table(tried, [*KINDS, "recovered", "refused"], "file"))
+    count = sum(times for (what, _), times in tried.items() if what in KINDS)
+    figures.append(f"files damaged, and the command given again (seed {seed}): {count} times, {time.monotonic() - began:.0f} s")
+    figures.extend(table(tried, [*KINDS, "recovered", "refused", "said"], "file"))

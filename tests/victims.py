@@ -158,6 +158,9 @@ def _become(folder: Path, script: str, words: list[str], strike: Strike | None) 
         module = import_module(script.removesuffix(".py"))
         try:
             run_command(module.main, parse(PRESETS[script], None, words))
+        except KeyboardInterrupt:  # in `parse`: Python's own answer is a traceback, and the same code
+            print("interrupted before it began")
+            code = 130
         except SystemExit as leave:
             code = leave.code
         Path("calls.json").write_text(json.dumps(calls))
