@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from bert_tickets.files import read_sealed
 
 FORMAT = 2  # of the run directory; a newer one is refused. From 2 on each file has a checksum and says which run it is of
 # What every level's metrics.json has, and more.
-LINE = {"level": int, "metric": str, "metrics": dict, "sparsity": float, "mask_sha256": str, "mask_distance": float}
+LINE = {"level": int, "task": str, "metric": str, "metrics": dict, "sparsity": float, "mask_sha256": str}
 
 
 def run_dir(cfg: Config, preset: str) -> Path:
@@ -66,12 +67,16 @@ def results(run: Path) -> list[dict[str, Any]]:
 
 
 def result(run: Path, level: int) -> dict[str, Any]:
-    """What a level's metrics.json says; `UserError` where it is missing or damaged."""
+    """What a level's metrics.json says; `UserError` where it is missing or damaged, or has not what all of them have."""
     path = level_dir(run, level) / "metrics.json"
     line = read_sealed(path, strict=is_strict(run))
     for key, kind in LINE.items():
         if not (is_number(line.get(key)) if kind is float else type(line.get(key)) is kind):
             raise UserError(f"{path} is damaged: it is to have {key}, of the kind {kind.__name__}")
+    if not is_number(line.get("mask_distance", 0.0)) or not isinstance(line.get("doubts", []), list):
+        raise UserError(f"{path} is damaged: its mask_distance is to be a number, and its doubts a list")
+    if line["level"] != level:
+        raise UserError(f"{path} is damaged or another level's: it is of level {line['level']}")
     values = line["metrics"].values()
     if line["metric"] not in line["metrics"] or not all(value is None or is_number(value) for value in values):
         raise UserError(f"{path} is damaged: its metrics are to be numbers, {line['metric'][:40]} among them")
@@ -79,8 +84,8 @@ def result(run: Path, level: int) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of JSON is a number that can be printed and reckoned with: JSON's integers have no largest."""
-    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    """Whether a value of JSON is a number that can be reckoned with: Python reads infinities, and integers of any size."""
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
 
 
 def seconds(run: Path) -> dict[int, float]:

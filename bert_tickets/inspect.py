@@ -126,8 +126,8 @@ def _verdict(run: Path, path: Path) -> str:
         read_sealed(path, strict=is_strict(run))
         if name == "metrics.json":
             check_metrics(run, _level_of(path))
-        elif is_strict(run) and (told := {line.get("run") for line in results(run)}) - {read_sealed(path).get("run")}:
-            raise UserError(f"{path} is damaged or another run's: its levels are of {', '.join(sorted(map(str, told)))}")
+        elif is_strict(run) and (told := _runs_of_levels(run)) - {str(read_sealed(path).get("run"))}:
+            raise UserError(f"{path} is damaged or another run's: its levels are of {', '.join(sorted(told))}")
         return SOUND if b'"checksum"' in path.read_bytes() else UNSEALED
     if name == "results.jsonl":
         return SOUND if path.read_bytes() == results_lines(run) else "is not what the levels' metrics.json say"
@@ -142,6 +142,14 @@ def _verdict(run: Path, path: Path) -> str:
             check(path)
         return SOUND if "checksum" in read_info(path) else UNSEALED
     return "not of a run"
+
+
+def _runs_of_levels(run: Path) -> set[str]:
+    """Which runs the levels say that they are of; none where one of them is damaged, which is said of it."""
+    try:
+        return {str(line.get("run")) for line in results(run)}
+    except UserError:
+        return set()
 
 
 def _level_of(path: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zipfile
 from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
 
@@ -191,14 +192,17 @@ class Mask(Mapping[str, Tensor]):
     @classmethod
     def _load_released(cls, path: Path) -> Mask:
         try:
+            _need_stored(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             masks = {key: tensor for key, tensor in state.items() if isinstance(key, str) and key.endswith("_mask")}
+            if sum(tensor.nbytes for tensor in masks.values()) > path.stat().st_size:  # many views of one storage, for one
+                raise ValueError("its tensors claim more bytes than the file has")
             binary = {key: _is_binary(tensor) for key, tensor in masks.items()}
         except Exception as error:  # torch raises a dozen kinds, all of which mean the same here
             raise UserError(f"{path} cannot be read as a mask.pt without unpickling code: {str(error)[:200]}") from None
         for key, ok in binary.items():
             if not ok:
-                raise UserError(f"{path}: {key} is not a tensor of zeros and ones")
+                raise UserError(f"{path}: {key[:100]} is not a tensor of zeros and ones")
         tensors = {key.removeprefix("module.").removesuffix("_mask"): tensor != 0 for key, tensor in masks.items()}
         if not tensors:
             raise UserError(f"{path} has no key that ends in _mask")
@@ -211,6 +215,14 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
         raise UserError(f"{path} is a safetensors file but not a mask file (its metadata names no mask format)")
     if int(version) > int(FORMAT):
         raise UserError(f"{path} has mask format {version}; this version reads up to {FORMAT}: update bert_tickets")
+
+
+def _need_stored(path: Path) -> None:
+    """Raise `ValueError` for an archive with compressed parts: torch.save writes none, and a kilobyte may hold gigabytes."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("parts of it are compressed, as torch.save leaves none")
 
 
 def _is_binary(tensor: object) -> bool:

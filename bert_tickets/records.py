@@ -15,6 +15,7 @@ from typing import Any
 from bert_tickets import UserError
 from bert_tickets import config as settings
 from bert_tickets.files import read_info, read_sealed
+from bert_tickets.history import is_number, level_dir, result
 
 IMP, ONESHOT, RANDOM, GIVEN = "IMP", "one-shot", "random", "given"  # where a ticket comes from; or the task that found it
 PRETRAINED, SHUFFLED = "pre-trained", "shuffled"  # what a ticket's weights are; or "random", or what their file says
@@ -52,7 +53,7 @@ class Record:
 
     @property
     def mask_file(self) -> Path:
-        return self.run / f"level_{self.level:02d}" / "mask.safetensors"
+        return level_dir(self.run, self.level) / "mask.safetensors"
 
 
 def read_records(places: Iterable[str | Path]) -> list[Record]:
@@ -75,6 +76,9 @@ def _read_run(run: Path) -> list[Record]:
     about = read_sealed(run / "run.json")
     try:
         config, differs = about["config"], about["differs_from_preset"]
+        for key, kind in {"seed": int, "levels": int, "init": str, "rewind": str, "protocol": str}.items():
+            if type(config[key]) is not kind or (kind is int and not is_number(config[key])):
+                raise TypeError(f"its {key} is no {kind.__name__}")
         own = ("seed", "mask", "init", "rewind", "levels", "reset_optimizer")  # what a record says by itself
         plain = {key: value for key, value in differs.items() if key not in own} | _resets(config, differs)
         protocol = {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
@@ -89,9 +93,10 @@ def _read_run(run: Path) -> list[Record]:
             "model": about["fingerprint"].get("model", ""),
             "data": json.dumps([about["fingerprint"].get(key) for key in ("train", "evaluation", "precision")], sort_keys=True),
         }
-        return [_read_level(file, common, config["mask"] is not None) for file in sorted(run.glob("level_*/metrics.json"))]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run} is not a sound run directory: {error!r}") from None
+        levels = sorted(int(file.parent.name.removeprefix("level_")) for file in run.glob("level_*/metrics.json"))
+        return [_read_level(run, level, common, config["mask"] is not None) for level in levels]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run} is not a sound run directory: {repr(error)[:200]}") from None
 
 
 def _resets(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, bool]:
@@ -100,20 +105,20 @@ def _resets(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, 
     return {} if resets == follows else {"reset_optimizer": resets}
 
 
-def _read_level(file: Path, common: dict[str, Any], given: bool) -> Record:
-    level = read_sealed(file)
-    ticket, ticket_seed = _origin(read_info(file.parent / "mask.safetensors")) if given else (IMP, None)
+def _read_level(run: Path, level: int, common: dict[str, Any], given: bool) -> Record:
+    line = result(run, level)
+    ticket, ticket_seed = _origin(read_info(level_dir(run, level) / "mask.safetensors")) if given else (IMP, None)
     return Record(
         **common,
-        level=level["level"],
-        task=level["task"],
-        metric=level["metric"],
-        metrics=level["metrics"],
-        sparsity=round(level["sparsity"], 4),
+        level=level,
+        task=line["task"],
+        metric=line["metric"],
+        metrics=line["metrics"],
+        sparsity=round(line["sparsity"], 4),
         ticket=ticket,
         ticket_seed=ticket_seed,
-        mask_sha256=level["mask_sha256"],
-        doubts=tuple(level.get("doubts", ())),
+        mask_sha256=line["mask_sha256"],
+        doubts=tuple(map(str, line.get("doubts", ()))),
     )
 
 

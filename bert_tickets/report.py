@@ -51,7 +51,7 @@ def print_levels(cfg: Config, preset: str) -> None:
                 f"{result['sparsity']:.1%}",
                 *(_number(result["metrics"].get(name)) + "*" * bool(result.get("doubts")) for name in names),
                 difference,
-                f"{result['mask_distance']:.4f}",
+                _number(result.get("mask_distance")),
                 f"{spent[result['level']]:.1f}" if result["level"] in spent else "-",
             ]
         )

@@ -30,9 +30,8 @@ def check_levels(run: Path) -> None:
 def check_metrics(run: Path, level: int) -> dict[str, Any]:
     """What a level's metrics.json says; `UserError` where it is missing, damaged, or of another run or level."""
     line, name = result(run, level), _own(run)[0]
-    if line["level"] != level or (is_strict(run) and line.get("run") != name):
-        path = level_dir(run, level) / "metrics.json"
-        raise UserError(f"{path} is damaged or another level's: it is of {line.get('run')}, level {line['level']}")
+    if is_strict(run) and line.get("run") != name:
+        raise UserError(f"{level_dir(run, level) / 'metrics.json'} is damaged or another run's: it is of {line.get('run')}")
     return line
 
 
@@ -66,7 +65,7 @@ def check_finished(run: Path) -> None:
 
 
 def missing(run: Path) -> list[tuple[Path, str]]:
-    """Files that a run's state says must be there and are not, and what that means. (Without masks and metrics no level is read.)"""
+    """Files that a run's state says must be there and are not, and what that means: all but levels' masks and metrics."""
     done, needed = levels_done(run), {run / "run.json": "without it nobody can tell what ran, and the run cannot go on"}
     if done:
         newest = level_dir(run, done - 1)

@@ -131,7 +131,7 @@ def test_only_tabs_and_newlines_are_special(tmp_path, text):
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=["Cs"])), min_size=1, max_size=5))
+@given(st.lists(st.text(st.characters(exclude_characters="\t\n\r\0", exclude_categories=["Cs"])), min_size=1, max_size=5))
 def test_any_text_goes_through_unchanged_but_for_its_ends(tmp_path_factory, texts):
     path = sst2_file(tmp_path_factory.getbasetemp(), [f"{text}\t{n % 2}" for n, text in enumerate(texts)])
     assert read_tsv(path, SST2) == [((text.strip(),), n % 2) for n, text in enumerate(texts)]
@@ -146,6 +146,8 @@ def test_any_text_goes_through_unchanged_but_for_its_ends(tmp_path_factory, text
         ("sst2", "only a text"),
         ("sst2", "a text\t1\tand more"),
         ("sst2", "a text\t2"),
+        ("sst2", "a \0 text\t1"),
+        ("sst2", "long " * 220_000 + "\t1"),
         ("sst2", "a text\t"),
         ("sst2", ""),
         ("cola", "gj04\t1\ta text"),

@@ -22,6 +22,7 @@ from bert_tickets.tokens import tokenize
 
 HUB = "nyu-mll/glue"
 BROKEN = 0.01  # a file with a larger share of broken lines is not the file it should be
+LONGEST = 2**20  # characters of a line; GLUE's longest have thousands
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def read_tsv(path: Path, row: Row) -> list[Example]:
 def _parse(lines: list[str], path: Path, row: Row) -> Iterator[tuple[str, Example | None]]:
     """Each line as (problem, None) or ("", example). Quotes are ordinary characters."""
     first = 0 if row.columns else 1
-    header = list(row.columns) or lines[0].rstrip("\r").split("\t")
+    header = list(row.columns) or lines[0][:LONGEST].rstrip("\r").split("\t")
     absent = [name for name in (*row.texts, row.label) if name not in header]
     if absent:
         raise UserError(f"{path} has no column {absent[0]!r}; its first line is {' | '.join(header)[:200]!r}")
@@ -236,6 +237,9 @@ def _parse(lines: list[str], path: Path, row: Row) -> Iterator[tuple[str, Exampl
         line = line.rstrip("\r")
         if not line and number == len(lines):
             continue  # the newline that ends the file
+        if len(line) > LONGEST or "\0" in line:
+            yield f"line {number}: " + ("a NUL byte in it" if len(line) <= LONGEST else f"{len(line):,} characters"), None
+            continue
         cells = line.split("\t")
         if len(cells) != len(header):
             yield f"line {number}: {len(cells)} columns, not {len(header)}", None

@@ -169,7 +169,7 @@ def read_json(path: Path) -> list[Question]:
     questions: dict[str, Question] = {}
     for place, question in _parse(whole_files.read_json(path), path):
         if question.id in questions:
-            raise UserError(f"{path}: {place}.id {question.id!r} is another question's already")
+            raise UserError(f"{path}: {place}.id {question.id[:80]!r} is another question's already")
         questions[question.id] = question
     if not questions:
         raise UserError(f"{path} has no questions")
