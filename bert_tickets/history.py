@@ -58,7 +58,9 @@ def is_settled(run: Path, levels: int) -> bool:
 
 def results_lines(run: Path) -> bytes:
     """What results.jsonl is to hold: a line a finished level."""
-    return "".join(json.dumps(result, sort_keys=True) + "\n" for result in results(run)).encode()
+    files = (level_dir(run, level) / "metrics.json" for level in range(levels_done(run)))
+    strict = is_strict(run)
+    return "".join(json.dumps(read_sealed(file, strict=strict), sort_keys=True) + "\n" for file in files).encode()
 
 
 def results(run: Path) -> list[dict[str, Any]]:

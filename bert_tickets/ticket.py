@@ -72,7 +72,11 @@ def find(run: Path, level: int | None = None, model: str | None = None) -> Ticke
     mask = Mask.load(folder / "mask.safetensors")
     if mask.sha256() != line["mask_sha256"]:
         raise UserError(f"{folder} is damaged: its mask is not the one that its metrics.json names (mask_sha256)")
-    return Ticket(run, level, about, line, of_flat(about["config"]), mask, model)
+    try:
+        cfg = of_flat(about["config"])
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{run / 'run.json'} is damaged: its config is none ({error})") from None
+    return Ticket(run, level, about, line, cfg, mask, model)
 
 
 def _read(path: Path, keys: set[str]) -> Mapping[str, Any]:

@@ -551,7 +551,7 @@ def test_a_given_masks_origin_is_told_and_no_path_of_this_machine(commands, bert
     export(run, tmp_path / "o")
     text = (tmp_path / "o" / "README.md").read_text()
     assert "The mask was given" in text
-    assert f"base_model {bert_dir.name}, level 1, method imp, seed 57, task rte" in text
+    assert f"base_model {bert_dir.name}, level 1, method imp, run {run_dir.name}, seed 57, task rte" in text
     assert "| mask | `sha256:" in text
     assert not {"| rate |", "| levels |"} & set(re.findall(r"\| \w+ \|", text))
     for name, content in contents(tmp_path / "o").items():

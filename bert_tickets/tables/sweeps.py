@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bert_tickets import UserError
 from bert_tickets import config as settings
 from bert_tickets.files import read_sealed
 
@@ -20,10 +21,16 @@ def command(sweep: str, like: Sequence[Path], seeds: Sequence[int], variables: M
     that the command is about.
 
     None where no sweep does: tickets found in a way of their own, tasks of one script under two settings, or a sparsity
-    (SPARSITY, percent) that is no level.
+    (SPARSITY, percent) that is no level. Raises `UserError` for a run.json that has not the settings of a run.
     """
-    if not like:
-        return None
+    try:
+        return _command(sweep, like, seeds, variables) if like else None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        places = ", ".join(str(run / "run.json") for run in like[:3])
+        raise UserError(f"{places}: the settings are not a run's ({repr(error)[:200]})") from None
+
+
+def _command(sweep: str, like: Sequence[Path], seeds: Sequence[int], variables: Mapping[str, str]) -> str | None:
     abouts = [read_sealed(run / "run.json") for run in like]
     shared = [_shared(about["config"], about["differs_from_preset"]) for about in abouts]
     flags: dict[str, set[str]] = {}
