@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import io
 import os
 import sys
 import typing
@@ -92,6 +93,9 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     """Run a script's `main` and exit: 2 with a sentence for a user's mistake, 75 where another process is at it, 128 + signal
     when stopped."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # a file's name, or what a file says, may be more than a terminal can write
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(*arguments)
     except UserError as error:

@@ -76,14 +76,17 @@ def _read_run(run: Path) -> list[Record]:
     about = read_sealed(run / "run.json")
     try:
         config, differs = about["config"], about["differs_from_preset"]
-        for key, kind in {"seed": int, "levels": int, "init": str, "rewind": str, "protocol": str}.items():
+        for key, kind in {"task": str, "seed": int, "levels": int, "init": str, "rewind": str, "protocol": str}.items():
             if type(config[key]) is not kind or (kind is int and not is_number(config[key])):
                 raise TypeError(f"its {key} is no {kind.__name__}")
+        if not re.fullmatch(r"none|[0-9]{1,18}|[0-9.e-]{1,18}%", config["rewind"]):
+            raise ValueError("its rewind is none that can be asked for")
         own = ("seed", "mask", "init", "rewind", "levels", "reset_optimizer")  # what a record says by itself
         plain = {key: value for key, value in differs.items() if key not in own} | _resets(config, differs)
         protocol = {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
         common = {
             "run": run,
+            "task": config["task"],
             "seed": config["seed"],
             "levels": 1 if config["mask"] else config["levels"],
             "weights": _weights(config["init"], about["fingerprint"], config["seed"]),
@@ -107,11 +110,12 @@ def _resets(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, 
 
 def _read_level(run: Path, level: int, common: dict[str, Any], given: bool) -> Record:
     line = result(run, level)
+    if line["task"] != common["task"]:
+        raise ValueError(f"its level {level} is of another task")
     ticket, ticket_seed = _origin(read_info(level_dir(run, level) / "mask.safetensors")) if given else (IMP, None)
     return Record(
         **common,
         level=level,
-        task=line["task"],
         metric=line["metric"],
         metrics=line["metrics"],
         sparsity=round(line["sparsity"], 4),

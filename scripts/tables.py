@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"there are no runs here for {what}; they are made by: bash scripts/{sweep}.sh")
     text = {"markdown": layout.markdown, "csv": layout.tidy, "latex": layout.latex}[args.format](tables)
     if args.output:
-        write(Path(args.output), text.encode())
+        write(Path(args.output), text.encode(errors="backslashreplace"))
         print(f"written to {args.output}")
     else:
         print(text, end="")

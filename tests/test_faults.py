@@ -270,10 +270,9 @@ def test_every_file_damaged_in_every_way(bench, capsys, seed, figures):
     began, rng = time.monotonic(), random.Random(seed)
     tried: Counter[tuple[str, str]] = Counter()
     for variant, finished in itertools.product([*VARIANTS[:3], VARIANTS[5], VARIANTS[7]], [False, True]):
-        for _ in range(2):
-            for name, kind, outcome in spoil(bench, capsys, variant, finished=finished, rng=rng):
-                tried[outcome, f"{Path(name).name}"] += 1
-                tried[kind, Path(name).name] += 1
+        for name, kind, outcome in spoil(bench, capsys, variant, finished=finished, rng=rng):
+            tried[outcome, Path(name).name] += 1
+            tried[kind, Path(name).name] += 1
     count = sum(times for (what, _), times in tried.items() if what in KINDS)
     figures.append(f"files damaged, and the command given again (seed {seed}): {count} times, {time.monotonic() - began:.0f} s")
     figures.extend(table(tried, [*KINDS, "recovered", "refused", "said"], "file"))

@@ -181,6 +181,13 @@ def test_an_unfinished_run_is_named(tmp_path):
     assert f"{folder} has finished 2 of its 10 levels" in winning.table2(pool(tmp_path)).missing
 
 
+def test_a_later_rewinding_that_has_only_its_full_network_is_in_no_table_3_yet(tmp_path):
+    rundirs.run(tmp_path, [0.9], "rte", rewind="5%", levels=3)
+    assert variations.table3(pool(tmp_path)) is None
+    rundirs.run(tmp_path, [0.9, 0.8], "rte", rewind="5%", levels=3, seed=2)
+    assert variations.table3(pool(tmp_path)) is not None
+
+
 def test_equal_scores_are_not_hidden(tmp_path):
     """A network that says one class scores the same everywhere."""
     control(tmp_path, find(tmp_path, {57: [0.8, 0.8, 0.5], 58: [0.9, 0.9, 0.5]}), 40, [0.5, 0.5])

@@ -20,7 +20,8 @@ REWINDS = ("0", "5%", "10%", "20%", "50%", "none")  # Table 3's
 
 def table3(pool: Pool, sparsity: float | None = None) -> Table | None:
     """Rewinding to later steps than theta_0, and not rewinding, at each task's published sparsity or the one given."""
-    tasks = {r.task: None for r in pool.records if r.ticket == IMP and r.weights == PRETRAINED and r.rewind != "0"}
+    found = [r for r in pool.records if r.ticket == IMP and r.weights == PRETRAINED and r.rewind != "0"]
+    tasks = {r.task: None for r in found if r.sparsity > 0}  # a run of which only the full network is there has no rewinding yet
     if not tasks:
         return None
     rewinds = sorted({*REWINDS, *(r.rewind for r in pool.records if r.task in tasks and r.ticket == IMP)}, key=_lateness)
