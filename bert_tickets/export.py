@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,6 @@ from bert_tickets import UserError
 from bert_tickets.command import hyphens, run_command
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from bert_tickets.models import Net
     from bert_tickets.ticket import Ticket
 
@@ -58,7 +56,7 @@ def refuse_occupied(output: Path) -> None:
 def load_trained(ticket: Ticket) -> tuple[Net, Any]:
     """The network as the level's training left it, and its tokenizer."""
     from bert_tickets.files import read_tensors
-    from bert_tickets.models import POOLER
+    from bert_tickets.models import POOLER, set_parameters
 
     kept, file = ticket.folder / "model", ticket.folder / "weights.safetensors"
     if not file.is_file():
@@ -76,7 +74,7 @@ def load_trained(ticket: Ticket) -> tuple[Net, Any]:
         _check_base(ticket, net, weights=ticket.cfg.init == "pretrained", head=False)
     beside = kept / POOLER  # of a kept model whose class has no pooler
     apart = read_tensors(beside) if file.parent == kept and beside.is_file() else {}
-    _fill(net, read_tensors(file) | apart, file)
+    set_parameters(net, read_tensors(file) | apart, file)
     return net, tokenizer
 
 
@@ -86,13 +84,13 @@ def load_untrained(ticket: Ticket) -> tuple[Net, Any]:
     Raises `UserError` unless the encoder's digest is the one that the level noted when it began.
     """
     from bert_tickets.files import read_tensors
-    from bert_tickets.models import digest, encoder_weights
+    from bert_tickets.models import digest, encoder_weights, set_parameters
 
     cfg = ticket.cfg
     net, tokenizer = _load(ticket, ticket.model, cfg.init)
     _check_base(ticket, net, weights=True, head=True)
     if ticket.later:
-        _fill(net, read_tensors(ticket.later), ticket.later)
+        set_parameters(net, read_tensors(ticket.later), ticket.later)
     params = dict(net.named_parameters())
     ticket.mask.apply(params)
     if digest(encoder_weights(net)) != ticket.line["starts_at_sha256"]:
@@ -139,17 +137,6 @@ def _check_base(ticket: Ticket, net: Net, *, weights: bool, head: bool) -> None:
         if noted.get(key, value) != value:  # the oldest runs noted less
             what = ticket.model if ticket.cfg.init == "pretrained" else f"{ticket.model} with --init {ticket.cfg.init}"
             raise UserError(f"{what} is not what {ticket.run} began with: the {key} differs. Restore it, or give --model.")
-
-
-def _fill(net: Net, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Set every parameter to the file's."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise UserError(f"{file} has no {name} of shape {tuple(parameter.shape)}: it is not of this network")
-            parameter.copy_(weights[name])
 
 
 # ---- the folder ----

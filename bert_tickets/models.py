@@ -229,6 +229,15 @@ def rewind(net: Net, theta: Mapping[str, Tensor], mask: Mask, *, head: bool = Tr
     mask.apply(prunable(net))
 
 
+@torch.no_grad()
+def set_parameters(net: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Set every parameter to what the file at `path` held. Raises `UserError` where one is missing or has another shape."""
+    for name, parameter in net.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise UserError(f"{path} is another network's: it has no {name} of shape {tuple(parameter.shape)}")
+        parameter.copy_(weights[name])
+
+
 def digest(weights: Mapping[str, Tensor]) -> str:
     """sha256 over names and values."""
     sha = hashlib.sha256()

@@ -24,7 +24,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -44,7 +43,7 @@ from bert_tickets.files import (
 )
 from bert_tickets.history import FORMAT, check_format, level_dir, levels_done, levels_of, needed, results, results_lines, run_dir
 from bert_tickets.mask import Mask
-from bert_tickets.models import save_plain
+from bert_tickets.models import save_plain, set_parameters
 from bert_tickets.ranks import ALONE, Ranks
 from bert_tickets.soundness import check_levels, check_tensors
 
@@ -191,7 +190,7 @@ class Run:
         """A finished level's mask; of the newest one also its trained weights, into `net`."""
         if level == self.done - 1:
             path = self.level_dir(level) / "weights.safetensors"
-            _set_parameters(net, self._read(path, level), path)
+            set_parameters(net, self._read(path, level), path)
         return self.ranks.first(lambda: Mask.load(self.level_dir(level) / "mask.safetensors"))
 
     def moments(self) -> dict[str, Tensor]:
@@ -277,14 +276,6 @@ class Run:
         except UserError:
             return False  # damaged: the level it may be of will say so
         return True
-
-
-@torch.no_grad()
-def _set_parameters(net: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    for name, parameter in net.named_parameters():
-        if name not in weights or weights[name].shape != parameter.shape:
-            raise UserError(f"{path} is another network's: {name} is not in it, or has another shape")
-        parameter.copy_(weights[name])
 
 
 def _brief(value: Any) -> str:
