@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from bert_tickets import Busy, UserError
+from bert_tickets import Busy, UserError, first_line
 
 if TYPE_CHECKING:  # reading JSON and metadata takes no torch
     from torch import Tensor
@@ -97,7 +97,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing: {error}") from None
+        raise UserError(f"{path} is damaged or missing: {first_line(error)}") from None
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ def check(path: Path, *, strict: bool = False) -> None:
             while block := file.read(1 << 20):
                 sha.update(block)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing: {error}") from None
+        raise UserError(f"{path} is damaged or missing: {first_line(error)}") from None
     if sha.hexdigest() != expected:
         raise UserError(f"{path} is damaged: its content does not match its checksum")
 
@@ -274,4 +274,4 @@ def _opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         with safe_open(path, framework=framework) as file:
             yield file
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing: {error}") from None
+        raise UserError(f"{path} is damaged or missing: {first_line(error)}") from None

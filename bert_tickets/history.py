@@ -143,6 +143,6 @@ def needed(run: Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(
-            f"{str(error).rstrip('.')}. The run cannot go on without it, and nothing was changed: put back a copy of that file, "
-            f"or move {run} away and give the same command again, which then begins anew."
+            f"{str(error).rstrip('.')}. The run cannot go on without it: put back a copy of that file, or move {run} away and "
+            "give the same command again, which then begins anew."
         ) from None

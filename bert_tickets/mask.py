@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bert_tickets import UserError
+from bert_tickets import UserError, first_line
 from bert_tickets.files import CHECKSUM, check, safetensors_parts, write
 
 FORMAT = "1"  # of the mask file; a reader refuses a newer one
@@ -172,7 +172,7 @@ class Mask(Mapping[str, Tensor]):
                 _check_format(path, metadata)
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged, or no mask file: {error}") from None
+            raise UserError(f"{path} is damaged, or no mask file: {first_line(error)}") from None
         check(path)
         return cls._from_packed(path, metadata, packed)
 
@@ -182,7 +182,7 @@ class Mask(Mapping[str, Tensor]):
             shapes = {str(name): tuple(map(int, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
             mask = cls({name: _unpack(packed[name], shape) for name, shape in shapes.items()})
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path} is damaged: its shapes do not describe its bits ({error})") from None
+            raise UserError(f"{path} is damaged: its shapes do not describe its bits ({first_line(error)})") from None
         if not mask or mask.sha256() != metadata.get("sha256"):
             raise UserError(f"{path} is damaged: its bits do not match its checksum")
         own = ("format", "shapes", "density", "sha256", CHECKSUM)
@@ -199,7 +199,7 @@ class Mask(Mapping[str, Tensor]):
                 raise ValueError("its tensors claim more bytes than the file has")
             binary = {key: _is_binary(tensor) for key, tensor in masks.items()}
         except Exception as error:  # torch raises a dozen kinds, all of which mean the same here
-            raise UserError(f"{path} cannot be read as a mask.pt without unpickling code: {str(error)[:200]}") from None
+            raise UserError(f"{path} cannot be read as a mask.pt without unpickling code: {first_line(error)}") from None
         for key, ok in binary.items():
             if not ok:
                 raise UserError(f"{path}: {key[:100]} is not a tensor of zeros and ones")

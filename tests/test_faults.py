@@ -156,7 +156,7 @@ def table(struck: Counter[tuple[str, str]], columns: list[str], first: str) -> l
     rows = list(dict.fromkeys(row for _, row in struck))
     lines = [[first, *columns], *([row, *(str(struck[column, row]) for column in columns)] for row in rows)]
     lines.append(["all", *(str(sum(struck[column, row] for row in rows)) for column in columns)])
-    return ["  " + line[0].ljust(24) + "".join(cell.rjust(12) for cell in line[1:]) for line in lines]
+    return ["  " + line[0].ljust(24) + "".join(cell.rjust(17) for cell in line[1:]) for line in lines]
 
 
 def test_runs_that_are_killed_at_some_moments_end_bit_identical(bench):
@@ -276,3 +276,14 @@ def test_every_file_damaged_in_every_way(bench, capsys, seed, figures):
     count = sum(times for (what, _), times in tried.items() if what in KINDS)
     figures.append(f"files damaged, and the command given again (seed {seed}): {count} times, {time.monotonic() - began:.0f} s")
     figures.extend(table(tried, [*KINDS, "recovered", "refused", "said"], "file"))
+
+
+def test_a_kept_model_is_the_same_whether_its_tokens_came_from_the_cache(bench):
+    """A tokenizer remembers what it was last asked for, and is saved with it."""
+    folder, variant = bench.folder(), ("lt_glue.py", "--keep-models --max-steps 1 --levels 1")
+    assert bench.run(folder, variant).code == 0
+    cold = contents(folder)
+    shutil.rmtree(folder / "runs")
+    assert bench.run(folder, variant).code == 0
+    assert contents(folder) == cold
+    assert any(name.endswith("tokenizer.json") for name in cold)

@@ -416,8 +416,8 @@ HOSTILE = {
     "a tensor that ends before it begins": lambda: header(json.dumps({"a": tensor("U8", [4], 8, 4)}).encode(), bytes(8)),
     "a dtype that is none": lambda: header(json.dumps({"a": tensor("U7", [8], 0, 8)}).encode(), bytes(8)),
     "a dtype of another size": lambda: header(json.dumps({"a": tensor("F64", [8], 0, 8)}).encode(), bytes(8)),
-    "a hundred thousand tensors": lambda: header(
-        json.dumps({f"t{i}": tensor("U8", [2**30], i, i + 1) for i in range(100_000)}).encode(), bytes(100_000)
+    "twenty thousand tensors of gigabytes": lambda: header(
+        json.dumps({f"t{i}": tensor("U8", [2**30], i, i + 1) for i in range(20_000)}).encode(), bytes(20_000)
     ),
     "a header nested deep": lambda: header(b"[" * 200_000),
     "metadata that are a list": lambda: header(b'{"__metadata__":[]}'),
