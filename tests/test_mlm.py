@@ -559,7 +559,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pretrain, monkeypatch):
 
 def test_the_released_protocol_prunes_theta0_first_and_then_goes_on_without_rewinding(pretrain, headed_dir):
     run, results = pretrain("--protocol", "released", "--keep-models", "--levels", "3")
-    sources = [load_file(headed_dir / "model.safetensors"), load_file(run.level_dir(1) / "model" / "model.safetensors")]
+    kept = run.level_dir(1) / "model"
+    whole = load_file(kept / "model.safetensors") | load_file(kept / "pooler.safetensors")
+    sources = [load_file(headed_dir / "model.safetensors"), whole]
     for level, weights in zip((1, 2), sources, strict=True):
         mask = Mask.load(run.level_dir(level) / "mask.safetensors")
         encoder = {name: w for name, w in weights.items() if name.startswith("bert.")}
