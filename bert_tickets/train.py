@@ -23,6 +23,7 @@ from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
 from bert_tickets.step import Loss, Step, autocast, precision_of
 
+EVALUATION = 1.0  # minutes of training that are saved before a level's evaluation, which may take as long again
 LEAST_SCALE = 2.0**-10  # of fp16 losses: below it the gradients themselves are beyond what fp16 holds
 EVAL_TOKENS = {"cuda": 16384, "cpu": 4096}  # padded tokens of an evaluation batch
 
@@ -148,9 +149,10 @@ def train(
                 losses.append((at, look()))
                 total.zero_()
                 bar.set_postfix({"loss": losses[-1][1], **keeper.note}, refresh=False)
-            due = time.monotonic() - saved > 60 * cfg.save_minutes or (cfg.save_steps and at % cfg.save_steps == 0)
+            minutes = min(EVALUATION, cfg.save_minutes) if at == steps else cfg.save_minutes
+            due = time.monotonic() - saved > 60 * minutes or (cfg.save_steps and at % cfg.save_steps == 0)
             stop, due = ranks.any(keeper.stop_requested, bool(due))  # of one process, and all must act
-            if stop or (due and at < steps):
+            if stop or due:
                 save()
                 saved = time.monotonic()
                 if stop:

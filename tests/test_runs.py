@@ -13,7 +13,7 @@ import pytest
 import lt_glue
 import lt_pretrain
 import lt_squad
-from bert_tickets import Busy, Stopped, UserError, files
+from bert_tickets import Busy, Stopped, UserError, files, lottery
 from bert_tickets.command import parse
 from bert_tickets.history import seconds
 from bert_tickets.runs import Run
@@ -208,19 +208,36 @@ def test_a_finished_run_answers_at_once_and_writes_nothing(go, monkeypatch, caps
     assert table[0].split()[:3] == ["level", "sparsity", "accuracy"]
 
 
-def test_finished_levels_are_not_trained_again(go, monkeypatch):
-    die(go, monkeypatch, 14)
-    steps = 0
-    plain = Step.__call__
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps that are taken, one after another, of all runs of the test."""
+    taken, plain = [], Step.__call__
 
     def counting(*arguments):
-        nonlocal steps
-        steps += 1
+        taken.append(len(taken) + 1)
         return plain(*arguments)
 
     monkeypatch.setattr(Step, "__call__", counting)
+    return taken
+
+
+def test_finished_levels_are_not_trained_again(go, monkeypatch, steps):
+    die(go, monkeypatch, 14)
+    steps.clear()
     go("run")
-    assert steps == 18 - 12  # level 2 from its start: its first checkpoint was not reached
+    assert len(steps) == 18 - 12  # level 2 from its start: its first checkpoint was not reached
+
+
+def test_a_level_that_was_killed_in_its_evaluation_is_not_trained_again(go, monkeypatch, steps):
+    expected = go("undisturbed", "--save-steps", "999")
+    monkeypatch.setattr("bert_tickets.train.EVALUATION", 0.0)  # in minutes; a level here takes less than a second
+    with monkeypatch.context() as patch:
+        patch.setattr(lottery, "evaluate", dying(lottery.evaluate, 2))
+        with pytest.raises(Killed):
+            go("run", "--save-steps", "999")
+    steps.clear()
+    assert go("run", "--save-steps", "999") == expected
+    assert len(steps) == 6  # level 2's
 
 
 def test_what_a_run_directory_holds(go, tmp_path):
@@ -313,8 +330,6 @@ def test_weights_that_stop_being_finite_are_never_saved(go, monkeypatch, tmp_pat
 
 
 def test_outputs_that_are_not_finite_are_no_result(go, monkeypatch):
-    from bert_tickets import lottery
-
     plain = lottery.evaluate
     with monkeypatch.context() as patch:
         patch.setattr(lottery, "evaluate", lambda *arguments: plain(*arguments) * float("inf"))
