@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """A level came to numbers that are not finite, or that fp16 does not hold; the message says which, and where. It is no
+    result, and the run's results say so."""
+
+
 class Busy(UserError):
     """Another process is at it now; the same command will do later. The entry scripts exit with code 75 (EX_TEMPFAIL)."""
 

@@ -13,6 +13,7 @@ from bert_tickets import UserError
 from bert_tickets.config import Config, run_name
 from bert_tickets.files import read_sealed
 
+FAILURE = "failure.json"  # what ended the level under way, if it came to no result
 FORMAT = 2  # of the run directory; a newer one is refused. From 2 on each file has a checksum and says which run it is of
 # What every level's metrics.json has, and more.
 LINE = {"level": int, "task": str, "metric": str, "metrics": dict, "sparsity": float, "mask_sha256": str}
@@ -57,10 +58,32 @@ def is_settled(run: Path, levels: int) -> bool:
 
 
 def results_lines(run: Path) -> bytes:
-    """What results.jsonl is to hold: a line a finished level."""
-    files = (level_dir(run, level) / "metrics.json" for level in range(levels_done(run)))
-    strict = is_strict(run)
-    return "".join(json.dumps(read_sealed(file, strict=strict), sort_keys=True) + "\n" for file in files).encode()
+    """What results.jsonl is to hold: a line a finished level, and one of what ended the next, if it came to no result."""
+    files, strict = (level_dir(run, level) / "metrics.json" for level in range(levels_done(run))), is_strict(run)
+    lines = [*(read_sealed(file, strict=strict) for file in files), failure(run)]
+    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines if line is not None).encode()
+
+
+def failure(run: Path) -> dict[str, Any] | None:
+    """What ended the level under way when it was last tried, if it came to no result: its `level`, and why (`ended`). A damaged
+    file says nothing; `read_failure` says that it is."""
+    with contextlib.suppress(UserError):
+        found = read_failure(run)
+        return found if found and found["level"] == levels_done(run) else None  # else it was finished later
+    return None
+
+
+def read_failure(run: Path) -> dict[str, Any] | None:
+    """What failure.json says, if it is there; `UserError` where it is damaged, or another run's."""
+    path = run / FAILURE
+    if not path.exists():
+        return None
+    found, name = read_sealed(path, strict=True), read_sealed(run / "run.json").get("run")
+    if type(found.get("level")) is not int or not isinstance(why := found.get("ended"), str) or not why.isprintable():
+        raise UserError(f"{path} is damaged: it is to have level and ended")
+    if found.get("run") != name:
+        raise UserError(f"{path} is damaged or another run's: it is of {found.get('run')}, and not of {name}")
+    return found
 
 
 def results(run: Path) -> list[dict[str, Any]]:

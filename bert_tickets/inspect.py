@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING
 from bert_tickets import UserError
 from bert_tickets.command import run_command
 from bert_tickets.files import check, read_facts, read_info, read_sealed
-from bert_tickets.history import check_format, events, is_strict, level_dir, levels_done, results, results_lines
+from bert_tickets.history import (
+    FAILURE,
+    check_format,
+    events,
+    failure,
+    is_strict,
+    level_dir,
+    levels_done,
+    read_failure,
+    results,
+    results_lines,
+)
 from bert_tickets.report import table
 from bert_tickets.soundness import check_mask, check_metrics, check_tensors, missing
 
@@ -95,11 +106,10 @@ def levels(run: Path) -> str:
         number = "undefined" if value is None else f"{value:.6f}"
         hashes = [result["mask_sha256"], str(result.get("starts_at_sha256"))]
         rows.append([str(result["level"]), f"{result['sparsity']:.2%}", number + "*" * bool(result.get("doubts")), *hashes])
-    return (
-        table(["level", "sparsity", results(run)[0]["metric"], "mask sha256", "began with sha256"], rows)
-        if rows
-        else "no finished level"
-    )
+    header = ["level", "sparsity", results(run)[0]["metric"] if rows else "", "mask sha256", "began with sha256"]
+    failed = failure(run)
+    told = [f"level {failed['level']} came to no result: {failed['ended']}"] if failed else []
+    return "\n".join([table(header, rows) if rows else "no finished level", *told])
 
 
 # ---- whether its files are what they were ----
@@ -129,6 +139,9 @@ def _verdict(run: Path, path: Path) -> str:
         elif is_strict(run) and (told := _runs_of_levels(run)) - {str(read_sealed(path).get("run"))}:
             raise UserError(f"{path} is damaged or another run's: its levels are of {', '.join(sorted(told))}")
         return SOUND if b'"checksum"' in path.read_bytes() else UNSEALED
+    if name == FAILURE and len(place) == 1:
+        read_failure(run)
+        return SOUND
     if name == "results.jsonl":
         return SOUND if path.read_bytes() == results_lines(run) else "is not what the levels' metrics.json say"
     if "model" in place:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor
 
-from bert_tickets import Stopped, UserError
+from bert_tickets import Diverged, Stopped, UserError
 from bert_tickets.files import read_facts, read_tensors, write_tensors
 from bert_tickets.runs import Run
 from bert_tickets.soundness import check_tensors
@@ -53,6 +55,14 @@ class Level:
         )
         if self.run.ranks.rank == 0:
             self.run.log("out of memory", level=self.level, step=step, parts=parts)
+
+    def diverged(self, error: Diverged) -> NoReturn:
+        """Write down that the level came to no result, and why; then end the run."""
+        self.run.fail(self.level, str(error))
+        raise Diverged(
+            f"{self.title}: {error}. It is no result, and results.jsonl says so; what was finished or saved before is intact. "
+            "A lower --lr, or --precision bf16 or fp32, may help."
+        ) from None
 
     def stopped(self, step: int) -> None:
         number = max(self.run.ranks.gather(self.run.stop_signal or 0))

@@ -14,7 +14,7 @@ import torch
 import torch.utils.deterministic as deterministic
 from torch import Tensor
 
-from bert_tickets import UserError
+from bert_tickets import Diverged, UserError
 from bert_tickets.batches import Batches, Store, seeded
 from bert_tickets.config import Config
 from bert_tickets.files import read_facts
@@ -121,21 +121,24 @@ def fit(
     keeper = Level(run, level, mask.sparsity)
     i = cfg.rewind_step(setup.steps)
     net.train()
-    result = train(
-        lambda batch: task.loss(net, batch),
-        {name: p for name, p in net.named_parameters() if p.requires_grad},
-        setup.batches,
-        cfg.train,
-        keeper,
-        mask=mask,
-        span=setup.steps * cfg.spanned,
-        start=start,
-        capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
-        moments=moments,
-    )
-    if run.ranks.world > 1:
-        run.ranks.need_same({"trained weights": digest(dict(net.named_parameters()))})
-    metrics, doubts = score(setup)
+    try:
+        result = train(
+            lambda batch: task.loss(net, batch),
+            {name: p for name, p in net.named_parameters() if p.requires_grad},
+            setup.batches,
+            cfg.train,
+            keeper,
+            mask=mask,
+            span=setup.steps * cfg.spanned,
+            start=start,
+            capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
+            moments=moments,
+        )
+        if run.ranks.world > 1:
+            run.ranks.need_same({"trained weights": digest(dict(net.named_parameters()))})
+        metrics, doubts = score(setup)
+    except Diverged as error:
+        keeper.diverged(error)
     print(f"{keeper.title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
     if result.skipped > 0.1 * result.steps:
         doubts.append(f"fp16 gradients overflowed in {result.skipped} of {result.steps} steps, which changed nothing")
@@ -155,7 +158,7 @@ def score(setup: Setup) -> tuple[dict[str, float], list[str]]:
     }
     for name, values in outputs.items():
         if not np.isfinite(values).all():
-            raise UserError(f"the network's outputs on {name} are not finite; --precision bf16 or fp32 may help")
+            raise Diverged(f"the network's outputs on {name} are not finite")
     metrics = task.score(outputs, setup.evals)
     if setup.cfg.check_metrics:
         print(task.check(outputs, setup.evals, metrics))

@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bert_tickets import UserError
 from bert_tickets import config as settings
 from bert_tickets.files import read_info, read_sealed
-from bert_tickets.history import is_number, level_dir, result
+from bert_tickets.history import failure, is_number, level_dir
+from bert_tickets.soundness import check_metrics
 
 IMP, ONESHOT, RANDOM, GIVEN = "IMP", "one-shot", "random", "given"  # where a ticket comes from; or the task that found it
 PRETRAINED, SHUFFLED = "pre-trained", "shuffled"  # what a ticket's weights are; or "random", or what their file says
@@ -56,16 +57,48 @@ class Record:
         return level_dir(self.run, self.level) / "mask.safetensors"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A run whose next level came to no result when it was last tried."""
+
+    run: Path
+    task: str
+    setting: str
+    level: int
+    ended: str
+
+    def __str__(self) -> str:
+        return f"{self.run}: its level {self.level} came to no result: {self.ended}"
+
+
+Of = TypeVar("Of", Record, Failure)
+
+
 def read_records(places: Iterable[str | Path]) -> list[Record]:
     """The finished levels of run directories, or of the folders that hold them, in the order of their names.
 
     Raises `UserError` where there is no run, or one is damaged.
     """
+    return [record for run in _runs(places) for record in _read_run(run)]
+
+
+def read_failures(places: Iterable[str | Path]) -> list[Failure]:
+    """Those of the same runs whose next level came to no result; `UserError` likewise."""
+    failed = {run: found for run in _runs(places) if (found := failure(run))}
+    return [
+        Failure(
+            **{key: _common(run)[key] for key in ("run", "task", "setting")}, **{key: found[key] for key in ("level", "ended")}
+        )
+        for run, found in failed.items()
+    ]
+
+
+def _runs(places: Iterable[str | Path]) -> list[Path]:
     given = [Path(place) for place in places]
     runs = sorted({about.parent.resolve(): about.parent for place in given for about in _abouts(place)}.values())
     if not runs:
         raise UserError(f"no run directory in {', '.join(map(str, given))}")
-    return [record for run in runs for record in _read_run(run)]
+    return runs
 
 
 def _abouts(place: Path) -> list[Path]:
@@ -73,6 +106,16 @@ def _abouts(place: Path) -> list[Path]:
 
 
 def _read_run(run: Path) -> list[Record]:
+    common = _common(run)
+    try:
+        levels = sorted(int(file.parent.name.removeprefix("level_")) for file in run.glob("level_*/metrics.json"))
+        return [_read_level(run, level, common) for level in levels]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run} is not a sound run directory: {repr(error)[:200]}") from None
+
+
+def _common(run: Path) -> dict[str, Any]:
+    """What all records of a run say, by its run.json."""
     about = read_sealed(run / "run.json")
     try:
         config, differs = about["config"], about["differs_from_preset"]
@@ -84,7 +127,7 @@ def _read_run(run: Path) -> list[Record]:
         own = ("seed", "mask", "init", "rewind", "levels", "reset_optimizer")  # what a record says by itself
         plain = {key: value for key, value in differs.items() if key not in own} | _resets(config, differs)
         protocol = {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
-        common = {
+        return {
             "run": run,
             "task": config["task"],
             "seed": config["seed"],
@@ -95,9 +138,8 @@ def _read_run(run: Path) -> list[Record]:
             "rewind": "" if config["mask"] else config["rewind"],
             "model": about["fingerprint"].get("model", ""),
             "data": json.dumps([about["fingerprint"].get(key) for key in ("train", "evaluation", "precision")], sort_keys=True),
+            "ticket": GIVEN if config["mask"] else IMP,
         }
-        levels = sorted(int(file.parent.name.removeprefix("level_")) for file in run.glob("level_*/metrics.json"))
-        return [_read_level(run, level, common, config["mask"] is not None) for level in levels]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run} is not a sound run directory: {repr(error)[:200]}") from None
 
@@ -108,18 +150,17 @@ def _resets(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, 
     return {} if resets == follows else {"reset_optimizer": resets}
 
 
-def _read_level(run: Path, level: int, common: dict[str, Any], given: bool) -> Record:
-    line = result(run, level)
+def _read_level(run: Path, level: int, common: dict[str, Any]) -> Record:
+    line, mask = check_metrics(run, level), level_dir(run, level) / "mask.safetensors"
     if line["task"] != common["task"]:
         raise ValueError(f"its level {level} is of another task")
-    ticket, ticket_seed = _origin(read_info(level_dir(run, level) / "mask.safetensors")) if given else (IMP, None)
+    ticket, ticket_seed = (IMP, None) if common["ticket"] == IMP else _origin(read_info(mask))
     return Record(
-        **common,
+        **{**common, "ticket": ticket},
         level=level,
         metric=line["metric"],
         metrics=line["metrics"],
         sparsity=round(line["sparsity"], 4),
-        ticket=ticket,
         ticket_seed=ticket_seed,
         mask_sha256=line["mask_sha256"],
         doubts=tuple(map(str, line.get("doubts", ()))),
@@ -178,7 +219,7 @@ def _plainness(record: Record) -> tuple[bool, bool, str, str]:
     return record.rewind == "0", record.finding == "", record.rewind, record.finding
 
 
-def under(records: Sequence[Record], setting: str) -> list[Record]:
+def under(records: Sequence[Of], setting: str) -> list[Of]:
     """The records of one setting, or of those that hold these words ("lr 0.0001, precision bf16"); "" is the preset as it is."""
     words = set(setting.split(", ")) if setting else set()
     return [r for r in records if (words <= set(r.setting.split(", ")) if words else r.setting == "")]

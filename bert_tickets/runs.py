@@ -32,20 +32,19 @@ from bert_tickets.config import Config, flat, identity
 from bert_tickets.environment import environment
 from bert_tickets.files import (
     cannot_write,
-    read_facts,
     read_sealed,
     read_tensors,
     sync_folder,
     take_lock,
-    write,
     write_sealed,
     write_tensors,
 )
-from bert_tickets.history import FORMAT, check_format, level_dir, levels_done, levels_of, needed, results, results_lines, run_dir
+from bert_tickets.history import FAILURE, FORMAT, level_dir, levels_done, levels_of, needed, results, run_dir
 from bert_tickets.mask import Mask
 from bert_tickets.models import save_plain, set_parameters
 from bert_tickets.ranks import ALONE, Ranks
-from bert_tickets.soundness import check_levels, check_tensors
+from bert_tickets.recovery import recover, settle
+from bert_tickets.soundness import check_tensors
 
 
 class Run:
@@ -99,21 +98,7 @@ class Run:
                 raise cannot_write(self.dir, error) from None
             self._lock = open(os.devnull)  # noqa: SIM115 - a finished run in a read-only archive: there is nothing to write
         else:
-            self._recover()
-
-    def _recover(self) -> None:
-        """Finish what a kill may have left undone."""
-        check_format(self.dir)
-        if self.done or any((self.dir / name).exists() for name in ("run.json", "checkpoint.safetensors")):
-            with needed(self.dir):
-                check_levels(self.dir)
-        try:
-            for leftover in self.dir.glob(".*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        except OSError as error:
-            raise cannot_write(self.dir, error) from None
-        if self.done:
-            self._settle()
+            recover(self.dir, self.levels)
 
     # ---- what there is ----
 
@@ -249,33 +234,16 @@ class Run:
             raise cannot_write(folder, error) from None
         except SafetensorError as error:  # save_pretrained's word for a disk that refuses
             raise UserError(f"cannot write {temporary / 'model'}: {error}. The levels before are intact.") from None
-        self._settle()
+        settle(self.dir, self.levels)
 
-    def _settle(self) -> None:
-        """Remove what only the level before needed; then write results.jsonl from the levels' folders."""
-        for level in range(self.done - 1):
-            for name in ("weights.safetensors", "moments.safetensors"):
-                (self.level_dir(level) / name).unlink(missing_ok=True)
-        checkpoint = self.dir / "checkpoint.safetensors"
-        if checkpoint.exists() and (self.complete or self._is_of_a_finished_level(checkpoint)):
-            checkpoint.unlink()
-        path, data = self.dir / "results.jsonl", results_lines(self.dir)
-        found = path.read_bytes() if path.exists() else b""
-        if found == data and path.exists():
-            return
-        if not data.startswith(found):  # more than a kill before its writing leaves
-            print(f"{path} is damaged or was edited: it is written again from the levels' metrics.json")
-        write(path, data)
+    def fail(self, level: int, why: str) -> None:
+        """Have the results say what ended a level that came to no result."""
+        self.ranks.first(lambda: self._fail(level, why))
 
-    def _is_of_a_finished_level(self, checkpoint: Path) -> bool:
-        try:
-            level = read_facts(checkpoint).get("level")
-            if not isinstance(level, int) or level >= self.done:
-                return False
-            check_tensors(checkpoint, self.dir, level)
-        except UserError:
-            return False  # damaged: the level it may be of will say so
-        return True
+    def _fail(self, level: int, why: str) -> None:
+        write_sealed(self.dir / FAILURE, {"run": self.dir.name, "task": self.cfg.task, "level": level, "ended": why})
+        self.log("failure", level=level, ended=why)
+        settle(self.dir, self.levels)
 
 
 def _brief(value: Any) -> str:

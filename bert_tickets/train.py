@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bert_tickets import UserError, first_line
+from bert_tickets import Diverged, UserError, first_line
 from bert_tickets.batches import Batch, Batches, Store, by_length, derive
 from bert_tickets.config import Training
 from bert_tickets.mask import Mask
@@ -77,8 +77,8 @@ def train(
 
     The learning rate falls linearly to zero over `span` steps (the level's own, unless given). `capture` is a step and
     what to call when it is reached; `moments` is AdamW's state to begin with. (config, seed) fixes the outcome: a step's batch
-    and dropout are the same on every level, so that two levels differ by their masks alone. Raises `UserError` where the
-    loss or a weight stops being finite.
+    and dropout are the same on every level, so that two levels differ by their masks alone. Raises `Diverged` where the
+    loss or a weight stops being finite, or fp16 gradients overflow at every scale.
     """
     device, ranks = batches.store.device, batches.ranks
     steps = total_steps(cfg, batches.per_epoch)
@@ -102,10 +102,7 @@ def train(
 
     def check(ok: bool, what: str) -> None:
         if not ok:
-            raise UserError(
-                f"{keeper.title}: {what} by step {at}. Nothing of it was saved; what was finished or saved before is intact. "
-                "A lower --lr, or --precision bf16 or fp32, may help."
-            )
+            raise Diverged(f"{what} by step {at}")
 
     def look() -> float:
         """The mean loss since the last look; where the host waits for the device."""

@@ -233,11 +233,13 @@ COMMANDS = {"curves": draw_curves, "transfer": draw_transfer, "overlap": draw_ov
 
 def main(args: argparse.Namespace) -> None:
     need_matplotlib()  # met before anything is read
-    from bert_tickets.records import need_one_subject, read_records
+    from bert_tickets.records import need_one_subject, read_failures, read_records
 
     records = read_records(args.runs)
     need_one_subject(records)
     COMMANDS[args.figure](records, args)
+    for failure in read_failures(args.runs):
+        print(f"not drawn: {failure}")
     print(f"drawn in {args.output}")
 
 

@@ -56,14 +56,16 @@ def parse() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.files import write
-    from bert_tickets.records import read_records, under
+    from bert_tickets.records import read_failures, read_records, under
     from bert_tickets.tables import layout
     from bert_tickets.tables.entries import choose
 
-    records = read_records(args.runs)
-    if args.setting is not None and not (records := under(records, args.setting)):
-        raise UserError(f"no run has the setting {args.setting!r}")
-    pool = choose(records)
+    records, failures = read_records(args.runs), read_failures(args.runs)
+    if args.setting is not None:
+        records, failures = under(records, args.setting), under(failures, args.setting)
+        if not records and not failures:
+            raise UserError(f"no run has the setting {args.setting!r}")
+    pool = choose(records, failures)
     made = {
         name: build(name, pool, None if args.sparsity is None else args.sparsity / 100)
         for name in ([args.table] if args.table else TABLES)
@@ -72,7 +74,8 @@ def main(args: argparse.Namespace) -> None:
     if not tables:
         sweep = TABLES[args.table or "2"]
         what = f"table {args.table}" if args.table else "any table"
-        raise UserError(f"there are no runs here for {what}; they are made by: bash scripts/{sweep}.sh")
+        told = "".join(f"\n  {failure}" for failure in failures)
+        raise UserError(f"there are no runs here for {what}; they are made by: bash scripts/{sweep}.sh{told}")
     text = {"markdown": layout.markdown, "csv": layout.tidy, "latex": layout.latex}[args.format](tables)
     if args.output:
         write(Path(args.output), text.encode(errors="backslashreplace"))

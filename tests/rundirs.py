@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bert_tickets.config import build, flat, identity, run_name
-from bert_tickets.files import read_facts, write_json, write_tensors
+from bert_tickets.files import read_facts, write_json, write_sealed, write_tensors
 from bert_tickets.mask import Mask
 
 WEIGHTS = 1000
@@ -71,6 +71,11 @@ def run(
         said = list(doubts) if level == len(values) - 1 else []
         write_json(folder / f"level_{level:02d}" / "metrics.json", line | {"mask_sha256": mask.sha256(), "doubts": said})
     return folder
+
+
+def fail(folder: Path, level: int, why: str) -> None:
+    """Have a run say that this level of it came to no result."""
+    write_sealed(folder / "failure.json", {"run": None, "level": level, "ended": why})
 
 
 def mask_of(folder: Path, level: int) -> Path:

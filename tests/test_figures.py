@@ -69,6 +69,13 @@ def test_undefined_values_are_counted_not_hidden(draw, tmp_path):
     assert "10 %" not in out
 
 
+def test_runs_that_came_to_no_result_are_named(draw, tmp_path):
+    rundirs.run(tmp_path, [0.6, 0.7])
+    folder = rundirs.run(tmp_path, [], "rte", levels=3)
+    rundirs.fail(folder, 0, "the loss became nan by step 40")
+    assert f"not drawn: {folder}: its level 0 came to no result: the loss became nan by step 40" in draw("curves", tmp_path)
+
+
 def test_tasks_have_a_panel_each_with_its_unit(draw, tmp_path):
     for task in ("cola", "sst2", "squad", "mnli"):
         rundirs.run(tmp_path, [0.6, 0.5], task=task)

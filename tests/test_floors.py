@@ -51,6 +51,7 @@ FLOORS = {
     "ranks": 0,
     "history": 0,
     "soundness": 0,
+    "recovery": 0,
     "levels": 2,
     "tables.sweeps": 3,
     "tables.entries": 3,

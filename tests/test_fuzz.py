@@ -439,8 +439,13 @@ def test_a_hostile_file_of_tensors_is_refused_soon_and_in_little_memory(tmp_path
         with bounded(), suppress(UserError):
             read(path)
             assert read is not Mask.load
-    with pytest.raises(UserError, match=r"file\.safetensors"):
-        Mask.load(path)
+    try:
+        found = Mask.load(path)
+    except UserError as error:
+        assert "file.safetensors" in str(error)
+    else:  # torch 2.11 finds the archive's second end, and all of the mask
+        assert what == "an archive without end"
+        assert found == MASK
 
 
 HOSTILE_JSON = {

@@ -11,7 +11,7 @@ import lt_glue
 from bert_tickets import UserError
 from bert_tickets.command import parse
 from bert_tickets.files import read_facts, read_sealed, read_tensors, write_json, write_sealed, write_tensors
-from bert_tickets.history import results, run_dir
+from bert_tickets.history import results, results_lines, run_dir
 from bert_tickets.inspect import SOUND, inspect, main, verify
 from bert_tickets.mask import Mask
 
@@ -48,6 +48,17 @@ def test_a_sound_run_is_traced_and_verified(run, capsys):
         assert result["mask_sha256"] in out
         assert result["starts_at_sha256"] in out
     assert faults(run) == {}
+
+
+def test_what_ended_a_level_is_told_and_verified(run, capsys):
+    shutil.rmtree(run / "level_02")
+    write_sealed(run / "failure.json", {"run": run.name, "task": "rte", "level": 2, "ended": "the loss became nan by step 4"})
+    (run / "results.jsonl").write_bytes(results_lines(run))
+    inspect(run)
+    assert "\nlevel 2 came to no result: the loss became nan by step 4\n" in capsys.readouterr().out
+    assert not {"failure.json", "results.jsonl"} & faults(run).keys()
+    (run / "failure.json").write_text((run / "failure.json").read_text().replace("nan", "inf"))
+    assert {"failure.json", "results.jsonl"} <= faults(run).keys()
 
 
 FILES = ["run.json", "results.jsonl", "level_00/metrics.json", "level_01/mask.safetensors", "level_02/weights.safetensors"]

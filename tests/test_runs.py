@@ -13,9 +13,9 @@ import pytest
 import lt_glue
 import lt_pretrain
 import lt_squad
-from bert_tickets import Busy, Stopped, UserError, files, lottery
+from bert_tickets import Busy, Diverged, Stopped, UserError, files, lottery
 from bert_tickets.command import parse
-from bert_tickets.history import seconds
+from bert_tickets.history import failure, seconds
 from bert_tickets.runs import Run
 from bert_tickets.step import Step
 
@@ -309,31 +309,76 @@ def test_a_torn_line_of_the_log_harms_nothing(go, tmp_path):
     assert json.loads(log.read_text().splitlines()[-1])["event"] == "later"
 
 
-def test_weights_that_stop_being_finite_are_never_saved(go, monkeypatch, tmp_path):
-    """The loss of the step that breaks them is still finite."""
-    plain, calls = Step.__call__, 0
+@pytest.fixture
+def diverge(go, monkeypatch, tmp_path):
+    """Have the run in a folder meet a weight that is not finite, in its second level; returns the run directory."""
+    plain = Step.__call__
 
-    def breaking(self, batch, lr):
-        nonlocal calls
-        calls += 1
-        loss = plain(self, batch, lr)
-        if calls == 8:
-            self.params["bert.pooler.dense.weight"].data[0, 0] = float("nan")
-        return loss
+    def run(name: str) -> Path:
+        calls = 0
 
+        def breaking(self, batch, lr):  # the loss of this very step is still finite
+            nonlocal calls
+            calls += 1
+            loss = plain(self, batch, lr)
+            if calls == 8:
+                self.params["bert.pooler.dense.weight"].data[0, 0] = float("nan")
+            return loss
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Step, "__call__", breaking)
+            with pytest.raises(
+                Diverged, match=r"became infinite or NaN by step 2\. It is no result, and results\.jsonl says so"
+            ):
+                go(name)
+        (found,) = (tmp_path / name / "runs").iterdir()
+        return found
+
+    return run
+
+
+def test_a_level_that_diverges_is_never_saved_and_the_results_say_so(go, diverge, capsys):
+    expected, run = go("undisturbed"), diverge("run")
+    first, last = map(json.loads, (run / "results.jsonl").read_text().splitlines())
+    assert first["level"] == 0
+    assert last == {"run": run.name, "task": "rte", "level": 1, "ended": "a weight became infinite or NaN by step 2"}
+    assert not (run / "checkpoint.safetensors").exists()
+    capsys.readouterr()
+    assert go("run") == expected  # it is tried again, and nothing is left of the failure
+    out = capsys.readouterr().out
+    assert "level 1 came to no result before: a weight became infinite or NaN by step 2; it is tried again" in out
+    assert "was edited" not in out
+
+
+def test_killed_between_a_level_that_was_tried_again_and_its_results_it_says_no_failure(go, diverge, monkeypatch):
     expected = go("undisturbed")
+    run = diverge("run")
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", breaking)
-        with pytest.raises(UserError, match="a weight became infinite or NaN by step 2"):
+        patch.setattr("bert_tickets.runs.settle", dying(lambda *_: None, 1))
+        with pytest.raises(Killed):
             go("run")
+    assert (run / "failure.json").exists()
+    assert failure(run) is None
     assert go("run") == expected
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"level": 1, "ended": "all is well", "run": "another"}'])
+def test_a_damaged_failure_is_named_and_removed(go, diverge, capsys, damage):
+    expected, run = go("undisturbed"), diverge("run")
+    (run / "failure.json").write_bytes(damage)
+    assert failure(run) is None
+    capsys.readouterr()
+    assert go("run") == expected
+    out = capsys.readouterr().out
+    assert "failure.json is damaged" in out
+    assert "; it is removed" in out
 
 
 def test_outputs_that_are_not_finite_are_no_result(go, monkeypatch):
     plain = lottery.evaluate
     with monkeypatch.context() as patch:
         patch.setattr(lottery, "evaluate", lambda *arguments: plain(*arguments) * float("inf"))
-        with pytest.raises(UserError, match="outputs on validation are not finite"):
+        with pytest.raises(Diverged, match="outputs on validation are not finite"):
             go("run")
     assert go("run") == go("undisturbed")
 

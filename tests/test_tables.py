@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bert_tickets import UserError
-from bert_tickets.records import read_records
+from bert_tickets.records import read_failures, read_records
 from bert_tickets.tables import variations, winning
 from bert_tickets.tables.entries import choose
 from bert_tickets.tables.layout import Panel, Table, latex, markdown, score, tidy
@@ -28,7 +28,7 @@ CURVE = {57: [0.80, 0.81, 0.79, 0.60], 58: [0.82, 0.81, 0.83, 0.61], 59: [0.81, 
 
 
 def pool(*places):
-    return choose(read_records(places))
+    return choose(read_records(places), read_failures(places))
 
 
 def find(place: Path, curves: dict[int, list[float | None]], task: str = "sst2", **flags) -> dict[int, Path]:
@@ -179,6 +179,17 @@ def test_missing_seeds_are_counted_and_pairs_are_said(one_task):
 def test_an_unfinished_run_is_named(tmp_path):
     folder = rundirs.run(tmp_path, [0.8, 0.8], levels=10)
     assert f"{folder} has finished 2 of its 10 levels" in winning.table2(pool(tmp_path)).missing
+
+
+def test_a_level_that_came_to_no_result_is_named_with_its_reason(tmp_path):
+    folder = rundirs.run(tmp_path, [0.8, 0.8], levels=10)
+    rundirs.fail(folder, 2, "the loss became nan by step 40")
+    missing = winning.table2(pool(tmp_path)).missing
+    assert f"{folder}: its level 2 came to no result: the loss became nan by step 40" in missing
+    assert f"{folder} has finished 2 of its 10 levels" in missing
+    rundirs.fail(rundirs.run(tmp_path, [], "rte", levels=10), 0, "fp16 gradients overflowed at every scale by step 7")
+    assert [failure.task for failure in read_failures([tmp_path])] == ["rte", "sst2"]
+    assert any("overflowed at every scale" in line for line in winning.table2(pool(tmp_path)).missing)
 
 
 def test_a_later_rewinding_that_has_only_its_full_network_is_in_no_table_3_yet(tmp_path):
@@ -528,6 +539,12 @@ def test_by_default_every_table_there_are_runs_for(command, transfers, capsys):
         "In all these tables",
         "What is missing",
     ]
+
+
+def test_where_all_runs_failed_their_reasons_are_told(command, tmp_path):
+    rundirs.fail(rundirs.run(tmp_path, [], levels=10), 0, "the loss became nan by step 40")
+    with pytest.raises(UserError, match=r"(?s)no runs here for any table.*its level 0 came to no result: the loss became nan"):
+        command(tmp_path)
 
 
 def test_a_table_is_written_whole(command, one_task, tmp_path, capsys):

@@ -39,7 +39,7 @@ PLACES = {
     "pathlib:Path.replace": "rename",
     "pathlib:Path.rename": "rename",
     "pathlib:Path.unlink": "tidying",
-    "bert_tickets.runs:write": "tidying",
+    "bert_tickets.recovery:write": "tidying",
 }
 ANY_MOMENT = "any moment"
 

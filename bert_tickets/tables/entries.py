@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bert_tickets import UserError
-from bert_tickets.records import IMP, PRETRAINED, Record, by_seed, dense, need_one_setting, need_one_subject
+from bert_tickets.records import IMP, PRETRAINED, Failure, Record, by_seed, dense, need_one_setting, need_one_subject
 from bert_tickets.tables import published
 from bert_tickets.tables.sweeps import command
 from bert_tickets.tables.verdicts import Difference, Summary, holm, matches, matches_or_exceeds, paired, summarize, verdict
@@ -52,6 +52,7 @@ class Pool:
 
     records: Sequence[Record]
     notes: Sequence[str] = ()
+    failures: Sequence[Failure] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -104,12 +105,14 @@ class Pool:
         )
 
     def unfinished(self, tasks: Iterable[str]) -> list[str]:
-        """The runs of these tasks that have not all their levels yet, a sentence each."""
+        """The runs of these tasks that have not all their levels, a sentence each; first those of any task that say why."""
+        told = [str(failure) for failure in self.failures]
         done: dict[Path, list[Record]] = {}
         for record in self.records:
             if record.task in tasks and record.ticket == IMP:
                 done.setdefault(record.run, []).append(record)
-        return [f"{run} has finished {len(r)} of its {r[0].levels} levels" for run, r in done.items() if len(r) < r[0].levels]
+        short = {run: (len(r), r[0].levels) for run, r in done.items() if len(r) < r[0].levels}
+        return told + [f"{run} has finished {some} of its {levels} levels" for run, (some, levels) in short.items()]
 
     def remedies(self, entries: Iterable[Entry]) -> list[str]:
         """What runs entries lack, and the command of the sweep that makes them, a sentence each."""
@@ -143,7 +146,7 @@ def percent(sparsity: float) -> str:
     return f"{text} %"
 
 
-def choose(records: Sequence[Record]) -> Pool:
+def choose(records: Sequence[Record], failures: Sequence[Failure] = ()) -> Pool:
     """The records that tables are made of: those of the plain way to find tickets, or of the one that there is.
 
     Raises `UserError` where a task has two settings, or tickets found in several ways of which none is the plain one. A given
@@ -172,7 +175,7 @@ def choose(records: Sequence[Record]) -> Pool:
         if r.ticket == IMP and (r.finding != chosen[r.task] or (r.rewind != "0" and r.task in rewound))
     }
     kept = [r for r in own if r.ticket == IMP or r.mask_sha256 not in foreign - plain]
-    return Pool(kept, [*notes, *_settings(kept)])
+    return Pool(kept, [*notes, *_settings(kept)], failures)
 
 
 def _settings(records: Sequence[Record]) -> list[str]:
