@@ -57,17 +57,22 @@ def load_trained(ticket: Ticket) -> tuple[Net, Any]:
     """The network as the level's training left it, and its tokenizer."""
     from bert_tickets.files import read_tensors
     from bert_tickets.models import POOLER, set_parameters
+    from bert_tickets.soundness import check_model, check_tensors
 
     kept, file = ticket.folder / "model", ticket.folder / "weights.safetensors"
-    if not file.is_file():
+    whole = kept.is_dir() and not ticket.given  # with configuration and tokenizer: no base model is needed
+    if file.is_file():
+        check_tensors(file, ticket.run, ticket.level)
+    elif kept.is_dir():
         file = kept / NET
-    if not file.is_file():
+    else:
         raise UserError(
             f"{ticket.folder} has no trained weights: a run keeps them of its newest level alone. Leave out --level, give "
             "--untrained for the weights that the level started from, or make the run again with --keep-models and another "
             "--output-dir."
         )
-    whole = kept.is_dir() and not ticket.given  # with configuration and tokenizer: no base model is needed
+    if whole or file.parent == kept:
+        check_model(ticket.run, ticket.level)
     with contextlib.redirect_stdout(io.StringIO()):  # what is said of weights drawn anew: none of them stays
         net, tokenizer = _load(ticket, str(kept) if whole else ticket.model, "pretrained")
     if not whole:
@@ -85,11 +90,13 @@ def load_untrained(ticket: Ticket) -> tuple[Net, Any]:
     """
     from bert_tickets.files import read_tensors
     from bert_tickets.models import digest, encoder_weights, set_parameters
+    from bert_tickets.soundness import check_tensors
 
     cfg = ticket.cfg
     net, tokenizer = _load(ticket, ticket.model, cfg.init)
     _check_base(ticket, net, weights=True, head=True)
     if ticket.later:
+        check_tensors(ticket.later, ticket.run)
         set_parameters(net, read_tensors(ticket.later), ticket.later)
     params = dict(net.named_parameters())
     ticket.mask.apply(params)

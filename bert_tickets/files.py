@@ -144,6 +144,12 @@ def _sha256(*parts: bytes | memoryview) -> str:
     return sha.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """The digest of a file that others write, and that has no checksum of its own; `OSError` where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in this folder last."""
     descriptor = os.open(folder, os.O_RDONLY)

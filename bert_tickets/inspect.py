@@ -32,7 +32,7 @@ from bert_tickets.history import (
     results_lines,
 )
 from bert_tickets.report import table
-from bert_tickets.soundness import check_mask, check_metrics, check_tensors, missing
+from bert_tickets.soundness import check_mask, check_metrics, check_model, check_tensors, kept_files, missing
 
 if TYPE_CHECKING:
     from bert_tickets.mask import Mask
@@ -145,7 +145,10 @@ def _verdict(run: Path, path: Path) -> str:
     if name == "results.jsonl":
         return SOUND if path.read_bytes() == results_lines(run) else "is not what the levels' metrics.json say"
     if "model" in place:
-        return "not checked: a file of transformers"
+        level = _level_of(path.parent)
+        check_model(run, level, name)
+        noted = kept_files(run, level)
+        return SOUND if name in noted else "not of a run" if noted else "not checked: an older version noted no digest of it"
     if path.suffix == ".safetensors":
         if name == "mask.safetensors":
             check_mask(run, _level_of(path))

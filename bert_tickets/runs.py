@@ -32,6 +32,7 @@ from bert_tickets.config import Config, flat, identity
 from bert_tickets.environment import environment
 from bert_tickets.files import (
     cannot_write,
+    file_sha256,
     read_sealed,
     read_tensors,
     sync_folder,
@@ -226,6 +227,7 @@ class Run:
                 write_tensors(temporary / "moments.safetensors", moments, facts)
             if self.cfg.keep_models:
                 _keep_model(net, tokenizer, temporary / "model")
+                result["model_files"] = {path.name: file_sha256(path) for path in sorted((temporary / "model").iterdir())}
             write_sealed(temporary / "metrics.json", {**facts, **result})
             self.log("level", level=level, seconds=round(seconds, 2))
             temporary.rename(folder)

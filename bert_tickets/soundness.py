@@ -5,11 +5,12 @@ A checksum tells that a file is as it was written, and what it says of itself th
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from bert_tickets import UserError
-from bert_tickets.files import check, read_facts, read_info, read_sealed
+from bert_tickets.files import check, file_sha256, read_facts, read_info, read_sealed
 from bert_tickets.history import is_strict, level_dir, levels_done, result
 
 
@@ -54,6 +55,26 @@ def check_tensors(path: Path, run: Path, level: int | None = None) -> None:
         raise UserError(f"{path} is damaged or another run's: it is of {facts.get('run')}, level {facts.get('level')}")
 
 
+def check_model(run: Path, level: int, *names: str) -> None:
+    """Raise `UserError` where a file of a level's kept model (one of `names`, if any are given) is missing or damaged. A level of
+    an older version has noted no digests of them."""
+    folder, noted = level_dir(run, level) / "model", kept_files(run, level)
+    for name in names or noted:
+        try:
+            if name in noted and file_sha256(folder / name) != noted[name]:
+                raise UserError(f"{folder / name} is damaged: it is not what the level's metrics.json noted")
+        except OSError as error:
+            raise UserError(f"{folder / name} is damaged or missing: {error.strerror}") from None
+
+
+def kept_files(run: Path, level: int) -> dict[str, str]:
+    """The files of a level's kept model and their digests, as its metrics.json noted them."""
+    noted = check_metrics(run, level).get("model_files", {})
+    if not isinstance(noted, dict) or not all(name and "/" not in name and name != ".." for name in noted):
+        raise UserError(f"{level_dir(run, level) / 'metrics.json'} is damaged: its model_files are to be names and digests")
+    return noted
+
+
 def check_finished(run: Path) -> None:
     """As `check_levels`, and of all other files of a finished run: what is there of them is to be sound."""
     check_levels(run)
@@ -65,7 +86,7 @@ def check_finished(run: Path) -> None:
 
 
 def missing(run: Path) -> list[tuple[Path, str]]:
-    """Files that a run's state says must be there and are not, and what that means: all but levels' masks and metrics."""
+    """What a run's state says must be there and is not, and what that means: all but levels' masks and metrics."""
     done, needed = levels_done(run), {run / "run.json": "without it nobody can tell what ran, and the run cannot go on"}
     if done:
         newest = level_dir(run, done - 1)
@@ -80,7 +101,12 @@ def missing(run: Path) -> list[tuple[Path, str]]:
                 needed[newest / "moments.safetensors"] = "no run can go on without AdamW's state"
             if config.get("rewind") not in ("0", "none"):
                 needed[run / "rewind.safetensors"] = "no later level can begin without these weights"
-    return [(path, what) for path, what in needed.items() if not path.is_file()]
+    for level in range(done):
+        folder = level_dir(run, level) / "model"
+        with contextlib.suppress(UserError):  # said elsewhere
+            for name in kept_files(run, level):
+                needed[folder / name if folder.is_dir() else folder] = "the level's kept model cannot be opened without it"
+    return [(path, what) for path, what in needed.items() if not path.exists()]
 
 
 def _own(run: Path) -> tuple[str, bool]:

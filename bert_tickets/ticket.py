@@ -12,6 +12,7 @@ from bert_tickets.config import Config, of_flat
 from bert_tickets.files import read_sealed
 from bert_tickets.history import check_format
 from bert_tickets.mask import Mask
+from bert_tickets.soundness import check_mask, check_metrics
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def find(run: Path, level: int | None = None, model: str | None = None) -> Ticke
     level = max(levels) if level is None else level
     folder = run / f"level_{level:02d}"
     line = _read(folder / "metrics.json", {"metrics", "kept", "total", "steps", "mask_sha256", "starts_at_sha256"})
+    check_metrics(run, level)
+    check_mask(run, level)
     mask = Mask.load(folder / "mask.safetensors")
     if mask.sha256() != line["mask_sha256"]:
         raise UserError(f"{folder} is damaged: its mask is not the one that its metrics.json names (mask_sha256)")

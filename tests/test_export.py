@@ -27,7 +27,7 @@ from bert_tickets.command import parse as parse_script
 from bert_tickets.command import run_command
 from bert_tickets.config import build, flat, of_flat, preset_of
 from bert_tickets.export import export, main, parse
-from bert_tickets.files import read_sealed, read_tensors, write_sealed, write_tensors
+from bert_tickets.files import read_facts, read_sealed, read_tensors, write_sealed, write_tensors
 from bert_tickets.mask import Mask
 from bert_tickets.models import digest, encoder_weights
 from bert_tickets.runs import Run
@@ -313,6 +313,7 @@ def test_a_damaged_level_is_refused_and_leaves_nothing(copied, tmp_path):
     run, output = copied("stsb"), tmp_path / "out" / "o"
     level = run / "level_01"
     mask, weights = (level / "mask.safetensors").read_bytes(), read_tensors(level / "weights.safetensors")
+    facts = read_facts(level / "weights.safetensors")
     (level / "mask.safetensors").write_bytes(mask[:-1] + bytes([mask[-1] ^ 1]))
     assert "its content does not match its checksum" in refused(run, output)
     shutil.copy(run / "level_00" / "mask.safetensors", level / "mask.safetensors")  # a sound mask, but not this level's
@@ -327,15 +328,28 @@ def test_a_damaged_level_is_refused_and_leaves_nothing(copied, tmp_path):
     name, kept = next((name, kept) for name, kept in Mask.load(level / "mask.safetensors").items() if not kept.all())
     place = tuple((~kept).nonzero()[0])
     weights[name][place] = 1e-3
-    write_tensors(level / "weights.safetensors", weights)
+    write_tensors(level / "weights.safetensors", weights, facts)
     assert "1 weights that its mask removes are not zero" in refused(run, output)
     weights[name][place] = 0
-    write_tensors(level / "weights.safetensors", {n: t for n, t in weights.items() if n != "classifier.bias"})
+    write_tensors(level / "weights.safetensors", {n: t for n, t in weights.items() if n != "classifier.bias"}, facts)
     assert "has no classifier.bias of shape (1,)" in refused(run, output)
+    write_tensors(level / "weights.safetensors", weights, facts | {"run": "another"})
+    assert "weights.safetensors is damaged or another run's" in refused(run, output)
     (level / "weights.safetensors").write_bytes(b"torn")
     assert "is damaged or missing" in refused(run, output)
     assert not output.exists()
     assert list(output.parent.glob("*")) == list(output.parent.glob(".*")) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pooler.safetensors", "config.json", "tokenizer.json"])
+def test_a_kept_model_that_is_not_what_the_run_wrote_is_refused(copied, tmp_path, name):
+    run = copied("squad")
+    file, output = run / "level_00" / "model" / name, tmp_path / "o"
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"0", b"1", 1) if name.endswith("json") else data[:-1] + bytes([data[-1] ^ 1]))
+    assert f"{name} is damaged: it is not what the level's metrics.json noted" in refused(run, output, "--level", "0")
+    file.unlink()
+    assert f"{name} is damaged or missing" in refused(run, output, "--level", "0")
 
 
 def test_nothing_of_the_run_is_changed(runs, tmp_path):

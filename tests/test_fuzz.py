@@ -437,15 +437,14 @@ def test_a_hostile_file_of_tensors_is_refused_soon_and_in_little_memory(tmp_path
     path.write_bytes(HOSTILE[what]())
     for read in (Mask.load, check, read_tensors, read_facts):
         with bounded(), suppress(UserError):
-            read(path)
-            assert read is not Mask.load
-    try:
-        found = Mask.load(path)
-    except UserError as error:
-        assert "file.safetensors" in str(error)
-    else:  # torch 2.11 finds the archive's second end, and all of the mask
-        assert what == "an archive without end"
-        assert found == MASK
+            found = read(path)
+            assert read is not Mask.load or found == MASK
+    if what == "an archive without end":  # torch 2.11 finds the archive's other end, and all of the mask
+        with suppress(UserError):
+            assert Mask.load(path) == MASK
+    else:
+        with pytest.raises(UserError, match=r"file\.safetensors"):
+            Mask.load(path)
 
 
 HOSTILE_JSON = {

@@ -22,7 +22,7 @@ def made(commands, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("inspected"))
         patch.setattr(sys, "argv", ["lt_glue.py", "--task", "rte", "an argument"])
-        cfg = parse("glue", None, [*commands["lt_glue.py"], "--levels", "3"])
+        cfg = parse("glue", None, [*commands["lt_glue.py"], "--levels", "3", "--keep-models"])
         lt_glue.main(cfg)
         return run_dir(cfg, "glue").resolve()
 
@@ -62,6 +62,7 @@ def test_what_ended_a_level_is_told_and_verified(run, capsys):
 
 
 FILES = ["run.json", "results.jsonl", "level_00/metrics.json", "level_01/mask.safetensors", "level_02/weights.safetensors"]
+FILES += [f"level_01/model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -101,6 +102,29 @@ def test_weights_that_are_not_finite_are_named(run):
     weights["classifier.bias"][0] = torch.nan
     write_tensors(path, weights, read_facts(path))
     assert faults(run) == {"level_02": "weights.safetensors has weights that are not finite"}
+
+
+def test_a_kept_model_of_which_something_is_missing_is_named(run):
+    (run / "level_00" / "model" / "config.json").unlink()
+    shutil.rmtree(run / "level_01" / "model")
+    why = "is missing: the level's kept model cannot be opened without it"
+    assert faults(run) == {"level_00/model/config.json": why, "level_01/model": why}
+
+
+def test_a_kept_model_of_an_older_version_is_not_checked(run):
+    path = run / "level_00" / "metrics.json"
+    write_sealed(path, {key: value for key, value in read_sealed(path).items() if key != "model_files"})
+    (run / "results.jsonl").write_bytes(results_lines(run))
+    said = {path.name: verdict for path, verdict in verify(run) if path.parent == run / "level_00" / "model"}
+    assert set(said.values()) == {"not checked: an older version noted no digest of it"}
+    assert faults(run) == {}
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "..", "", "a/b"])
+def test_a_kept_model_has_no_file_elsewhere(run, name):
+    path = run / "level_00" / "metrics.json"
+    write_sealed(path, read_sealed(path) | {"model_files": {name: "0"}})
+    assert "its model_files are to be names and digests" in faults(run)["level_00/model/config.json"]
 
 
 def test_a_run_of_an_older_version_is_read_and_said_to_be_one(run, capsys):

@@ -327,9 +327,7 @@ def diverge(go, monkeypatch, tmp_path):
 
         with monkeypatch.context() as patch:
             patch.setattr(Step, "__call__", breaking)
-            with pytest.raises(
-                Diverged, match=r"became infinite or NaN by step 2\. It is no result, and results\.jsonl says so"
-            ):
+            with pytest.raises(Diverged, match=r"became infinite or NaN by step 2\. It is no result, and results\.jsonl says so"):
                 go(name)
         (found,) = (tmp_path / name / "runs").iterdir()
         return found
