@@ -199,13 +199,16 @@ def commands(bert_dir: Path, glue_dir: Path, squad_dir: Path, corpus_dir: Path) 
     return {script: f"{line} --model {bert_dir} --lr 1e-3 --log-every 2".split() for script, line in words.items()}
 
 
+DEPRECATED = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"  # as pyproject.toml has it
+
+
 @pytest.fixture
 def run_script(tmp_path: Path):
     """Run an entry script as a user does, in a process of its own and a folder of its own: (code, output, errors)."""
 
     def run(script: str, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": DEPRECATED}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
 
     return run
