@@ -3,6 +3,7 @@
   python scripts/tables.py runs                                 # all tables that there are runs for, as Markdown
   python scripts/tables.py runs --table 2 --format latex --output table2.tex
   python scripts/tables.py runs --table transfer --sparsity 50
+  python scripts/tables.py runs --table 2 --sources             # and where each number comes from: runs, levels, masks
   python scripts/tables.py runs --setting "lr 0.0001" --format csv --output tables.csv   # full precision, with the runs' names
 
 Takes run directories, or folders that hold them. Tables:
@@ -45,12 +46,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, metavar="PERCENT", help="of the weights removed, for tables 3 and transfer")
     parser.add_argument("--setting", metavar="WORDS", help="of runs with several settings those that have these words")
     parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown", help="(default: markdown)")
+    parser.add_argument("--sources", action="store_true", help="also of each number its runs, levels and masks (CSV has them)")
     parser.add_argument("--output", metavar="FILE", help="write there instead of to the terminal")
     args = parser.parse_args(hyphens(None))
     if args.sparsity is not None and args.table not in AT_ONE_SPARSITY:
         parser.error(f"--sparsity is of one table: add --table {' or --table '.join(AT_ONE_SPARSITY)}")
     if args.sparsity is not None and not 1 <= args.sparsity < 100:
         parser.error(f"--sparsity {args.sparsity:g}: percent of the weights, from 1 to below 100, are needed")
+    if args.sources and args.format == "csv":
+        parser.error("--sources: CSV has them in its last columns")
     return args
 
 
@@ -76,7 +80,10 @@ def main(args: argparse.Namespace) -> None:
         what = f"table {args.table}" if args.table else "any table"
         told = "".join(f"\n  {failure}" for failure in failures)
         raise UserError(f"there are no runs here for {what}; they are made by: bash scripts/{sweep}.sh{told}")
-    text = {"markdown": layout.markdown, "csv": layout.tidy, "latex": layout.latex}[args.format](tables)
+    if args.format == "csv":
+        text = layout.tidy(tables)
+    else:
+        text = {"markdown": layout.markdown, "latex": layout.latex}[args.format](tables, traced=args.sources)
     if args.output:
         write(Path(args.output), text.encode(errors="backslashreplace"))
         print(f"written to {args.output}")

@@ -32,7 +32,7 @@ from bert_tickets.command import parse
 from bert_tickets.files import check, read_facts, read_json, read_sealed, read_tensors, safetensors_parts, write_sealed
 from bert_tickets.inspect import inspect
 from bert_tickets.mask import Mask
-from bert_tickets.records import read_records
+from bert_tickets.records import read_failures, read_records
 from bert_tickets.tables import layout, transfers, variations, winning
 from bert_tickets.tables.entries import choose
 from bert_tickets.tasks.glue import LONGEST, ROWS, read_tsv
@@ -303,16 +303,20 @@ def finished(commands, tmp_path_factory) -> tuple[Path, config.Config]:
     run = history.run_dir(cfg, "glue")
     about = {"run": run.name, "level": 2, "step": 1}
     rundirs.write_tensors(run / "checkpoint.safetensors", {"total": torch.zeros(())}, about)
+    write_sealed(run / "failure.json", {"run": run.name, "task": cfg.task, "level": 2, "ended": "the loss became nan by step 1"})
+    (run / "results.jsonl").write_bytes(history.results_lines(run))
     return run, cfg
 
 
 def tables_of(run: Path) -> None:
     """All that scripts/tables.py makes of a run."""
-    pool = choose(read_records([run]))
+    pool = choose(read_records([run]), read_failures([run]))
     made = [winning.table2(pool), winning.table4(pool), winning.curves(pool), transfers.transfer(pool, None)]
     made += [variations.table3(pool, None), variations.weights(pool)]
-    for write in (layout.markdown, layout.tidy, layout.latex):
-        write([table for table in made if table is not None])
+    tables = [table for table in made if table is not None]
+    layout.tidy(tables)
+    for write in (layout.markdown, layout.latex):
+        write(tables, traced=True)
 
 
 def read_all(run: Path, cfg: config.Config) -> None:

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bert_tickets import UserError
+from bert_tickets.files import read_json
+from bert_tickets.mask import Mask
 from bert_tickets.records import read_failures, read_records
 from bert_tickets.tables import variations, winning
 from bert_tickets.tables.entries import choose
@@ -87,7 +89,32 @@ def test_csv_goes_back_to_the_runs_in_full_precision(one_task):
         folders = [Path(name) for name in row["runs"].split(";")]
         assert len(folders) == 3
         assert all((folder / "run.json").exists() for folder in folders)
+        masks = [rundirs.mask_of(folder, int(level)) for folder, level in zip(folders, row["levels"].split(";"), strict=True)]
+        assert [Mask.load(mask).sha256() for mask in masks] == row["masks"].split(";")
     assert {row["task"] for row in found.values()} == {"sst2"}
+
+
+def test_sources_go_from_each_number_to_its_run_and_mask(command, one_task, capsys):
+    command(one_task, "--sources")
+    _, _, text = capsys.readouterr().out.partition("## Where these numbers come from\n\n")
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()[2:]]
+    assert len(lines) == len({tuple(line) for line in lines}) == 3 * (4 + 3)  # seeds; levels and controls
+    for task, _, sparsity, seed, value, run, level, sha256 in lines:
+        assert task == "SST-2"
+        told = read_json(Path(run) / f"level_{int(level):02d}" / "metrics.json")
+        assert f"{100 * told['metrics']['accuracy']:.4f}" == value
+        assert f"{100 * told['sparsity']:.0f} %" == sparsity
+        assert told["mask_sha256"] == sha256
+        assert read_json(Path(run) / "run.json")["config"]["seed"] == int(seed)
+    command(one_task, "--sources", "--format", "latex")
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("% SST-2, ")]
+    assert [line.split(", ")[-1] for line in comments] == [line[-1] for line in lines]
+
+
+def test_csv_has_its_sources_already(command, one_task, capsys):
+    with pytest.raises(SystemExit):
+        command(one_task, "--sources", "--format", "csv")
+    assert "CSV has them in its last columns" in capsys.readouterr().err
 
 
 def test_controls_elsewhere_have_a_line_of_their_own(tmp_path):

@@ -27,7 +27,7 @@ class Entry:
     metric: str = ""
     seeds: tuple[int, ...]  # that the task has runs of; `missing` are those without this one
     summary: Summary
-    runs: tuple[Path, ...] = ()
+    records: tuple[Record, ...] = ()  # that it is of, by seed
     doubts: tuple[str, ...] = ()  # what its runs say against their values, with the seed
     published: published.Figure | None = None
     published_sparsity: float | None = None
@@ -40,6 +40,10 @@ class Entry:
     verdict: str = ""
     sweep: str = ""  # that makes such runs, with these of its variables
     variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> tuple[Path, ...]:
+        return tuple(record.run for record in self.records)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -100,7 +104,7 @@ class Pool:
             metric=records[0].metric if records else "",
             seeds=self.seeds(task),
             summary=summarize({seed: record.value for seed, record in found.items()}, UNIT),
-            runs=tuple(record.run for record in records),
+            records=tuple(records),
             doubts=tuple(f"seed {record.seed}: {doubt}" for record in records for doubt in record.doubts),
         )
 

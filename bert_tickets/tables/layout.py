@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bert_tickets.tables import published
-from bert_tickets.tables.entries import Entry, percent
+from bert_tickets.tables.entries import UNIT, Entry, percent
 from bert_tickets.tables.published import TICKET
 
 MISSING = "no run"
@@ -18,7 +18,8 @@ COLUMNS = [
     *("table", "task", "row", "sparsity", "metric", "unit", "mean", "sd", "n", "seeds", "undefined", "doubts"),
     *("within_one_sd", "match_or_exceed"),
     *("published_mean", "published_sd", "published_sparsity"),
-    *("reference", "difference", "interval_low", "interval_high", "pairs", "p_holm", "published_difference", "verdict", "runs"),
+    *("reference", "difference", "interval_low", "interval_high", "pairs", "p_holm", "published_difference", "verdict"),
+    *("runs", "levels", "masks"),
 ]
 FORMULA = r"$f(x, m_{\mathrm{IMP}} \odot \theta_0)$"
 MARKS = re.compile(r"([\\|<\[\]#~]|(?<!\S )\*|\*(?! \S)|\b_|_\b)")  # not the star between words, the underscore within one
@@ -91,11 +92,27 @@ def against(entry: Entry) -> list[str]:
     return [name, entry.row, percent(entry.sparsity), score(entry), difference, interval or "none", seeds or "0", entry.verdict]
 
 
+def sources(tables: Sequence[Table]) -> Panel:
+    """Where each number of these tables comes from: a line a run of it, with its level and its mask's hash."""
+    found: dict[tuple[str, ...], None] = {}  # lines, each once: an entry may stand in several tables
+    for entry in (entry for table in tables for entry in table.entries):
+        for record in entry.records:
+            value = "undefined" if record.value is None else f"{UNIT * record.value:.4f}"
+            words = [published.name(entry.task), entry.row, percent(entry.sparsity), str(record.seed), value]
+            found[(*words, str(record.run), str(record.level), record.mask_sha256)] = None
+    return Panel(
+        "Where these numbers come from",
+        ["task", "row", "sparsity", "seed", "value", "run (python -m bert_tickets.inspect RUN)", "level", "mask sha256"],
+        list(found),
+        words=8,
+    )
+
+
 # ---- the formats ----
 
 
-def markdown(tables: Sequence[Table]) -> str:
-    """Tables as GitHub renders them, what they share after the last."""
+def markdown(tables: Sequence[Table], *, traced: bool = False) -> str:
+    """Tables as GitHub renders them, what they share after the last; then, if `traced`, where their numbers come from."""
     shared = [note for note in tables[0].notes if all(note in table.notes for table in tables)] if len(tables) > 1 else []
     blocks = []
     for table in tables:
@@ -108,6 +125,8 @@ def markdown(tables: Sequence[Table]) -> str:
     missing = list(dict.fromkeys(line for table in tables for line in table.missing))
     blocks += ["## In all these tables", _md_list(shared)] if shared else []
     blocks += ["## What is missing", _md_list(missing)] if missing else []
+    if traced:
+        blocks += [f"## {(found := sources(tables)).title}", _md_grid(found)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -134,9 +153,13 @@ def _md(text: str) -> str:
     return "`".join(part if i % 2 else MARKS.sub(r"\\\1", part) for i, part in enumerate(parts))
 
 
-def latex(tables: Sequence[Table]) -> str:
-    r"""Tables for `\input`, with booktabs. What is missing is a comment: the cells say it already."""
-    return "% needs \\usepackage{booktabs,adjustbox,longtable}\n" + "\n".join(_latex_table(table) for table in tables)
+def latex(tables: Sequence[Table], *, traced: bool = False) -> str:
+    r"""Tables for `\input`, with booktabs. What is missing is a comment: the cells say it already; so, if `traced`, is where the
+    numbers come from."""
+    found = sources(tables)
+    lines = [f"{found.title}:", *map(", ".join, [found.header, *found.lines])] if traced else []
+    comments = "".join(f"% {' '.join(line.split())}\n" for line in lines)
+    return "% needs \\usepackage{booktabs,adjustbox,longtable}\n" + "\n".join(map(_latex_table, tables)) + comments
 
 
 def _latex_table(table: Table) -> str:
@@ -175,7 +198,7 @@ def _tex(text: str) -> str:
 
 
 def tidy(tables: Sequence[Table]) -> str:
-    """CSV in full precision, an entry a line: from a number back to the directories of its runs, separated by semicolons."""
+    """CSV in full precision, an entry a line: from a number back to its runs, their levels and masks, separated by semicolons."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -212,6 +235,8 @@ def _facts(entry: Entry) -> dict[str, object]:
         "published_difference": entry.published_difference,
         "verdict": entry.verdict or (MISSING if not entry.runs else "undefined" if summary.mean is None else ""),
         "runs": _join(entry.runs),
+        "levels": _join(record.level for record in entry.records),
+        "masks": _join(record.mask_sha256 for record in entry.records),
     }
 
 
