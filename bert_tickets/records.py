@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from bert_tickets import UserError
 from bert_tickets import config as settings
 from bert_tickets.files import read_info, read_sealed
-from bert_tickets.history import failure, is_number, level_dir
+from bert_tickets.history import check_format, failure, is_number, level_dir
 from bert_tickets.soundness import check_metrics
 
 IMP, ONESHOT, RANDOM, GIVEN = "IMP", "one-shot", "random", "given"  # where a ticket comes from; or the task that found it
@@ -117,6 +117,7 @@ def _read_run(run: Path) -> list[Record]:
 def _common(run: Path) -> dict[str, Any]:
     """What all records of a run say, by its run.json."""
     about = read_sealed(run / "run.json")
+    check_format(run)
     try:
         config, differs = about["config"], about["differs_from_preset"]
         for key, kind in {"task": str, "seed": int, "levels": int, "init": str, "rewind": str, "protocol": str}.items():

@@ -14,7 +14,7 @@ import lt_glue
 from bert_tickets import UserError
 from bert_tickets.command import parse
 from bert_tickets.config import build
-from bert_tickets.files import read_sealed, write_sealed
+from bert_tickets.files import read_json, read_sealed, write_json, write_sealed
 from bert_tickets.lottery import finetune, prepare
 from bert_tickets.mask import Mask
 from bert_tickets.records import (
@@ -144,6 +144,15 @@ def test_no_run_and_a_damaged_run_are_refused(tmp_path):
         read_records([tmp_path])
     (folder / "run.json").write_text("{")
     with pytest.raises(UserError, match="damaged or missing"):
+        read_records([tmp_path])
+
+
+def test_a_newer_run_is_refused(tmp_path):
+    folder = rundirs.run(tmp_path, [0.8])
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"format": 1})
+    assert len(read_records([tmp_path])) == 1
+    write_sealed(folder / "run.json", read_json(folder / "run.json") | {"format": 99})
+    with pytest.raises(UserError, match="format 99; this version reads up to 2: update"):
         read_records([tmp_path])
 
 

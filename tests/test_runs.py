@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import lt_glue
 import lt_pretrain
 import lt_squad
 from bert_tickets import Busy, Diverged, Stopped, UserError, files, lottery
 from bert_tickets.command import parse
-from bert_tickets.history import failure, seconds
+from bert_tickets.history import failure, is_strict, results, results_lines, seconds
+from bert_tickets.records import read_records
 from bert_tickets.runs import Run
 from bert_tickets.step import Step
 
@@ -83,12 +86,12 @@ def dying(function, at: int, *, before: bool = True):
     return call
 
 
-def die(go, monkeypatch, step: int) -> None:
+def die(go, monkeypatch, step: int, *words: str) -> None:
     """A run in the folder "run", killed at this step of all its levels (six each)."""
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", dying(Step.__call__, step))
         with pytest.raises(Killed):
-            go("run")
+            go("run", *words)
 
 
 VARIANTS = [("lt_glue.py", words.split()) for words in ("", "--rewind 3", "--rewind none", "--protocol released")]
@@ -410,6 +413,39 @@ def test_a_newer_run_directory_is_refused(go, tmp_path):
     files.write_sealed(about, files.read_sealed(about) | {"format": 99})
     with pytest.raises(UserError, match="format 99; this version reads up to"):
         go("run")
+
+
+def as_format_1(run: Path) -> None:
+    """Have a run directory be as the first version wrote it: nothing has a checksum, or says which run it is of."""
+    for path in sorted(run.rglob("*.json")):
+        value = {key: value for key, value in files.read_sealed(path).items() if key != "run"}
+        path.write_text(json.dumps(value | ({"format": 1} if path.name == "run.json" else {}), indent=1, sort_keys=True))
+    (run / "results.jsonl").write_bytes(results_lines(run))
+    for path in sorted(run.rglob("*.safetensors")):
+        info = {key: value for key, value in files.read_info(path).items() if key not in ("checksum", "run")}
+        if "facts" in info:
+            info["facts"] = json.dumps({key: value for key, value in json.loads(info["facts"]).items() if key != "run"})
+        save_file(load_file(path), path, info)
+
+
+@pytest.mark.parametrize(  # in a level, and before the first step of one
+    ("variant", "step"), [("", 9), ("", 13), ("--rewind 3", 9), ("--rewind 3", 10), ("--rewind none", 9), ("--rewind none", 13)]
+)
+def test_a_run_that_an_older_version_began_is_gone_on_with(go, monkeypatch, tmp_path, variant, step):
+    go("undisturbed", *variant.split())
+    die(go, monkeypatch, step, *variant.split())
+    (run,), (other,) = ((tmp_path / name / "runs").iterdir() for name in ("run", "undisturbed"))
+    as_format_1(run)
+    assert is_strict(other)
+    assert not is_strict(run)
+    go("run", *variant.split())
+    for ours, theirs in zip(results(run), results(other), strict=True):
+        assert {key: value for key, value in theirs.items() if key in ours} == ours
+        assert ours["losses"]
+    newest = "level_02/weights.safetensors"
+    assert load_file(run / newest).keys() == load_file(other / newest).keys()
+    assert all(torch.equal(tensor, load_file(other / newest)[name]) for name, tensor in load_file(run / newest).items())
+    assert read_records([run])[2].metrics == read_records([other])[2].metrics
 
 
 def test_a_second_process_is_told_who_holds_the_directory(command, tmp_path, monkeypatch):
