@@ -62,13 +62,27 @@ emit() { # stage, command ...
     return
   fi
   printf '\n$ %s\n' "${line% }"
-  "$@" || code=$?
+  attend "$@" || code=$?
   if [ $code -eq 130 ] || [ $code -eq 143 ]; then # Ctrl-C, SIGTERM; what the kernel killed for its memory is a failed one
     echo "stopped; the same command goes on" >&2
     exit $code
   elif [ $code -ne 0 ]; then
     failures+=("exit code $code: ${line% }")
   fi
+}
+
+# Run a command and pass on what asks this sweep to stop: bash by itself would end and leave it running. It is a group of its own,
+# so that Ctrl-C reaches it once, and its exit code is the code here.
+attend() { # command ...
+  local child code signal
+  set -m
+  "$@" &
+  child=$!
+  set +m
+  for signal in INT TERM HUP; do trap "kill -$signal -- -$child 2> /dev/null" "$signal"; done
+  while code=0; wait "$child" || code=$?; kill -0 "$child" 2> /dev/null; do :; done # a signal ends the waiting, not the child
+  trap - INT TERM HUP
+  return $code
 }
 
 # What is made of the runs when all have ended; a dry run only names it.

@@ -2,8 +2,10 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,33 @@ def test_a_command_that_is_killed_stops_no_other_and_one_that_is_stopped_does(tm
         found = sweep("rewinding", TASKS="rte", SEEDS="1", REWIND="5% none", PYTHON=str(stub))
         assert (tmp_path / str(code)).read_text().count("called") == calls, found.stderr
         assert found.returncode == (1 if code == 137 else 143)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_asks_a_sweep_to_stop_reaches_its_command_once_and_is_waited_for(tmp_path, number):
+    """A sweep whose interpreter is a stub, which takes a second to save."""
+    stub, told = tmp_path / "python", tmp_path / "told"
+    stub.write_text(
+        f"""#!/usr/bin/env bash
+[[ "$*" == *--dry-run ]] && echo "would run in runs/x" && exit
+for name in INT TERM HUP; do trap "echo $name >> {told}; sleep 1; echo saved >> {told}; exit 143" $name; done
+echo began >> {told}
+for i in {{1..600}}; do sleep 0.05; done
+"""
+    )
+    stub.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts" / "rewinding.sh")]
+    words = {"PYTHON": str(stub), "TASKS": "rte", "SEEDS": "1", "REWIND": "5% none"}
+    with subprocess.Popen(command, env=os.environ | words, text=True, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not told.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert told.read_text().split() == ["began", signal.Signals(number).name.removeprefix("SIG"), "saved"]
+    assert process.returncode == 143
+    assert "stopped; the same command goes on" in said
 
 
 def test_variables_reach_the_commands():
