@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import io
 import os
+import resource
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -79,12 +80,17 @@ def keep_freed_memory() -> None:
 
     By itself it hands every large tensor back to the system at once, and a training step on a CPU then spends up to a
     seventh of its time on page faults, most of them for the embedding's gradient. Where the user has set glibc's variables,
-    theirs hold.
+    theirs hold. Where the process's memory is limited, it is the other way round: what is kept would be there for nobody else,
+    and a limit once reached would stay reached.
     """
-    trim_threshold, mmap_max = -1, -4  # names of malloc.h
-    if not any(name.startswith("MALLOC_") for name in os.environ):
-        with contextlib.suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of malloc.h
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+            mallopt(mmap_threshold, 2**17)  # and it stays there, where glibc by itself raises it to the sizes it meets
+        else:
             mallopt(mmap_max, 0)  # large blocks from the heap as well
             mallopt(trim_threshold, -1)  # and the heap never shrinks
 

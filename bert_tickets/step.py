@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
 
 Loss = Callable[[Batch], Tensor]  # a packed batch to its mean loss, a scalar
+NO_ROOM = ("DefaultCPUAllocator: ", "could not create a ")  # in what torch and oneDNN say where an allocation fails
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 
 
@@ -35,6 +37,29 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+
+
+@contextlib.contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Have a CPU on which an allocation fails (under a limit; else the kernel kills) raise what a GPU does,
+    `torch.OutOfMemoryError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_ROOM):
+            raise
+        raise torch.OutOfMemoryError(first_line(error)) from None
+
+
+def give_back(device: torch.device) -> None:
+    """Hand what is free back to the device: it is in blocks of the wrong sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc's
 
 
 class Step:
@@ -94,7 +119,8 @@ class Step:
     def _take(self, *parts: Batch) -> Tensor:
         loss = self._backward(parts)
         try:
-            return self._update(loss)
+            with out_of_memory():
+                return self._update(loss)
         except torch.OutOfMemoryError as error:  # smaller parts would not help, and the weights may have moved in part
             raise UserError(
                 f"out of memory for the gradients' sum or AdamW's moments: {first_line(error)}. Nothing of this level is saved; "
@@ -122,11 +148,12 @@ class Step:
             for part in parts:
                 if draws is not None:
                     torch.set_rng_state(draws)  # each part takes its own of the whole batch's dropout
-                with autocast(self.precision, self.device), dropout_of(part.share):
-                    loss = self.loss(part)
-                if part.share is not None:
-                    loss = loss * part.weight  # the sum over the shares is the mean of the batch
-                self.scaler.scale(loss).backward()
+                with out_of_memory():
+                    with autocast(self.precision, self.device), dropout_of(part.share):
+                        loss = self.loss(part)
+                    if part.share is not None:
+                        loss = loss * part.weight  # the sum over the shares is the mean of the batch
+                    self.scaler.scale(loss).backward()
                 losses.append(loss.detach())
         except torch.OutOfMemoryError as error:
             short = str(error)

@@ -21,7 +21,7 @@ from bert_tickets.batches import Batch, Batches, Store, by_length, derive
 from bert_tickets.config import Training
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
-from bert_tickets.step import Loss, Step, autocast, precision_of
+from bert_tickets.step import Loss, Step, autocast, give_back, out_of_memory, precision_of
 
 EVALUATION = 1.0  # minutes of training that are saved before a level's evaluation, which may take as long again
 LEAST_SCALE = 2.0**-10  # of fp16 losses: below it the gradients themselves are beyond what fp16 holds
@@ -124,8 +124,7 @@ def train(
                     why = f"out of memory in step {at}, with one example at a time: {first_line(error)}"
                     raise UserError(f"{keeper.title}: {why}. A smaller --max-length, or a larger GPU, may help.") from None
             divided *= 2
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            give_back(device)
             keeper.divided(at, divided)
 
     def save() -> None:
@@ -213,13 +212,12 @@ def _packs(
     """This process's packs of at most `most` tokens with their outputs; None where one of them, anybody's, was too large."""
     packs, short = [], False
     try:
-        with autocast(precision_of(precision, store.device), store.device):
+        with out_of_memory(), autocast(precision_of(precision, store.device), store.device):
             packs = [(chosen, outputs(batch).float()) for chosen, batch in by_length(store, most, ranks)]
     except torch.OutOfMemoryError:
         short = True
     if not any(ranks.any(short)):
         return packs
     del packs
-    if store.device.type == "cuda":
-        torch.cuda.empty_cache()
+    give_back(store.device)
     return None

@@ -1,6 +1,10 @@
 """Where the device's memory runs out a batch is divided, and the step stays the same; and where fp16 runs out it is said."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +17,12 @@ from bert_tickets import UserError
 from bert_tickets.batches import Batch, Batches
 from bert_tickets.command import parse
 from bert_tickets.history import results, run_dir
-from bert_tickets.step import Step
+from bert_tickets.step import Step, out_of_memory
 from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import Mlm
 from bert_tickets.tasks.squad import Squad
 
+ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "lt_glue.py": (lt_glue, "glue", Glue),
     "lt_squad.py": (lt_squad, "squad", Squad),
@@ -107,6 +112,52 @@ def test_an_evaluation_that_does_not_fit_is_taken_in_smaller_packs(go, monkeypat
     monkeypatch.setattr(Squad, "outputs", outputs)
     assert [line["metrics"] for line in go("lt_squad.py", "small")] == [line["metrics"] for line in whole]
     assert "out of memory in the evaluation: again, in packs of" in capsys.readouterr().out
+
+
+def test_an_allocation_that_fails_on_a_cpu_is_out_of_memory_too():
+    for allocate in (lambda: torch.empty(2**50), lambda: bytearray(2**60)):
+        with pytest.raises(torch.OutOfMemoryError), out_of_memory():
+            allocate()
+    with pytest.raises(RuntimeError, match="shape") as other, out_of_memory():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not isinstance(other.value, torch.OutOfMemoryError)
+
+
+def test_a_batch_that_a_cpu_cannot_hold_is_divided(go, monkeypatch, capsys):
+    """The allocator's own words, where `small_device` has a GPU's."""
+    plain = Glue.loss
+
+    def loss(self, net, batch):
+        return plain(self, net, batch) + (torch.empty(2**50).sum() if len(batch.lengths) > 3 else 0)
+
+    whole = go("lt_glue.py", "large")
+    monkeypatch.setattr(Glue, "loss", loss)
+    assert [line["mask_sha256"] for line in go("lt_glue.py", "small")] == [line["mask_sha256"] for line in whole]
+    assert "can't allocate" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and knows glibc")
+@pytest.mark.parametrize("limited", [False, True])
+def test_freed_memory_is_kept_unless_memory_is_limited(limited):
+    """A gigabyte in 64 pieces, freed again, under a limit of 32."""
+    script = f"""
+import resource
+from pathlib import Path
+from bert_tickets.command import keep_freed_memory
+if {limited}:
+    resource.setrlimit(resource.RLIMIT_AS, (2**35, resource.RLIM_INFINITY))
+keep_freed_memory()
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[0])
+before = pages()
+for size in (2**20, 2**24):
+    pieces = [bytes(size) for _ in range(64)]
+    del pieces
+print((pages() - before) * resource.getpagesize())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    kept = int(ran.stdout)
+    assert kept < 2**23 if limited else kept > 2**29
 
 
 def test_parts_hold_every_example_once(bert_dir, glue_dir):
