@@ -151,21 +151,18 @@ def _check_base(ticket: Ticket, net: Net, *, weights: bool, head: bool) -> None:
 
 def write_ticket(output: Path, ticket: Ticket, net: Net, tokenizer: Any, *, untrained: bool) -> None:
     """Make the folder appear, complete and checked."""
-    from safetensors import SafetensorError
-
     from bert_tickets.card import card, cut
     from bert_tickets.files import write, writing_folder
     from bert_tickets.models import save_plain
+    from bert_tickets.refusal import in_words
 
     for name in ("is_local", "local_files_only"):  # where it was read from, which is nothing to share
         tokenizer.init_kwargs.pop(name, None)
     text = card(ticket, output.absolute().name, untrained=untrained)
     with writing_folder(output) as folder:
-        try:
+        with in_words(output):
             save_plain(net, folder)
             tokenizer.save_pretrained(folder)
-        except SafetensorError as error:  # save_pretrained's word for a disk that refuses
-            raise UserError(f"cannot write {output}: {error}") from None
         ticket.mask.write(folder / MASK, **{key: cut(value) for key, value in ticket.mask.info.items()})
         write(folder / "README.md", text.encode())
         check_written(folder, ticket)

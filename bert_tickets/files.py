@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bert_tickets import Busy, UserError, first_line
+from bert_tickets.refusal import cannot_write
 
 if TYPE_CHECKING:  # reading JSON and metadata takes no torch
     from torch import Tensor
@@ -157,18 +157,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """The refusal of the file system, in words."""
-    reasons = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "permission is denied",
-    }
-    reason = reasons.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
-    return UserError(f"cannot write {path}: {reason}. What was there before is intact; the same command can be given again.")
 
 
 def take_lock(path: Path) -> IO[str]:

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 from bert_tickets import UserError
-from bert_tickets.files import cannot_write, read_facts, write
+from bert_tickets.files import read_facts, write
 from bert_tickets.history import FAILURE, check_format, failure, level_dir, levels_done, needed, read_failure, results_lines
+from bert_tickets.refusal import in_words, remove
 from bert_tickets.soundness import check_levels, check_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -23,16 +24,14 @@ def recover(run: Path, levels: int) -> None:
     if levels_done(run) or any((run / name).exists() for name in ("run.json", CHECKPOINT, FAILURE)):
         with needed(run):
             check_levels(run)
-    try:
+    with in_words(run):
         for leftover in run.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        try:
-            read_failure(run)
-        except UserError as error:
-            print(f"{error}; it is removed")
-            (run / FAILURE).unlink()
-    except OSError as error:
-        raise cannot_write(run, error) from None
+    try:
+        read_failure(run)
+    except UserError as error:
+        print(f"{error}; it is removed")
+        remove(run / FAILURE)
     if failed := failure(run):
         print(f"level {failed['level']} came to no result before: {failed['ended']}; it is tried again")
     if levels_done(run) or failed:
@@ -42,18 +41,16 @@ def recover(run: Path, levels: int) -> None:
 def settle(run: Path, levels: int) -> None:
     """Remove what only a level before needed; then write results.jsonl from the levels' folders, so that it is the last."""
     done, checkpoint, path = levels_done(run), run / CHECKPOINT, run / "results.jsonl"
-    try:
-        for level in range(done - 1):
-            for name in ("weights.safetensors", "moments.safetensors"):
-                (level_dir(run, level) / name).unlink(missing_ok=True)
-        if checkpoint.exists() and (done >= levels or _is_of_a_finished_level(run, checkpoint)):
-            checkpoint.unlink()
-        if failure(run) is None:  # the level was finished later
-            (run / FAILURE).unlink(missing_ok=True)
-        found = path.read_bytes() if path.exists() else None
-    except OSError as error:
-        raise cannot_write(run, error) from None
+    for level in range(done - 1):
+        for name in ("weights.safetensors", "moments.safetensors"):
+            remove(level_dir(run, level) / name)
+    if checkpoint.exists() and (done >= levels or _is_of_a_finished_level(run, checkpoint)):
+        remove(checkpoint)
+    if failure(run) is None:  # the level was finished later
+        remove(run / FAILURE)
     data = results_lines(run)
+    with in_words(path):
+        found = path.read_bytes() if path.exists() else None
     if found == data:
         return
     finished = b"".join(line for line in (found or b"").splitlines(keepends=True) if ENDED not in line)

@@ -24,14 +24,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bert_tickets import Stopped, UserError
 from bert_tickets.config import Config, flat, identity
 from bert_tickets.environment import environment
 from bert_tickets.files import (
-    cannot_write,
     file_sha256,
     read_sealed,
     read_tensors,
@@ -45,6 +43,7 @@ from bert_tickets.mask import Mask
 from bert_tickets.models import save_plain, set_parameters
 from bert_tickets.ranks import ALONE, Ranks
 from bert_tickets.recovery import recover, settle
+from bert_tickets.refusal import cannot_write, in_words
 from bert_tickets.soundness import check_tensors
 
 
@@ -219,23 +218,23 @@ class Run:
         info = {} if self.cfg.mask else {**found, "level": str(level), "run": folder.parent.name}  # a given mask stays as it came
         facts = {"run": self.dir.name, "level": level}
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            mask.write(temporary / "mask.safetensors", **info)
-            write_tensors(temporary / "weights.safetensors", dict(net.named_parameters()), facts)
-            if moments:
-                write_tensors(temporary / "moments.safetensors", moments, facts)
-            if self.cfg.keep_models:
-                _keep_model(net, tokenizer, temporary / "model")
-                result["model_files"] = {path.name: file_sha256(path) for path in sorted((temporary / "model").iterdir())}
-            write_sealed(temporary / "metrics.json", {**facts, **result})
-            self.log("level", level=level, seconds=round(seconds, 2))
-            temporary.rename(folder)
-            sync_folder(self.dir)
-        except OSError as error:
-            raise cannot_write(folder, error) from None
-        except SafetensorError as error:  # save_pretrained's word for a disk that refuses
-            raise UserError(f"cannot write {temporary / 'model'}: {error}. The levels before are intact.") from None
+            with in_words(folder):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                mask.write(temporary / "mask.safetensors", **info)
+                write_tensors(temporary / "weights.safetensors", dict(net.named_parameters()), facts)
+                if moments:
+                    write_tensors(temporary / "moments.safetensors", moments, facts)
+                if self.cfg.keep_models:
+                    _keep_model(net, tokenizer, temporary / "model")
+                    result["model_files"] = {path.name: file_sha256(path) for path in sorted((temporary / "model").iterdir())}
+                write_sealed(temporary / "metrics.json", {**facts, **result})
+                self.log("level", level=level, seconds=round(seconds, 2))
+                temporary.rename(folder)
+                sync_folder(self.dir)
+        except UserError:
+            shutil.rmtree(temporary, ignore_errors=True)  # what fills the disk
+            raise
         settle(self.dir, self.levels)
 
     def fail(self, level: int, why: str) -> None:

@@ -49,6 +49,7 @@ FLOORS = {
     "compare": 3,
     "records": 3,
     "ranks": 0,
+    "refusal": 0,
     "history": 0,
     "soundness": 0,
     "recovery": 0,

@@ -1,0 +1,59 @@
+"""What the file system refuses, in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bert_tickets import UserError
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is denied",
+}
+
+
+def reason(error: OSError) -> str:
+    """Why the file system refused."""
+    return REASONS.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
+
+
+def cannot_write(path: Path, error: OSError, verb: str = "write") -> UserError:
+    """The refusal of the file system, in a sentence."""
+    return UserError(
+        f"cannot {verb} {path}: {reason(error)}. What was there before is intact; the same command can be given again."
+    )
+
+
+@contextmanager
+def in_words(path: Path) -> Iterator[None]:
+    """What the file system refuses in this context, as `cannot_write(path, ...)`.
+
+    That is an `OSError`, or what a library written in Rust makes of one: safetensors a kind of its own and tokenizers a plain
+    `Exception`, both ending with "(os error 28)".
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)$", str(error))
+        if told is None:
+            raise
+        raise cannot_write(path, OSError(int(told[1]), str(error))) from None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there; `UserError` where the file system refuses."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error, "remove") from None
