@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -159,26 +160,37 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def take_lock(path: Path) -> IO[str]:
+def take_lock(path: Path) -> IO[bytes]:
     """The opened lock file, held until it is closed; `Busy` where another process holds it, `OSError` where it cannot be.
 
     The file names its holder. The kernel lets go of it however the process ends.
     """
-    lock = path.open("a+", encoding="utf-8", errors="replace")
+    try:
+        lock = path.open("ab+", buffering=0)  # what a full disk refuses is not tried again when the file is closed
+    except FileNotFoundError:  # its folder was there just now
+        raise Busy(_given_up(path)) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        time.sleep(0.1)  # who took it this moment has not written its name yet: another's may stand there
         lock.seek(0)
-        holder = lock.read(200).strip() or "another process"
+        holder = lock.read(200).decode(errors="replace").strip() or "another process"
         raise Busy(f"{path.parent} is in use by {holder}; wait for it, or stop it") from None
     except OSError as error:
         raise UserError(f"{path.parent} is on a file system without locks ({error.strerror}); give another place") from None
-    if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:  # its holder removed it meanwhile
-        raise Busy(f"{path.parent} was just given up by another process; give the command again")
+    try:
+        removed = not os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+    except FileNotFoundError:
+        removed = True
+    if removed:  # by its holder, meanwhile
+        raise Busy(_given_up(path))
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
+
+
+def _given_up(lock: Path) -> str:
+    return f"{lock.parent} was just given up by another process; give the command again"
 
 
 def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:

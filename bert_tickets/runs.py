@@ -96,7 +96,7 @@ class Run:
         except OSError as error:
             if not self.complete:
                 raise cannot_write(self.dir, error) from None
-            self._lock = open(os.devnull)  # noqa: SIM115 - a finished run in a read-only archive: there is nothing to write
+            self._lock = open(os.devnull, "rb")  # noqa: SIM115 - a finished run in a read-only archive: there is nothing to write
         else:
             recover(self.dir, self.levels)
 
