@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 
 from bert_tickets import Busy, Stopped, UserError
 from bert_tickets.config import Config, Training, build, flat, offered, preset_values, tasks
+from bert_tickets.refusal import INTACT, REFUSALS, reason
 
 _TYPES = typing.get_type_hints(Config) | typing.get_type_hints(Training)
 
@@ -104,17 +105,29 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     try:
         main(*arguments)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL if isinstance(error, Busy) else 2)
+        _leave(os.EX_TEMPFAIL if isinstance(error, Busy) else 2, f"error: {error}")
     except Stopped as stop:
-        if str(stop):
-            print(stop, file=sys.stderr)
-        sys.exit(stop.code)
+        _leave(stop.code, str(stop))
     except BrokenPipeError:  # the reader of `... | head` has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the last flush fail
-        sys.exit(141)
+        _leave(141)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = error.filename or "where the output goes"  # a stream's refusal names nothing
+        _leave(2, f"error: the system refuses {where}: {reason(error)}. {INTACT}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        _leave(130, "interrupted")
+    _leave(0)
+
+
+def _leave(code: int, says: str = "") -> NoReturn:
+    """Exit, whatever becomes of what was printed: the interpreter's own last flush would change the exit code."""
+    for stream, text in ((sys.stderr, says and says + "\n"), (sys.stdout, "")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

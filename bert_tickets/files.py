@@ -38,7 +38,7 @@ DTYPES = {  # safetensors' names of what is written here
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """A file to fill, whose content appears at `path` when it is complete: a kill at any moment leaves the old one or the new
     one. An error raised while it is filled leaves the old one, and nothing beside it."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # another process may write the same
+    temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"  # another process may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -16,6 +16,22 @@ REASONS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission is denied",
+    errno.EEXIST: "where a folder is to be there is a file, or a link to nothing",
+    errno.ENOTDIR: "what is to be a folder is a file",
+    errno.EISDIR: "it is a folder",
+}
+INTACT = "What was there before is intact; the same command can be given again."
+# Whatever they meet, they are the system's doing, and no bug: a script says them in a sentence.
+REFUSALS = {
+    *REASONS,
+    errno.EPERM,
+    errno.EIO,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
 }
 
 
@@ -26,9 +42,7 @@ def reason(error: OSError) -> str:
 
 def cannot_write(path: Path, error: OSError, verb: str = "write") -> UserError:
     """The refusal of the file system, in a sentence."""
-    return UserError(
-        f"cannot {verb} {path}: {reason(error)}. What was there before is intact; the same command can be given again."
-    )
+    return UserError(f"cannot {verb} {path}: {reason(error)}. {INTACT}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import resource
@@ -308,6 +309,38 @@ def test_what_ends_a_run_is_said_on_stderr_and_by_the_exit_code(exit_of, error, 
     assert exit_of(main) == (code, "", says)
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(errno.EACCES, "no", "runs/x"), "error: the system refuses runs/x: permission is denied. "),
+        (OSError(errno.ENOSPC, "full"), "error: the system refuses where the output goes: the disk is full. "),
+        (OSError(errno.ENAMETOOLONG, "long", "aaa"), f"error: the system refuses aaa: {os.strerror(errno.ENAMETOOLONG)}. "),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence(exit_of, error, says):
+    def main() -> None:
+        raise error
+
+    assert exit_of(main) == (2, "", says + "What was there before is intact; the same command can be given again.\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
+@pytest.mark.parametrize(("out", "says"), [(True, True), (True, False), (False, True)])
+def test_output_on_a_full_disk_is_exit_code_2(out, says):
+    """Either stream, or both: also where the refusal comes with the last flush, and nobody can be told."""
+    script = "from bert_tickets.command import run_command; import sys; run_command(lambda: print(*sys.argv, file=sys.stderr))"
+    with open("/dev/full", "w") as full:
+        end = subprocess.run(
+            [sys.executable, "-c", script.replace("sys.stderr)", "sys.stdout)") if out else script],
+            stdout=full if out else subprocess.PIPE,
+            stderr=subprocess.PIPE if says and out else full,
+            text=True,
+        )
+    assert end.returncode == 2
+    if says and out:
+        assert end.stderr.startswith("error: the system refuses where the output goes: the disk is full.")
+
+
 def test_success_is_0_and_main_gets_its_arguments(exit_of):
     assert exit_of(print, "a", "b") == (0, "a b\n", "")
 
@@ -316,6 +349,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda: open("nowhere"))
 
 
 def test_dry_run_prints_the_plan_and_makes_no_directory(tmp_path, monkeypatch, capsys):
