@@ -22,6 +22,10 @@ class Busy(UserError):
     """Another process is at it now; the same command will do later. The entry scripts exit with code 75 (EX_TEMPFAIL)."""
 
 
+class Refused(UserError):
+    """The file system refuses to read or write what it has, for now: nothing is known to be damaged, or missing."""
+
+
 class Stopped(BaseException):
     """SIGTERM or Ctrl-C, after all that can be kept was written. `code` is the process's exit status.
 

@@ -25,7 +25,7 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from tqdm import tqdm
 
-from bert_tickets import UserError
+from bert_tickets import Refused, UserError
 from bert_tickets.batches import Batch, ship
 from bert_tickets.files import read_facts, writing
 from bert_tickets.texts import Text
@@ -131,7 +131,10 @@ def tokens_of(text: Text, tokenizer: Any, most: int | None = None) -> tuple[np.n
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     path = Path(HF_HOME) / "bert_tickets" / f"corpus-{_key(text, tokenizer, most)}.safetensors"
     if (found := _open(path, dtype)) is None:
-        _fill(path, text, tokenizer, most, dtype)
+        try:
+            _fill(path, text, tokenizer, most, dtype)
+        except Refused as error:
+            raise Refused(f"{error} A text's tokens need a file in a folder of $HF_HOME: set it to another place.") from None
         found = _open(path, dtype)
     if found is None:
         raise UserError(f"{path} was written and cannot be read back: is the disk under HF_HOME sound?")

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from bert_tickets import Busy, UserError, first_line
-from bert_tickets.refusal import cannot_write
+from bert_tickets import Busy, UserError
+from bert_tickets.refusal import cannot_read, cannot_write
 
 if TYPE_CHECKING:  # reading JSON and metadata takes no torch
     from torch import Tensor
@@ -94,11 +94,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value; `UserError` where it is not one."""
+    """A JSON file's value; `UserError` where it is not one, `Refused` where it cannot be read now."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing: {first_line(error)}") from None
+        raise cannot_read(path, error) from None
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
@@ -217,8 +217,8 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def check(path: Path, *, strict: bool = False) -> None:
-    """Raise `UserError` where a safetensors file's bytes do not match its checksum. One without a checksum is taken unless
-    `strict`."""
+    """Raise `UserError` where a safetensors file's bytes do not match its checksum, `Refused` where they cannot be read now. One
+    without a checksum is taken unless `strict`."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(_header_size(file)))
@@ -230,7 +230,7 @@ def check(path: Path, *, strict: bool = False) -> None:
             while block := file.read(1 << 20):
                 sha.update(block)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing: {first_line(error)}") from None
+        raise cannot_read(path, error) from None
     if sha.hexdigest() != expected:
         raise UserError(f"{path} is damaged: its content does not match its checksum")
 
@@ -280,4 +280,4 @@ def _opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         with safe_open(path, framework=framework) as file:
             yield file
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing: {first_line(error)}") from None
+        raise cannot_read(path, error) from None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_tickets import UserError
+from bert_tickets import Refused, UserError
 from bert_tickets.config import Config, run_name
 from bert_tickets.files import read_sealed
 
@@ -164,6 +164,8 @@ def needed(run: Path) -> Iterator[None]:
     """What is damaged in here, the run cannot go on without; the `UserError` says what can be done."""
     try:
         yield
+    except Refused:
+        raise
     except UserError as error:
         raise UserError(
             f"{str(error).rstrip('.')}. The run cannot go on without it: put back a copy of that file, or move {run} away and "

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from bert_tickets import Diverged, Stopped, UserError
+from bert_tickets import Diverged, Refused, Stopped, UserError
 from bert_tickets.files import read_facts, read_tensors, write_tensors
 from bert_tickets.runs import Run
 from bert_tickets.soundness import check_tensors
@@ -38,6 +38,8 @@ class Level:
         try:
             check_tensors(path, self.run.dir, self.level)
             return read_tensors(path), read_facts(path)
+        except Refused:
+            raise  # beginning again would write over it
         except UserError as error:
             print(f"{error}; level {self.level} begins again from its start")
             return None

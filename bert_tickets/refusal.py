@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bert_tickets import UserError
+from bert_tickets import Refused, UserError, first_line
 
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -22,17 +22,8 @@ REASONS = {
 }
 INTACT = "What was there before is intact; the same command can be given again."
 # Whatever they meet, they are the system's doing, and no bug: a script says them in a sentence.
-REFUSALS = {
-    *REASONS,
-    errno.EPERM,
-    errno.EIO,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ESTALE,
-    errno.EMFILE,
-    errno.ENFILE,
-}
+PASSING = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # the file may be sound
+REFUSALS = PASSING | {*REASONS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def reason(error: OSError) -> str:
@@ -40,9 +31,16 @@ def reason(error: OSError) -> str:
     return REASONS.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
 
 
-def cannot_write(path: Path, error: OSError, verb: str = "write") -> UserError:
+def cannot_write(path: Path, error: OSError, verb: str = "write") -> Refused:
     """The refusal of the file system, in a sentence."""
-    return UserError(f"cannot {verb} {path}: {reason(error)}. {INTACT}")
+    return Refused(f"cannot {verb} {path}: {reason(error)}. {INTACT}")
+
+
+def cannot_read(path: Path, error: Exception) -> UserError:
+    """What to say of a file that could not be read: `Refused` where it may be sound, and be read another time."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return cannot_write(path, error, "read")
+    return UserError(f"{path} is damaged or missing: {first_line(error)}")
 
 
 @contextmanager

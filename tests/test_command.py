@@ -350,7 +350,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
     with pytest.raises(FileNotFoundError):
-        run_command(lambda: open("nowhere"))
+        run_command(lambda: Path("nowhere").read_text())
 
 
 def test_dry_run_prints_the_plan_and_makes_no_directory(tmp_path, monkeypatch, capsys):
