@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bert_tickets import UserError, first_line
 from bert_tickets.files import CHECKSUM, check, safetensors_parts, write
+from bert_tickets.refusal import cannot_read
 
 FORMAT = "1"  # of the mask file; a reader refuses a newer one
 
@@ -172,7 +173,7 @@ class Mask(Mapping[str, Tensor]):
                 _check_format(path, metadata)
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged, or no mask file: {first_line(error)}") from None
+            raise cannot_read(path, error, "damaged, or no mask file") from None
         check(path)
         return cls._from_packed(path, metadata, packed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from bert_tickets import UserError
+from bert_tickets import Refused, UserError
 from bert_tickets.files import read_facts, write
 from bert_tickets.history import FAILURE, check_format, failure, level_dir, levels_done, needed, read_failure, results_lines
 from bert_tickets.refusal import in_words, remove
@@ -29,6 +29,8 @@ def recover(run: Path, levels: int) -> None:
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
     try:
         read_failure(run)
+    except Refused:
+        raise
     except UserError as error:
         print(f"{error}; it is removed")
         remove(run / FAILURE)
@@ -65,6 +67,8 @@ def _is_of_a_finished_level(run: Path, checkpoint: Path) -> bool:
         if not isinstance(level, int) or level >= levels_done(run):
             return False
         check_tensors(checkpoint, run, level)
+    except Refused:
+        raise
     except UserError:
         return False  # damaged: the level it may be of will say so
     return True

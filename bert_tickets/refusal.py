@@ -36,11 +36,11 @@ def cannot_write(path: Path, error: OSError, verb: str = "write") -> Refused:
     return Refused(f"cannot {verb} {path}: {reason(error)}. {INTACT}")
 
 
-def cannot_read(path: Path, error: Exception) -> UserError:
+def cannot_read(path: Path, error: Exception, otherwise: str = "damaged or missing") -> UserError:
     """What to say of a file that could not be read: `Refused` where it may be sound, and be read another time."""
     if isinstance(error, OSError) and error.errno in PASSING:
         return cannot_write(path, error, "read")
-    return UserError(f"{path} is damaged or missing: {first_line(error)}")
+    return UserError(f"{path} is {otherwise}: {first_line(error)}")
 
 
 @contextmanager
