@@ -79,6 +79,8 @@ def writing_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)  # what fills the disk
                 raise
     except OSError as error:
+        with suppress(OSError):
+            temporary.rmdir()  # if there was no lock to be had in it
         raise cannot_write(folder, error) from None
 
 
@@ -163,7 +165,7 @@ def sync_folder(folder: Path) -> None:
 def take_lock(path: Path) -> IO[bytes]:
     """The opened lock file, held until it is closed; `Busy` where another process holds it, `OSError` where it cannot be.
 
-    The file names its holder. The kernel lets go of it however the process ends.
+    The file names its holder, where there is room. The kernel lets go of it however the process ends.
     """
     try:
         lock = path.open("ab+", buffering=0)  # what a full disk refuses is not tried again when the file is closed
@@ -184,8 +186,9 @@ def take_lock(path: Path) -> IO[bytes]:
         removed = True
     if removed:  # by its holder, meanwhile
         raise Busy(_given_up(path))
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    with suppress(OSError):  # on a full disk it is held as well, by nobody's name; what is written next will say so
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
 
 
