@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,9 +21,11 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch
+from campaign import Bench
 from paragraphs import content
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, BertTokenizerFast
+from victims import Nursery
 
 ROOT = Path(__file__).parent.parent
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -197,6 +200,13 @@ def commands(bert_dir: Path, glue_dir: Path, squad_dir: Path, corpus_dir: Path) 
         "lt_pretrain.py": f"--data-dir {corpus_dir} --max-length 16 --batch-size 8 --max-steps 6 --limit-eval 9",
     }
     return {script: f"{line} --model {bert_dir} --lr 1e-3 --log-every 2".split() for script, line in words.items()}
+
+
+@pytest.fixture(scope="session")
+def bench(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Where the campaigns of faults run the training scripts."""
+    with Nursery() as nursery:
+        yield Bench(nursery, commands, tmp_path_factory.mktemp("faults"))
 
 
 DEPRECATED = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"  # as pyproject.toml has it

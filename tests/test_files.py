@@ -1,14 +1,29 @@
 """Files that say when they are damaged."""
 
+import errno
+import fcntl
 import json
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_tickets import UserError
-from bert_tickets.files import check, read_facts, read_info, read_sealed, read_tensors, write_sealed, write_tensors
+from bert_tickets import Busy, Refused, UserError
+from bert_tickets.files import (
+    check,
+    read_facts,
+    read_info,
+    read_json,
+    read_sealed,
+    read_tensors,
+    take_lock,
+    write,
+    write_sealed,
+    write_tensors,
+)
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
@@ -87,3 +102,56 @@ def test_what_is_no_object_is_refused(tmp_path, text):
     (tmp_path / "j").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="damaged"):
         read_sealed(tmp_path / "j")
+
+
+# ---- what the file system refuses ----
+
+
+@pytest.mark.parametrize("before", ["", "process 1 on another\n"])
+def test_a_lock_of_this_moment_is_not_said_to_be_anybody_elses(tmp_path, before):
+    """Its holder has it before its name is written."""
+    (tmp_path / "lock").write_text(before)
+    with (tmp_path / "lock").open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        naming = threading.Timer(0.03, (tmp_path / "lock").write_text, ["process 7 on this"])
+        naming.start()
+        with pytest.raises(Busy, match="in use by process 7 on this; wait"):
+            take_lock(tmp_path / "lock")
+        naming.join()
+
+
+def test_a_lock_whose_folder_its_holder_removed_is_busy(tmp_path):
+    with pytest.raises(Busy, match="just given up"):
+        take_lock(tmp_path / "gone" / "lock")
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_busy(tmp_path, monkeypatch):
+    plain = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: (plain(file, how), (tmp_path / "lock").unlink()))
+    with pytest.raises(Busy, match="just given up"):
+        take_lock(tmp_path / "lock")
+
+
+@pytest.mark.parametrize("read", [read_json, read_sealed, check, read_facts, read_tensors])
+def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, read):
+    write_tensors(tmp_path / "t", TENSORS)
+
+    def refuse(path, *_, **options):
+        raise OSError(errno.EIO, "no", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(Refused, match=r"cannot read .*/t: Input/output error"):
+        read(tmp_path / "t")
+
+
+@pytest.mark.parametrize("place", [".", "file/below", "folder", "link/below"])
+def test_what_is_no_place_for_a_file_is_refused_in_words(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("older")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"^cannot write {place}: "):
+        write(Path(place), b"newer")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder", "link"}
+    assert (tmp_path / "file").read_text() == "older"

@@ -1,4 +1,4 @@
-"""Processes to be killed: the training scripts, each run in a fork of one process that has everything imported already.
+"""Processes to be killed: the training scripts, and others, each run in a fork of one process that has everything imported.
 
 `python tests/victims.py` reads a line of JSON for a run and answers with one. A fork is a process of its own: the signals are
 real, and so is what they leave behind. It only spares a hundred runs the seconds that importing torch takes. Nothing is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from refusals import FileSystem, Refusal
 
 ROOT = Path(__file__).parent.parent
 PRESETS = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}
@@ -64,14 +67,19 @@ class End:
     said: str
     calls: dict[str, int]  # of each place, of a run that came to its end
     seconds: float
+    process: int
+    refused: dict[str, Any] | None = None  # the paths, and the finished files of that moment with their sha256
 
 
 class Nursery:
-    """The process that forks. A context manager."""
+    """The process that forks. A context manager. `within` is a command that is to run it: `unshare`, with its flags."""
+
+    def __init__(self, *within: str) -> None:
+        self.within = within
 
     def __enter__(self) -> Nursery:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-        command = [sys.executable, str(Path(__file__))]
+        command = [*self.within, sys.executable, str(Path(__file__))]
         self.process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
@@ -80,8 +88,8 @@ class Nursery:
         self.process.stdin.close()
         self.process.wait(60)
 
-    def run(self, folder: Path, script: str, words: Sequence[str], strike: Strike | None = None) -> End:
-        """Run a script in `folder`, which is made where it is not there, and wait for its end."""
+    def run(self, folder: Path, script: str, words: Sequence[str], strike: Strike | Refusal | None = None) -> End:
+        """Run a script, or a module of the package, in `folder`, which is made where it is not there, and wait for its end."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,13 +120,14 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         asked = json.loads(line)
-        strike = asked["strike"] and Strike(**asked["strike"])
+        given = asked["strike"]
+        strike = given and (Refusal if "error" in given else Strike)(**given)
         end = _fork(Path(asked["folder"]), asked["script"], asked["words"], strike)
         answers.write(json.dumps(asdict(end)) + "\n")
         answers.flush()
 
 
-def _fork(folder: Path, script: str, words: list[str], strike: Strike | None) -> End:
+def _fork(folder: Path, script: str, words: list[str], strike: Strike | Refusal | None) -> End:
     began = time.monotonic()
     said, calls = folder / "said.txt", folder / "calls.json"
     for file in (said, calls):
@@ -126,15 +135,16 @@ def _fork(folder: Path, script: str, words: list[str], strike: Strike | None) ->
     child = os.fork()
     if child == 0:
         _become(folder, script, words, strike)
-    if strike and strike.place == ANY_MOMENT:
+    if isinstance(strike, Strike) and strike.place == ANY_MOMENT:
         time.sleep(strike.after)
         os.kill(child, strike.number)  # it is not waited for yet, so that its number is nobody else's
     _, status = os.waitpid(child, 0)
-    counted = json.loads(calls.read_text()) if calls.exists() else {}
-    return End(os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), counted, time.monotonic() - began)
+    counted, refused = json.loads(calls.read_text()) if calls.exists() else ({}, None)
+    code, spent = os.waitstatus_to_exitcode(status), time.monotonic() - began
+    return End(code, said.read_text(errors="replace"), counted, spent, child, refused)
 
 
-def _become(folder: Path, script: str, words: list[str], strike: Strike | None) -> None:
+def _become(folder: Path, script: str, words: list[str], strike: Strike | Refusal | None) -> None:
     """The script's own process from here on."""
     from importlib import import_module
 
@@ -153,17 +163,25 @@ def _become(folder: Path, script: str, words: list[str], strike: Strike | None) 
         tokens.HF_HOME = corpus.HF_HOME = "cache"  # its writes are among those that a signal may land in
         sys.argv = [script]  # run.json holds it
         calls = dict.fromkeys(PLACES, 0)
-        for place in PLACES:
+        system = FileSystem(strike) if isinstance(strike, Refusal) else None
+        if system:
+            system.install()
+        for place in PLACES if system is None else ():
             _watch(place, calls, strike)
-        module = import_module(script.removesuffix(".py"))
         try:
-            run_command(module.main, parse(PRESETS[script], None, words))
+            if script in PRESETS:
+                run_command(import_module(script.removesuffix(".py")).main, parse(PRESETS[script], None, words))
+            sys.argv = [script, *words]
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            runpy.run_module(script, run_name="__main__")
         except KeyboardInterrupt:  # in `parse`: Python's own answer is a traceback, and the same code
             print("interrupted before it began")
             code = 130
         except SystemExit as leave:
             code = leave.code
-        Path("calls.json").write_text(json.dumps(calls))
+        told = (system.calls, system.refused) if system else (calls, None)
+        Path("calls.json").write_text(json.dumps(told))
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:
