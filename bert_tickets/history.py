@@ -67,10 +67,13 @@ def results_lines(run: Path) -> bytes:
 def failure(run: Path) -> dict[str, Any] | None:
     """What ended the level under way when it was last tried, if it came to no result: its `level`, and why (`ended`). A damaged
     file says nothing; `read_failure` says that it is."""
-    with contextlib.suppress(UserError):
+    try:
         found = read_failure(run)
-        return found if found and found["level"] == levels_done(run) else None  # else it was finished later
-    return None
+    except Refused:
+        raise
+    except UserError:
+        return None
+    return found if found and found["level"] == levels_done(run) else None  # else it was finished later
 
 
 def read_failure(run: Path) -> dict[str, Any] | None:

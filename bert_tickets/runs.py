@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bert_tickets import Refused, Stopped, UserError
+from bert_tickets import Stopped, UserError
 from bert_tickets.config import Config, flat, identity
 from bert_tickets.environment import environment
 from bert_tickets.files import (

@@ -12,6 +12,7 @@ from typing import Any
 from bert_tickets import UserError
 from bert_tickets.files import check, file_sha256, read_facts, read_info, read_sealed
 from bert_tickets.history import is_strict, level_dir, levels_done, result
+from bert_tickets.refusal import cannot_read
 
 
 def check_levels(run: Path) -> None:
@@ -64,7 +65,7 @@ def check_model(run: Path, level: int, *names: str) -> None:
             if name in noted and file_sha256(folder / name) != noted[name]:
                 raise UserError(f"{folder / name} is damaged: it is not what the level's metrics.json noted")
         except OSError as error:
-            raise UserError(f"{folder / name} is damaged or missing: {error.strerror}") from None
+            raise cannot_read(folder / name, error) from None
 
 
 def kept_files(run: Path, level: int) -> dict[str, str]:
