@@ -273,6 +273,12 @@ def read_info(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def read_dtypes(path: Path) -> dict[str, str]:
+    """The type of each tensor of a safetensors file, in its own words (F32, BF16, I64, ...); the tensors are not read."""
+    with _opened(path) as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dictionary)
+
+
 @contextmanager
 def _opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open

@@ -19,11 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
+from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import BertPooler
 
 from bert_tickets import UserError, first_line
 from bert_tickets.attention import layout, replace_dropout
 from bert_tickets.batches import Batch, seeded
+from bert_tickets.checkpoints import INDEX, check_config, check_finite, check_floats, check_keys, check_tokenizer, parts_of
 from bert_tickets.files import check, write_tensors
 from bert_tickets.mask import Mask
 
@@ -92,12 +94,18 @@ def load_bert(name: str, head: Literal["classifier", "qa", "mlm"], init: str, se
     transformers.logging.set_verbosity_error()  # its table of new head weights reads like a failure; ours say it
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # by itself it asks on the terminal
         if config.model_type != "bert":
             raise UserError(f"{name} is a {config.model_type} model; this package prunes BERT")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        check_config(config, name)
+        if config.hidden_act not in ACT2FN:
+            raise UserError(f"the config.json of {name} cannot be used: there is no hidden_act {config.hidden_act}")
+        _check_weight_files(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        check_tokenizer(tokenizer, _find(name, "tokenizer.json"), config, name)
         config.problem_type = config.id2label = None  # of the checkpoint's own head, as its labels' names are
         config.num_labels = labels
+        config.chunk_size_feed_forward = 0  # changes no result, and has to divide a batch's tokens
         net, info = HEADS[head].from_pretrained(
             name,
             config=config,
@@ -105,25 +113,25 @@ def load_bert(name: str, head: Literal["classifier", "qa", "mlm"], init: str, se
             attn_implementation="packed",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # of another head, which is drawn anew anyway
+            weights_only=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file the library raises a dozen kinds, all of which mean the same here
         where = f"the folder {name}" if Path(name).exists() else f"{name} (no such folder here, and the hub did not give it)"
         raise UserError(
-            f"no BERT checkpoint to be had from {where}: {first_line(error)}\n"
+            f"no BERT checkpoint to be had from {where}: {_reason(error)}\n"
             "Give --model a folder with config.json, model.safetensors and tokenizer.json, or the name of a model that is "
             "in the Hugging Face cache or can be downloaded."
         ) from None
     replace_dropout(net)
-    known = len(tokenizer)
-    if not 100 < known <= config.vocab_size:  # a vocabulary that was not found reads as a handful of special tokens
-        raise UserError(f"the tokenizer of {name} has {known} tokens and the model {config.vocab_size}: they do not fit")
 
     missing = {key for key in info["missing_keys"] if key.startswith(ENCODER)}
-    if any(not key.startswith("bert.pooler.") for key in missing):
-        raise UserError(f"{name} lacks {sorted(missing)[0]} and {len(missing) - 1} more of BERT's weights")
+    check_keys(sorted(missing), sorted(info["unexpected_keys"]), name)
     misfits = [key for key, *_ in info["mismatched_keys"] if key.startswith(ENCODER)]
     if misfits:
         raise UserError(f"{misfits[0]} of {name} has another shape than its config.json says")
+    check_finite(dict(net.named_parameters()), name)
     new = [key for key, _ in net.named_parameters() if not key.startswith(ENCODER)]
     if head == "mlm" and init != "random":
         absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -132,7 +140,7 @@ def load_bert(name: str, head: Literal["classifier", "qa", "mlm"], init: str, se
             print(f"{name} has no head for masked language modelling: its transform is drawn anew, its decoder is the embeddings")
     draw(net, seeded(seed, "head"), new)
     net.bert.pooler.requires_grad_(head == "classifier")
-    if missing and (beside := _find_pooler(name)):
+    if missing and (beside := _find(name, POOLER)):
         _fill(net, beside)
     elif missing:
         print(f"{name} has no pooler: its two tensors are drawn at random")
@@ -157,12 +165,28 @@ def save_plain(net: Net, folder: Path) -> None:
         shutil.copymode(folder / "config.json", file)
 
 
-def _find_pooler(name: str) -> Path | None:
-    """The file of a checkpoint that holds the pooler beside a model without one, as `save_plain` writes it."""
+def _find(name: str, file: str) -> Path | None:
+    """A file of a checkpoint, in a folder or on the hub."""
     try:
-        return Path(transformers.utils.cached_file(name, POOLER))  # of a folder or of the hub
+        return Path(transformers.utils.cached_file(name, file))
     except OSError:
         return None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong as a checkpoint was read, in a line."""
+    kind = type(error).__name__
+    if kind == "UnpicklingError":  # torch's own words tell how to run what the file says
+        return "its weights cannot be read without unpickling code, which is never done; or they are damaged"
+    return first_line(error) if isinstance(error, OSError | ValueError | RuntimeError) else f"{kind}: {first_line(error)}"
+
+
+def _check_weight_files(name: str) -> None:
+    """Raise `UserError` where a checkpoint's files of weights lead elsewhere, or hold what are no floating-point numbers."""
+    parts = {part for file in INDEX if (index := _find(name, file)) for part in parts_of(index)}
+    for part in sorted(parts | {"model.safetensors"}):
+        if part.endswith(".safetensors") and (path := _find(name, part)):
+            check_floats(path)
 
 
 @torch.no_grad()
@@ -187,16 +211,20 @@ def _fill(net: Net, path: Path) -> int:
     if not path.is_file():
         raise UserError(f"--init {path}: give pretrained, random, or a file of weights; there is no such file")
     check(path)
+    check_floats(path)
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged, or no safetensors file: {error}") from None
     encoder = encoder_weights(net)
     known = {name: tensor for name, tensor in weights.items() if name in encoder}
+    if more := sorted(name for name in weights.keys() - encoder.keys() if name.startswith(f"{ENCODER}encoder.")):
+        raise UserError(f"{path} has {more[0]}, and the model has no such weight: they are another network's")
     for name, tensor in known.items():
         if tensor.shape != encoder[name].shape:
             raise UserError(f"{name} is {tuple(tensor.shape)} in {path} and {tuple(encoder[name].shape)} in the model")
         encoder[name].copy_(tensor)
+    check_finite({name: encoder[name] for name in known}, path)
     if not known:
         raise UserError(f"{path} holds none of the encoder's weights (names such as {next(iter(encoder))})")
     return len(known)

@@ -30,6 +30,7 @@ FLOORS = {
     "tables.verdicts": 0,
     "attention": 1,
     "batches": 1,
+    "checkpoints": 0,
     "models": 1,
     "tasks": 1,
     "tasks.glue": 1,
