@@ -55,6 +55,9 @@ def hyphens(argv: Sequence[str] | None) -> list[str]:
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=")
+        if name.startswith("--") and value == "--":  # argparse would give an empty list for it
+            print(f"error: {name} needs a value, and -- is none", file=sys.stderr)
+            sys.exit(2)
         words.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
     return words
 
@@ -74,6 +77,20 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: dataclasses.Field, 
     elif default is not None and default is not False:
         options["help"] += f" (default: {default})"
     parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes that were started to train together. WORLD_SIZE alone does not say so: some
+    clusters set it for every program."""
+    return "LOCAL_RANK" in os.environ and number_of("WORLD_SIZE") > 1
+
+
+def number_of(variable: str) -> int:
+    """A number that torchrun sets in the environment; 1 where it does not. Raises `UserError` for what is none."""
+    text = os.environ.get(variable) or "1"
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"the variable {variable} is {text!r}, where torchrun sets a number: unset it, or start by torchrun")
+    return int(text)
 
 
 def keep_freed_memory() -> None:

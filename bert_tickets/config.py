@@ -235,11 +235,15 @@ def _check(cfg: Config) -> None:
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} {flat(cfg)[name]}: {what}")
 
+    for name in ("model", "data_dir", "output_dir", "init", "mask", "device"):
+        if (value := flat(cfg)[name]) is not None:
+            need(bool(value.strip()), name, "it is empty; is a variable of your shell not set?")
+            need(all(len(part.encode(errors="replace")) < 256 for part in value.split("/")), name, "no file has so long a name")
     for name in ("batch_size", "log_every", "max_steps", "save_steps", "limit_train", "limit_eval", "levels"):
-        value = flat(cfg)[name]
-        need(value is None or value >= 1, name, "at least 1 is needed")
+        if (value := flat(cfg)[name]) is not None:
+            need(1 <= value <= (1000 if name == "levels" else 2**48), name, "at least 1 is needed" if value < 1 else "too many")
     for name in ("epochs", "lr", "max_grad_norm", "adam_epsilon", "save_minutes"):
-        need(math.isfinite(flat(cfg)[name]) and flat(cfg)[name] > 0, name, "a number above 0 is needed")
+        need(0 < flat(cfg)[name] < 1e15, name, "a number above 0 is needed, and none beyond all bounds")
     need(0 < cfg.rate < 1, "rate", "a share between 0 and 1 is needed")
     if cfg.mask is None:
         _ = cfg.fractions  # a level beyond what is left is met now

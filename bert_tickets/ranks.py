@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bert_tickets import UserError
+from bert_tickets import UserError, first_line
+from bert_tickets.command import is_launched, number_of
 
 T = TypeVar("T")
 BUCKET = 2**25  # numbers that are summed in one message: 128 MiB of fp32
+MEETING = timedelta(minutes=10)  # for all to start; the machines import torch from slow disks
 PATIENCE = timedelta(days=2)  # one process may tokenise a corpus while the others wait; torchrun ends all when one dies
 
 
@@ -147,25 +149,40 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 ALONE = Ranks()
 
 
+def _meet(world: int, backend: str) -> None:
+    """Join the other processes. Raises `UserError` where they do not come: the variables may be another program's leftovers."""
+    said = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    alone = f"to run one process alone, unset {' '.join(name for name, value in said.items() if value is not None)}"
+    if missing := [name for name, value in said.items() if not value]:
+        raise UserError(f"WORLD_SIZE={world} says that {world} processes train together, but {missing[0]} is not set; {alone}")
+    if not dist.is_torchelastic_launched():
+        print(f"waiting for {world} processes at {said['MASTER_ADDR']}:{said['MASTER_PORT']}; {alone}", flush=True)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:  # torch's DistError is a RuntimeError
+        raise UserError(f"the {world} processes that WORLD_SIZE tells of did not meet: {first_line(error)}; {alone}") from None
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """The processes that `torchrun` started, joined (NCCL for the GPUs' sums, gloo for the rest); or this one alone.
 
     All but the first are silent: what they would print, the first prints.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or "LOCAL_RANK" not in os.environ:  # some clusters set WORLD_SIZE for every program
+    if not is_launched():
         yield ALONE
         return
+    world, local = number_of("WORLD_SIZE"), number_of("LOCAL_RANK")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: under torchrun each process has a GPU of its own; give cuda, cpu or nothing")
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    local = int(os.environ["LOCAL_RANK"])
     if on_gpu:
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    _meet(world, "nccl" if on_gpu else "gloo")
     rank, said = dist.get_rank(), sys.stdout
     try:
         with open(os.devnull, "w") as nowhere:

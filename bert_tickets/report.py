@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from bert_tickets.command import is_launched
 from bert_tickets.config import Config, identity
 from bert_tickets.history import check_format, is_finished, level_dir, needed, results, run_dir, seconds
 from bert_tickets.soundness import check_finished, missing
@@ -20,7 +19,7 @@ def print_finished(cfg: Config, preset: str) -> bool:
 
     Under torchrun it says no: processes that look at different file systems must not come to different answers.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+    if is_launched():
         return False
     run = run_dir(cfg, preset)
     check_format(run)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import io
 import os
 import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lt_glue
+import lt_pretrain
+import lt_squad
 from bert_tickets import Busy, Stopped, UserError
 from bert_tickets.command import parse, run_command
 from bert_tickets.config import FIELDS, Config, Training, build, flat, identity, offered, preset_values, run_name, tasks
@@ -247,6 +252,49 @@ def test_a_value_out_of_range_is_a_sentence(capsys, field, value):
     culprit, _, reason = refusal(capsys, ["--task", "rte", f"{flag}={value}"]).partition("error: ")[2].partition(": ")
     assert culprit.split()[0] == flag
     assert len(reason.split()) >= 3
+
+
+@pytest.mark.parametrize("field", ["model", "data_dir", "output_dir", "init", "mask", "device"])
+@pytest.mark.parametrize("value", ["", "  ", "x" * 300])
+def test_a_name_that_is_empty_or_none_of_a_file_is_a_sentence(capsys, field, value):
+    """`--mask "$MASK"` of a variable that is not set would find a ticket instead of training one."""
+    flag = f"--{field.replace('_', '-')}"
+    assert f"error: {flag} {value}: " in refusal(capsys, ["--task", "rte", flag, value])
+
+
+PRESETS = {"glue": lt_glue.main, "squad": lt_squad.main, "mlm": lt_pretrain.main}
+NONSENSE = st.one_of(
+    st.sampled_from(
+        ["", "-1", "0", "1", "2", "nan", "inf", "-inf", "1e400", "1e308", "1e-320", "-0.0", "0x10", "1_000", "9" * 5000]
+    ),
+    st.sampled_from(["10000000000", "0.999999999999", "1.5", "5%", "100%", "-5%", "nan%", "%", "none", "random", "geometric"]),
+    st.sampled_from(
+        ["../..", "/", "~", "a\0b", "\ud800", "--", "-h", "x" * 5000, "/dev/zero", "/proc/self/mem", " ", "cuda:-1", "true"]
+    ),
+    st.text(max_size=6),
+    st.floats().map(str),
+    st.integers().map(str),
+)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_nonsense_is_a_sentence_or_a_plan_at_once(preset, data):
+    names = st.sampled_from([name.replace("_", "-") for name in offered(preset)])
+    given_words = data.draw(st.lists(st.builds("--{}={}".format, names, NONSENSE), min_size=1, max_size=3))
+    began, said, code = time.process_time(), io.StringIO(), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            PRESETS[preset](parse(preset, None, [*(["--task", "rte"] if preset == "glue" else []), *given_words, "--dry-run"]))
+        except UserError as error:  # run_command prints it
+            print(f"error: {error}", file=said)
+            code = 2
+        except SystemExit as stop:
+            code = stop.code
+    assert code in (0, 2)  # 0 of --help's
+    assert "error: " in said.getvalue() or code == 0
+    assert time.process_time() - began < 1  # of the processor: others may be at work
 
 
 def test_a_level_beyond_what_is_left_is_refused_with_the_number_that_can_be(capsys):

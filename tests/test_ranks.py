@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +173,37 @@ def test_joined_is_one_process_without_torchrun(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", world)
         with joined("cpu") as ranks:
             assert ranks is ALONE
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5"])
+def test_variables_that_are_no_numbers_are_named(monkeypatch, value):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(UserError, match="WORLD_SIZE is"), joined("cpu"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", value)
+    with pytest.raises(UserError, match="LOCAL_RANK is"), joined("cpu"):
+        pass
+
+
+def test_variables_that_another_program_left_do_not_make_a_run_wait(monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(UserError, match="MASTER_PORT is not set; to run one process alone, unset WORLD_SIZE"), joined("cpu"):
+        pass
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setattr("bert_tickets.ranks.MEETING", timedelta(seconds=1))
+    with pytest.raises(UserError, match="2 processes that WORLD_SIZE tells of did not meet"), joined("cpu"):
+        pass
+    assert "waiting for 2 processes at 127.0.0.1" in capsys.readouterr().out
+    monkeypatch.setenv("MASTER_PORT", "no port")
+    with pytest.raises(UserError, match="did not meet"), joined("cpu"):
+        pass
 
 
 def test_what_differs_between_processes_is_named(monkeypatch):
