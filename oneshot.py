@@ -22,6 +22,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(hyphens(argv))
     if not 0 < args.rate < 1:
         parser.error(f"--rate {args.rate}: a share between 0 and 1 is needed")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed {args.seed}: a whole number from 0 to 2^32 - 1 is needed")
     return args
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -27,6 +28,21 @@ from bert_tickets.files import (
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    link = tmp_path / "link"  # a rename would take the link's place, and nothing be as the user meant it
+    link.symlink_to(os.devnull)
+    for path in (pipe, link, Path("")):
+        with pytest.raises(UserError, match="cannot write"):
+            write(path, b"text")
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    with pytest.raises(UserError, match="is no file"):
+        read_json(pipe)
 
 
 def test_tensors_and_facts_come_back(tmp_path):
