@@ -86,6 +86,10 @@ class Corpus:
         )
         return batch if self._alter is None else self._alter(batch, examples)
 
+    def first(self, blocks: int = 10_000) -> np.ndarray:
+        """The tokens of the first blocks, a million at the usual length, without [CLS] and [SEP]."""
+        return self._blocks[:blocks]
+
     @cached_property
     def unigram_entropy(self) -> float:
         """What a model that knows only how often each token occurs would lose on these blocks, in nats a token."""

@@ -1,12 +1,18 @@
 """A network that learned nothing is said to have, in the results."""
 
+import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from bert_tickets.command import parse
+from bert_tickets.config import Config
 from bert_tickets.history import results, run_dir
 from bert_tickets.report import print_levels
 from bert_tickets.tasks.glue import Glue
@@ -72,6 +78,58 @@ def test_squad_says_when_every_window_points_at_one_place(starts, doubtful):
 def test_mlm_says_when_it_knows_less_than_frequencies(loss, said):
     outputs = {"validation": np.array([[loss, 0.0], [loss, 1.0]], np.float32)}
     assert Mlm().doubts(outputs, {"validation": SimpleNamespace(unigram_entropy=4.0)}) == said
+
+
+def noted(task: Any, cfg: Config, bert_dir: Path) -> list[str]:
+    task.load_data(cfg, AutoTokenizer.from_pretrained(bert_dir), torch.device("cpu"))
+    return list(task.noted)
+
+
+def test_glue_says_what_the_data_say_against_its_scores(bert_dir, glue_dir, tmp_path):
+    folder = Path(shutil.copytree(glue_dir / "SST-2", tmp_path / "SST-2"))
+    cfg = Config(task="sst2", data_dir=str(tmp_path))
+    assert noted(Glue("sst2"), cfg, bert_dir) == []
+    dev = (folder / "dev.tsv").read_text()
+    shutil.copy(folder / "train.tsv", folder / "dev.tsv")
+    assert noted(Glue("sst2"), cfg, bert_dir) == ["44 of 44 examples of validation are trained on too"]
+    (folder / "dev.tsv").write_text(dev)
+    (folder / "train.tsv").write_text("sentence\tlabel\n" + "☃ ☃ ☃\t1\n" * 20 + " \t1\n")
+    said = noted(Glue("sst2"), cfg, bert_dir)
+    assert said[0] == "all training labels are positive"
+    assert said[1].endswith("of the tokens of train are [UNK]: is the vocabulary of this language?")
+    assert said[2:] == ["1 of 21 examples of train have an empty text"]
+
+
+def test_one_label_to_all_is_said_whatever_is_predicted():
+    for task, labels, said in (
+        ("cola", [1, 1, 1], "acceptable"),
+        ("stsb", [2.5, 2.5, 2.5], "2.5"),
+        ("mrpc", [0, 0, 0], "not_equ"),
+    ):
+        logits = [[0.1], [0.5], [0.2]] if task == "stsb" else [[1, 0], [0, 1], [1, 0]]
+        (doubt,) = glue(task, logits, labels)
+        assert doubt.startswith(f"all 3 labels on validation are {said}")
+
+
+def test_squad_says_what_the_data_say_against_its_scores(bert_dir, squad_dir, tmp_path):
+    folder = Path(shutil.copytree(squad_dir, tmp_path / "squad"))
+    cfg = Config(task="squad", data_dir=str(folder), max_length=100, doc_stride=32)
+    assert noted(Squad(), cfg, bert_dir) == []
+    shutil.copy(folder / "train-v1.1.json", folder / "dev-v1.1.json")
+    assert noted(Squad(), cfg, bert_dir) == ["30 of 30 questions of validation are trained on too"]
+    text = (squad_dir / "dev-v1.1.json").read_text()
+    (folder / "dev-v1.1.json").write_text(re.sub(r'"answer_start": \d+', '"answer_start": 100000', text))
+    assert noted(Squad(), cfg, bert_dir) == ["20 of 20 questions of validation have no answer where it should stand"]
+
+
+def test_mlm_says_what_the_texts_say_against_its_scores(bert_dir, corpus_dir, tmp_path):
+    folder = Path(shutil.copytree(corpus_dir, tmp_path / "text"))
+    cfg = Config(task="mlm", data_dir=str(folder), max_length=16)
+    assert noted(Mlm(), cfg, bert_dir) == []
+    shutil.copy(folder / "en.train", folder / "en.valid")
+    assert noted(Mlm(), cfg, bert_dir) == ["the validation text is the training text"]
+    (folder / "en.valid").write_text("☃ " * 1000)
+    assert noted(Mlm(), cfg, bert_dir) == ["100% of the tokens of validation are [UNK]: is the vocabulary of this language?"]
 
 
 def test_a_collapsed_run_says_so_in_its_results_and_its_table(commands, tmp_path, monkeypatch, capsys):

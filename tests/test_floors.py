@@ -31,6 +31,7 @@ FLOORS = {
     "attention": 1,
     "batches": 1,
     "checkpoints": 0,
+    "doubts": 0,
     "models": 1,
     "tasks": 1,
     "tasks.glue": 1,

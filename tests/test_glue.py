@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import sys
 import types
@@ -138,6 +139,20 @@ def test_any_text_goes_through_unchanged_but_for_its_ends(tmp_path_factory, text
 
 
 # ---- files that are not as they should be ----
+
+
+@pytest.mark.parametrize("header", ["sentence\tlabel\tlabel", "label\tsentence\tsentence"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path, header):
+    (tmp_path / "train.tsv").write_text(f"{header}\n1\t0\t1\n")
+    with pytest.raises(UserError, match="has 2 columns"):
+        read_tsv(tmp_path / "train.tsv", SST2)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_read(tmp_path, make):
+    make(tmp_path / "dev.tsv")
+    with pytest.raises(UserError, match=r"dev\.tsv is no file"):
+        read_tsv(tmp_path / "dev.tsv", SST2)
 
 
 @pytest.mark.parametrize(

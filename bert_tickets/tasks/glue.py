@@ -15,6 +15,7 @@ from torch import Tensor
 from bert_tickets import UserError
 from bert_tickets.batches import Batch, TokenStore, order
 from bert_tickets.config import Config
+from bert_tickets.doubts import shared, unread
 from bert_tickets.hub import from_hub
 from bert_tickets.metrics import METRICS, compare_with_evaluate
 from bert_tickets.models import Net, classify, load_bert
@@ -101,6 +102,7 @@ class Glue:
         self.name, self.row = name, ROWS[name]
         self.metric = self.row.metrics[0]
         self.regression = not self.row.labels
+        self.noted: list[str] = []  # what the data say against every score
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         net, tokenizer = load_bert(cfg.model, "classifier", cfg.init, cfg.train.seed, labels=len(self.row.labels) or 1)
@@ -117,19 +119,26 @@ class Glue:
         else:
             splits = read_hub(self.name, self.row)
         train = splits.pop("train")
+        self.noted = [note for split, found in splits.items() for note in shared(train, found, split, "examples")]
+        if len({label for _, label in train}) == 1:
+            self.noted.append(f"all training labels are {self._answer(train[0][1])}")
         if cfg.limit_train is not None:
             chosen = order(len(train), seed=0, epoch=0)[: cfg.limit_train]  # whatever the run's seed: one smaller task
             train = [train[i] for i in chosen.tolist()]
-        store = self._store(train, tokenizer, cfg.max_length, device)
+        store = self._store("train", train, tokenizer, cfg.max_length, device)
         return store, {
-            split: self._store(examples[: cfg.limit_eval], tokenizer, cfg.max_length, device)
+            split: self._store(split, examples[: cfg.limit_eval], tokenizer, cfg.max_length, device)
             for split, examples in splits.items()
         }
 
-    def _store(self, examples: list[Example], tokenizer: Any, max_length: int, device: torch.device) -> TokenStore:
+    def _store(self, split: str, examples: list[Example], tokenizer: Any, max_length: int, device: torch.device) -> TokenStore:
         columns = [list(column) for column in zip(*(texts for texts, _ in examples), strict=True)]
         labels = np.array([label for _, label in examples], dtype=np.float32 if self.regression else np.int64)
-        return TokenStore(tokenize(tokenizer, columns, max_length), labels, device)
+        tokens = tokenize(tokenizer, columns, max_length)
+        self.noted += unread(tokens.ids, tokenizer, split)
+        if (empty := sum(not all(texts) for texts, _ in examples)) > BROKEN * len(examples):
+            self.noted.append(f"{empty} of {len(examples)} examples of {split} have an empty text")
+        return TokenStore(tokens, labels, device)
 
     def alter(self, batch: Batch, step: int, seed: int) -> Batch:
         return batch
@@ -159,20 +168,25 @@ class Glue:
         return values
 
     def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> list[str]:
-        """Of each set: one answer to every example; or a metric below what knowing no example gives, which is the share of
-        the commonest class for accuracy, and 0 for a correlation."""
-        found = []
+        """Of each set: one answer to every example, or one label; or a metric below what knowing no example gives, which is the
+        share of the commonest class for accuracy, and 0 for a correlation. And what the data themselves say."""
+        found = list(self.noted)
         for split, logits in outputs.items():
             predicted, labels = self.predict(logits), stores[split].labels.cpu().numpy()
+            if np.ptp(labels) == 0:
+                found.append(f"all {len(labels)} labels on {split} are {self._answer(labels[0])}: no score tells anything")
             if np.ptp(predicted) < 1e-4:
-                answer = f"{predicted[0]:.4g}" if self.regression else self.row.classes[predicted[0]]
-                found.append(f"all {len(predicted)} predictions on {split} are {answer}")
+                found.append(f"all {len(predicted)} predictions on {split} are {self._answer(predicted[0])}")
+            if np.ptp(labels) == 0 or np.ptp(predicted) < 1e-4:
                 continue
             value = METRICS[self.metric](predicted, labels)
             chance = np.bincount(labels).max() / len(labels) if self.metric == "accuracy" else 0.0
             if value < chance:
                 found.append(f"{self.metric} {value:.4f} on {split} is below {chance:.4f}, which knowing no example gives")
         return found
+
+    def _answer(self, value: float) -> str:
+        return f"{value:.4g}" if self.regression else self.row.classes[int(value)]
 
     def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any], ours: dict[str, float]) -> str:
         """What the `evaluate` package says of the same predictions; a line to print."""
@@ -199,10 +213,10 @@ def find_folder(data_dir: Path, folder: str) -> Path:
 
 def read_tsv(path: Path, row: Row) -> list[Example]:
     """The examples of one file. A broken line is left out and reported with its number; too many end the run."""
+    if not path.is_file():  # a pipe or a device would be read for ever
+        raise UserError(f"{path} is {'no file' if path.exists() else 'missing'}")
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")  # at nothing else: a text may hold \r, U+2028 or \x85
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -231,6 +245,8 @@ def _parse(lines: list[str], path: Path, row: Row) -> Iterator[tuple[str, Exampl
     absent = [name for name in (*row.texts, row.label) if name not in header]
     if absent:
         raise UserError(f"{path} has no column {absent[0]!r}; its first line is {' | '.join(header)[:200]!r}")
+    if doubled := [name for name in (*row.texts, row.label) if header.count(name) > 1]:
+        raise UserError(f"{path} has {header.count(doubled[0])} columns {doubled[0]!r}: which of them counts?")
     wanted = [header.index(name) for name in row.texts]
     label_at = header.index(row.label)
     for number, line in enumerate(lines[first:], first + 1):

@@ -16,6 +16,7 @@ from bert_tickets import UserError
 from bert_tickets.batches import Batch, Store, seeded, ship
 from bert_tickets.config import Config
 from bert_tickets.corpus import Corpus, load_corpus
+from bert_tickets.doubts import unread
 from bert_tickets.models import Net, encode, load_bert
 from bert_tickets.texts import find_texts
 
@@ -33,6 +34,7 @@ class Mlm:
     rows: Literal["any"] = "any"
     mask_id: int
     vocabulary: int
+    noted: Sequence[str] = ()  # what the texts say against every score
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         return load_bert(cfg.model, "mlm", cfg.init, cfg.train.seed)
@@ -48,6 +50,8 @@ class Mlm:
             f"{len(train):,} blocks of {cfg.max_length} tokens to train on, {len(held_out):,} to evaluate on; "
             f"knowing these ones' frequencies alone loses {held_out.unigram_entropy:.3f} nats a token"
         )
+        same = ["the validation text is the training text"] if texts["train"].key == texts["validation"].key else []
+        self.noted = [*same, *unread(train.first(), tokenizer, "train"), *unread(held_out.first(), tokenizer, "validation")]
         return train, {"validation": held_out}
 
     def alter(self, batch: Batch, step: int, seed: int) -> Batch:
@@ -87,10 +91,11 @@ class Mlm:
         return {"accuracy": accuracy, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
     def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> list[str]:
-        """Whether the loss is above what knowing the tokens' frequencies alone loses."""
+        """Whether the loss is above what knowing the tokens' frequencies alone loses. And what the texts themselves say."""
         ((name, store),) = stores.items()
         loss, known = self.score(outputs, stores)["loss"], getattr(store, "unigram_entropy", math.inf)
-        return [f"loss {loss:.3f} on {name} is above {known:.3f}, which knowing no context gives"] if loss > known else []
+        above = f"loss {loss:.3f} on {name} is above {known:.3f}, which knowing no context gives"
+        return [*self.noted, *[above] * (loss > known)]
 
     def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: Mapping[str, float]) -> str:
         return "metrics not compared with evaluate, which has none for masked tokens"

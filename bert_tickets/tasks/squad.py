@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from bert_tickets import UserError
 from bert_tickets import files as whole_files
 from bert_tickets.batches import Batch, TokenStore, order
 from bert_tickets.config import Config
+from bert_tickets.doubts import shared, unread
 from bert_tickets.hub import from_hub
 from bert_tickets.metrics import compare_with_evaluate, squad_scores
 from bert_tickets.models import Net, encode, load_bert
@@ -51,6 +52,7 @@ class Squad:
 
     name, metric = "squad", "f1"
     rows: Literal["token"] = "token"
+    noted: Sequence[str] = ()  # what the data say against every score
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         return load_bert(cfg.model, "qa", cfg.init, cfg.train.seed)
@@ -64,6 +66,13 @@ class Squad:
         self.asked = splits["validation"][: cfg.limit_eval]
         texts = [q.question for q in self.asked], [q.context for q in self.asked]
         self.windows = eval_windows(tokenizer, *texts, cfg.max_length, cfg.doc_stride)
+        known = [(q.question, q.context) for q in splits["train"]]
+        self.noted = [
+            *shared(known, list(zip(*texts, strict=True)), "validation", "questions"),
+            *_misplaced(self.asked),
+            *unread(learned["ids"], tokenizer, "train"),
+            *unread(self.windows["ids"], tokenizer, "validation"),
+        ]
         return _store(learned, learned["labels"], device), {"validation": self._eval_store(device)}
 
     def _eval_store(self, device: torch.device) -> TokenStore:
@@ -106,12 +115,12 @@ class Squad:
 
     def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> list[str]:
         """Whether the likeliest start of every window is one and the same place, whatever is in them: `[CLS]` for a network
-        that says nothing."""
+        that says nothing. And what the data themselves say."""
         ends = np.cumsum(self.windows["lengths"])[:-1]
         starts = {int(window[:, 0].argmax()) for window in np.split(outputs["validation"], ends)}
         if len(starts) > 1 or len(ends) == 0:
-            return []
-        return [f"the likeliest start in all {len(ends) + 1} windows is their token {starts.pop()}"]
+            return list(self.noted)
+        return [*self.noted, f"the likeliest start in all {len(ends) + 1} windows is their token {starts.pop()}"]
 
     def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any], ours: dict[str, float]) -> str:
         """What the `evaluate` package says of the same predictions; a line to print."""
@@ -130,6 +139,12 @@ def _taught(questions: list[Question], limit: int | None) -> list[tuple[Question
         chosen = order(len(taught), seed=0, epoch=0)[:limit]  # whatever the run's seed: one smaller task
         taught = [taught[i] for i in chosen.tolist()]
     return taught
+
+
+def _misplaced(asked: list[Question]) -> list[str]:
+    """Whether the gold answers of many questions to be asked are not in their contexts: nobody could find them."""
+    count = sum(question.standing is None for question in asked)
+    return [f"{count} of {len(asked)} questions of validation have no answer where it should stand"] * (count > 0.01 * len(asked))
 
 
 def _report(learned: Arrays, ids: list[str]) -> None:
