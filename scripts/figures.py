@@ -41,10 +41,14 @@ def tell(values: Sequence[float], form: str = ".2f") -> str:
     return f"{mean(values):{form}}{spread}" if values else "-"
 
 
-def tell_undefined(records: Iterable[Record]) -> None:
-    count = sum(record.value is None for record in records)
-    if count:
+def tell_doubts(records: Iterable[Record]) -> None:
+    """Print what is left out of means, and what runs say against values that are in them, which a star marks."""
+    records = list(records)
+    if count := sum(record.value is None for record in records):
         print(f"{count} value(s) are undefined (a correlation of constant predictions) and left out of the means")
+    for record in records:
+        for doubt in record.doubts:
+            print(f"* {record.run}, level {record.level}: {doubt}")
 
 
 def tell_seeds(counts: Iterable[int]) -> str:
@@ -80,22 +84,25 @@ def own_tickets(records: Sequence[Record], sparsity: float) -> dict[str, BySeed]
 
 
 def draw_curves(records: Sequence[Record], args: argparse.Namespace) -> None:
-    from bert_tickets.figures.series import UNITS, read_curves
+    from bert_tickets.figures.series import UNITS, read_curves, read_doubted
 
     units = {record.task: UNITS.get(record.metric, f"{record.metric} × 100") for record in records}
-    panels, found = [], read_curves(records)
+    panels, found, doubted = [], read_curves(records), read_doubted(records)
     for task, lines in found.items():
         rows = [
-            [f"{x:g} %", *(tell(line.get(x, [])) for line in lines.values())]
+            [f"{x:g} %", *(tell(line.get(x, [])) + "*" * (x in doubted[task][name]) for name, line in lines.items())]
             for x in sorted({x for line in lines.values() for x in line})
         ]
         print(f"{published.name(task)}, {units[task]}\n{table(['removed', *lines], rows)}\n")
         dense = sorted({mean(line[0.0]) for line in lines.values() if 0.0 in line})
-        panels.append(curves.Panel(title=published.name(task), unit=units[task], lines=lines, levels={DENSE: dense}))
-    tell_undefined(records)
+        panels.append(
+            curves.Panel(title=published.name(task), unit=units[task], lines=lines, levels={DENSE: dense}, doubted=doubted[task])
+        )
+    tell_doubts(records)
     if not panels:
         raise UserError("these runs hold no finished level with a defined value")
     spread = tell_seeds(len(values) for lines in found.values() for line in lines.values() for values in line.values())
+    spread += "; hollow: a value is undefined or doubted" * any(line for lines in doubted.values() for line in lines.values())
     curves.draw(args.output, args.title or "Tickets over sparsities", "weights removed (%)", panels, spread)
 
 
@@ -103,7 +110,7 @@ def draw_curves(records: Sequence[Record], args: argparse.Namespace) -> None:
 
 
 def draw_transfer(records: Sequence[Record], args: argparse.Namespace) -> None:
-    from bert_tickets.figures.series import in_order, percent, points
+    from bert_tickets.figures.series import in_order, is_doubted, percent, points
     from bert_tickets.records import ONESHOT, PRETRAINED, RANDOM, by_seed, dense, need_one_setting
 
     own = own_tickets(records, args.sparsity)
@@ -119,35 +126,38 @@ def draw_transfer(records: Sequence[Record], args: argparse.Namespace) -> None:
     bases = {task: own.get(task, {}) if args.relative == "same-task" else dense(records, task) for task in targets}
     used = [record for seeds in [*runs.values(), *bases.values()] for record in seeds.values()]
     need_one_setting(used)
-    tell_undefined({(record.run, record.level): record for record in used}.values())
+    tell_doubts({(record.run, record.level): record for record in used}.values())
 
     base = {task: points(seeds) for task, seeds in bases.items()}
     less = {
         (source, task): [value - mean(base[task]) for value in points(seeds)] if base[task] else []
         for (source, task), seeds in runs.items()
     }
+    doubted = {(s, t): any(map(is_doubted, [*seeds.values(), *bases[t].values()])) for (s, t), seeds in runs.items()}
     rows = []
     for source in sources:
         both = [task for task in targets if task != source and less[source, task] and less.get((task, task))]
         reach = sum(mean(less[source, task]) >= mean(less[task, task]) for task in both)
-        rows.append([published.name(source), *(tell(less[source, task], "+.2f") for task in targets), f"{reach} of {len(both)}"])
+        told = [tell(less[source, task], "+.2f") + "*" * doubted[source, task] for task in targets]
+        rows.append([published.name(source), *told, f"{reach} of {len(both)}"])
     names = [published.name(task) for task in targets]
     of = "same-task ticket" if args.relative == "same-task" else DENSE
     print(f"points above the {of}, at {args.sparsity:g} % sparsity, of the ticket of (row) trained on (column)")
     print(table(["", *names, "at least same-task"], rows))
-    cells = [[_difference(runs[s, t], less[s, t], base[t]) for t in targets] for s in sources]
+    cells = [[_difference(runs[s, t], less[s, t], base[t], doubted[s, t]) for t in targets] for s in sources]
     scale = heatmap.around_zero([value for row in cells for value, _ in row if value is not None], "+.1f")
     title = args.title or f"Transfer of tickets at {args.sparsity:g} % sparsity"
     spread = tell_seeds(len(values) for values in less.values())
+    spread += "; * a value is undefined or doubted" * any(doubted.values())
     unit = f"points above the {of}; colours end at ±{scale.high:g}"
     labels = [published.name(source) for source in sources]
     axes = ("trained on", "ticket of")
     heatmap.draw(args.output, f"{title}\n{spread}", axes, names, labels, cells, unit, scale=scale)
 
 
-def _difference(seeds: BySeed, less: Sequence[float], base: Sequence[float]) -> heatmap.Cell:
+def _difference(seeds: BySeed, less: Sequence[float], base: Sequence[float], doubted: bool) -> heatmap.Cell:
     if less:
-        return mean(less), f"±{stdev(less):.1f}" if len(less) > 1 else ""
+        return mean(less), (f"±{stdev(less):.1f}" if len(less) > 1 else "") + "*" * doubted
     return None, "no run" if not seeds else "undef." if base else "no base"
 
 

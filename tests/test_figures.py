@@ -53,6 +53,31 @@ def test_curves_pool_nothing_but_seeds(draw, tmp_path):
     }
 
 
+def test_a_doubted_or_undefined_value_is_marked_in_the_table_and_the_picture(draw, tmp_path):
+    rundirs.run(tmp_path, [0.6, 0.5, 0.4], task="stsb", seed=1)
+    rundirs.run(tmp_path, [0.8, None, 0.2], task="stsb", seed=2, doubts=["all predictions are 2.5"])
+    out = draw("curves", tmp_path)
+    found = rows(out)
+    assert [found[level] for level in ("0 %", "10 %", "20 %")] == [["70.00 ± 14.14 (n=2)"], ["50.00*"], ["30.00 ± 14.14 (n=2)*"]]
+    assert "1 value(s) are undefined" in out
+    assert re.search(r"^\* .*stsb-imp-s2-.*, level 2: all predictions are 2.5$", out, re.MULTILINE)
+    assert "hollow: a value is undefined or doubted" in (tmp_path / "f.svg").read_text()
+    rundirs.run(tmp_path / "sound", [0.6, 0.5], task="stsb", seed=1)
+    assert "*" not in draw("curves", tmp_path / "sound")
+    assert "hollow" not in (tmp_path / "f.svg").read_text()
+
+
+def test_a_doubted_value_is_marked_where_tickets_are_transferred(draw, tmp_path):
+    own = rundirs.run(tmp_path, [0.8, 0.7])
+    other = rundirs.run(tmp_path, [0.6, 0.5], task="mnli")
+    rundirs.run(tmp_path, [0.5], mask=rundirs.mask_of(other, 1), doubts=["all predictions are positive"])
+    rundirs.run(tmp_path, [0.4], task="mnli", mask=rundirs.mask_of(own, 1))
+    found = rows(draw("transfer", tmp_path, "--sparsity", "10"))
+    assert found["SST-2"][:2] == ["-20.00", "-10.00"]
+    assert found["MNLI"][:2] == ["-10.00", "-30.00*"]
+    assert "* a value is undefined or doubted" in (tmp_path / "f.svg").read_text()
+
+
 def test_given_tickets_are_lines_of_their_own(draw, tmp_path):
     own = rundirs.run(tmp_path, [0.8, 0.7])
     other = rundirs.run(tmp_path, [0.8, 0.7], task="mnli")

@@ -654,3 +654,19 @@ def test_what_a_run_says_against_its_value_stands_in_every_format(tmp_path):
     assert "all 872 predictions" in latex([table])
     found = list(csv.DictReader(io.StringIO(tidy([table]))))
     assert [line["doubts"] for line in found if line["doubts"]] == ["seed 58: all 872 predictions on validation are negative"]
+
+
+def test_a_highest_sparsity_that_is_doubted_says_so(tmp_path):
+    for seed, values in {57: [0.8, 0.9], 58: [0.82, 0.92]}.items():
+        rundirs.run(tmp_path, values, "sst2", seed, doubts=["all 872 predictions on validation are negative"] * (seed == 58))
+    for table in (winning.table2(pool(tmp_path)), winning.table4(pool(tmp_path))):
+        cells = [cell for line in table.panels[0].lines for cell in line]
+        assert "10 % (doubted; the last level here)" in cells
+
+
+def test_a_doubted_transfer_is_marked_in_its_cell(tmp_path):
+    rundirs.run(tmp_path, [0.8, 0.7], "sst2")
+    other = rundirs.run(tmp_path, [0.6, 0.5], "mnli")
+    rundirs.run(tmp_path, [0.5], "sst2", mask=rundirs.mask_of(other, 1), doubts=["all predictions are positive"])
+    cells = [cell for line in transfer(pool(tmp_path), 0.1).panels[0].lines for cell in line]
+    assert [cell for cell in cells if "doubted" in cell] == ["-30.00 (1, doubted)"]

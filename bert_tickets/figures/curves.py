@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,6 +31,7 @@ class Panel:
     unit: str  # what y is, and in which unit
     lines: Mapping[str, Points]
     levels: Mapping[str, Sequence[float]] = field(default_factory=dict)  # horizontal lines by name
+    doubted: Mapping[str, Collection[float]] = field(default_factory=dict)  # by line, the x of points that are drawn hollow
 
 
 def draw(
@@ -101,9 +102,14 @@ def _draw_panel(plot: Axes, panel: Panel, styles: Mapping[str, Mapping[str, Any]
         xs, style = sorted(points), styles[name]
         means = [mean(points[x]) for x in xs]
         spreads = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
+        hollow = [x in panel.doubted.get(name, ()) for x in xs]
         if len(xs) == 1:  # points that share a place stand side by side, in the order of the legend
             xs = [xs[0] + ASIDE * width * (alone.index(name) - (len(alone) - 1) / 2)]
         (handles[name],) = plot.plot(xs, means, **style)
+        if any(hollow):
+            over = [(x, y) for x, y, is_hollow in zip(xs, means, hollow, strict=True) if is_hollow]
+            look = {"marker": style["marker"], "markerfacecolor": "white", "markeredgecolor": style["color"]}
+            plot.plot(*zip(*over, strict=True), linestyle="none", **look)
         if len(xs) == 1:
             plot.errorbar(xs, means, yerr=spreads, fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=2)
         else:

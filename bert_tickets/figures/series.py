@@ -55,6 +55,21 @@ def read_curves(records: Sequence[Record]) -> dict[str, dict[str, Points]]:
     return {task: lines for task, lines in found.items() if lines}
 
 
+def read_doubted(records: Sequence[Record]) -> dict[str, dict[str, set[float]]]:
+    """Task -> line -> where, in percent removed, a seed's value is undefined or doubted by its own run."""
+    labels = label_runs(records)
+    found: dict[str, dict[str, set[float]]] = defaultdict(lambda: defaultdict(set))
+    for record in records:
+        if is_doubted(record):
+            found[record.task][labels[record.run]].add(percent(record))
+    return found
+
+
+def is_doubted(record: Record) -> bool:
+    """Whether a value is undefined, or the run that it is of says something against it."""
+    return record.value is None or bool(record.doubts)
+
+
 def _place(record: Record) -> tuple[Any, ...]:
     """The order of lines: a task's own tickets, those of no task, those of other tasks."""
     own = [IMP, record.task, ONESHOT, RANDOM]

@@ -124,6 +124,7 @@ def _cell(entry: Entry) -> str:
     pairs, summary = len(entry.difference.seeds), entry.summary
     seeds = f"{pairs} of {len(entry.seeds)}" if pairs < len(entry.seeds) else str(pairs)
     doubts = [f"{len(summary.undefined)} undefined"] * bool(summary.undefined) + ["all equal"] * summary.constant
+    doubts += ["doubted"] * bool(entry.doubts)
     return f"{signed(entry.difference.mean, 2)} ({', '.join([seeds, *doubts])})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from bert_tickets.records import IMP, ONESHOT, PRETRAINED, RANDOM, SHUFFLED
@@ -13,11 +14,11 @@ from bert_tickets.tables.published import FULL, RANDOM_PRUNING, RANDOM_WEIGHTS, 
 from bert_tickets.tables.verdicts import Highest, highest, matches
 
 
-def best_text(best: Highest) -> str:
+def best_text(best: Highest, curve: Mapping[float, Entry]) -> str:
     """The highest sparsity in words, with what there is to say against it."""
     if best.sparsity is None:
         return "undecided: the criterion needs two seeds" if best.undecided else "none"
-    doubts = []
+    doubts = ["doubted"] * bool(curve[best.sparsity].doubts)
     if best.last:
         doubts.append("the last level here")
     if best.misses:
@@ -58,10 +59,10 @@ def table2(pool: Pool) -> Table | None:
         entries += [full, *shown]
         name = published.name(task)
         if best.sparsity is None:
-            lines.append([name, "highest winning", best_text(best), score(full), "", "", "", ""])
+            lines.append([name, "highest winning", best_text(best, curve), score(full), "", "", "", ""])
             name = ""
         for sparsity in stands:
-            what = ("highest winning", best_text(best)) if sparsity == best.sparsity else ("controls", percent(sparsity))
+            what = ("highest winning", best_text(best, curve)) if sparsity == best.sparsity else ("controls", percent(sparsity))
             lines.append([name, *what, score(full), *(score(entry) for entry in shown if entry.sparsity == sparsity)])
             name = ""
         lines.append(["", "published", _percent(published.sparsity(task)), *(_published(row, task) for row in ROWS)])
@@ -140,7 +141,7 @@ def table4(pool: Pool) -> Table | None:
         loose = highest({sparsity: entry.within for sparsity, entry in tested.items()})
         at = published.sparsity(task, "table4")
         ticket = None if strict.sparsity is None else replace(tested[strict.sparsity], published_sparsity=at)
-        cells = [best_text(strict), _percent(at), best_text(loose), _percent(published.sparsity(task))]
+        cells = [best_text(strict, curve), _percent(at), best_text(loose, curve), _percent(published.sparsity(task))]
         lines.append([published.name(task), *cells, score(full), score(ticket) if ticket else "none"])
         entries += [full, *([ticket] if ticket else [])]
     header = ["task", "match or exceed", "published", "within one deviation", "published", FULL, "ticket that matches or exceeds"]
