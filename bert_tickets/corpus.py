@@ -155,7 +155,7 @@ def _open(path: Path, dtype: np.dtype) -> tuple[np.ndarray, str] | None:
     """The tokens of a sound cache file. All of it is hashed: that costs half of what hashing the text does, seconds where
     training takes hours, and no sample would find the one page that a crash left empty."""
     try:
-        if not path.exists():
+        if not path.is_file():
             return None
         expected = read_facts(path)["sha256"]  # refuses a file that is shorter or longer than its header says
         with path.open("rb") as file:

@@ -99,16 +99,18 @@ def _origin(run: Path) -> str:
 
 
 def levels(run: Path) -> str:
-    """A line a finished level: its metric and the hashes of its mask and of the weights it began with."""
-    rows = []
+    """A line a finished level: its metric and the hashes of its mask and of the weights it began with. A star is of a metric that
+    the run doubts, and says why below."""
+    rows, told = [], []
     for result in results(run):
         value = result["metrics"][result["metric"]]
         number = "undefined" if value is None else f"{value:.6f}"
         hashes = [result["mask_sha256"], str(result.get("starts_at_sha256"))]
         rows.append([str(result["level"]), f"{result['sparsity']:.2%}", number + "*" * bool(result.get("doubts")), *hashes])
+        told += [f"* level {result['level']}: {doubt}" for doubt in result.get("doubts", [])]
+    if failed := failure(run):
+        told.append(f"level {failed['level']} came to no result: {failed['ended']}")
     header = ["level", "sparsity", results(run)[0]["metric"] if rows else "", "mask sha256", "began with sha256"]
-    failed = failure(run)
-    told = [f"level {failed['level']} came to no result: {failed['ended']}"] if failed else []
     return "\n".join([table(header, rows) if rows else "no finished level", *told])
 
 

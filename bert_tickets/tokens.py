@@ -107,7 +107,7 @@ def _digest(arrays: Arrays) -> str:
 
 def _read(path: Path) -> Arrays | None:
     try:
-        if not path.exists():
+        if not path.is_file():
             return None
         expected = read_facts(path)["sha256"]
         arrays = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}

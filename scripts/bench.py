@@ -54,7 +54,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="show where a step's time goes, and nothing else")
     parser.add_argument("--alone", choices=("ours", "released"), help="run this loop alone: its time and peak memory")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
-    return parser.parse_args(hyphens(None))
+    args = parser.parse_args(hyphens(None))
+    for name in ("turns", "turn_steps", "batch_size", "max_length"):
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    if not 0 <= args.sparsity < 1:
+        parser.error(f"--sparsity {args.sparsity}: a share from 0 to below 1 is needed")
+    return args
 
 
 def prepare(name: str, args: argparse.Namespace) -> Any:

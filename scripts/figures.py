@@ -45,7 +45,7 @@ def tell_doubts(records: Iterable[Record]) -> None:
     """Print what is left out of means, and what runs say against values that are in them, which a star marks."""
     records = list(records)
     if count := sum(record.value is None for record in records):
-        print(f"{count} value(s) are undefined (a correlation of constant predictions) and left out of the means")
+        print(f"{count} value(s) are undefined (a correlation of constant predictions or labels) and left out of the means")
     for record in records:
         for doubt in record.doubts:
             print(f"* {record.run}, level {record.level}: {doubt}")

@@ -47,6 +47,9 @@ def test_a_sound_run_is_traced_and_verified(run, capsys):
     for result in results(run):
         assert result["mask_sha256"] in out
         assert result["starts_at_sha256"] in out
+        for doubt in result["doubts"]:
+            assert f"* level {result['level']}: {doubt}" in out
+    assert any(result["doubts"] for result in results(run))
     assert faults(run) == {}
 
 

@@ -102,6 +102,18 @@ def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, g
     assert figures["level"]["mask file, MB"] > 0
 
 
+@pytest.mark.parametrize("words", ["--turns 0", "--turn-steps -1", "--sparsity nan", "--batch-size 0", f"--max-length {10**20}"])
+def test_bench_refuses_numbers_that_measure_nothing(monkeypatch, capsys, words):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench
+
+    monkeypatch.setattr("sys.argv", ["bench.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        bench.parse()
+    assert stop.value.code == 2
+    assert f"error: {words}: " in capsys.readouterr().err
+
+
 def test_the_released_loop_of_bench_learns_what_ours_learns(monkeypatch, calm_bert_dir, glue_dir):
     """Same network, same examples, no dropout, one batch that holds them all: the same step, but for rounding."""
     import copy

@@ -176,7 +176,7 @@ def test_undefined_values_are_said_and_never_match(tmp_path):
         (TICKET, "0 %"): ["50.0 ± 0.0 (2, all equal)"],
         (TICKET, "20 %"): ["50.0 (1 of 2, 1 undefined)"],
         (TICKET, "40 %"): ["50.0 ± 0.0 (2, all equal) **"],
-        (TICKET, "60 %"): ["undefined: constant predictions (0 of 2)"],
+        (TICKET, "60 %"): ["undefined: constant predictions or labels (0 of 2)"],
     }
     found = {row["sparsity"]: row for row in records(table)}
     assert (found["0.2"]["undefined"], found["0.2"]["within_one_sd"], found["0.2"]["n"]) == ("57", "False", "1")

@@ -1,5 +1,6 @@
 """A text is tokenised once; the cache is never out of date, and a damaged entry is made again."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,15 @@ def test_another_text_cut_column_or_tokenizer_is_another_entry(cache, tokenizer)
     tokenizer.backend_tokenizer.add_tokens(["naïve"])
     tokenize(tokenizer, [TEXTS], 12)
     assert tokenizer.calls == 6 == len(list(cache.iterdir()))
+
+
+def test_an_entry_that_is_a_pipe_is_not_waited_for(cache, tokenizer, capsys):
+    first = tokenize(tokenizer, [TEXTS], 12)
+    (entry,) = cache.iterdir()
+    entry.unlink()
+    os.mkfifo(entry)
+    assert same(first, tokenize(tokenizer, [TEXTS], 12))
+    assert "the tokens are not cached" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign"])

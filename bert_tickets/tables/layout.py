@@ -71,7 +71,7 @@ def score(entry: Entry) -> str:
     doubts = [f"{len(summary.undefined)} undefined"] * bool(summary.undefined) + ["all equal"] * summary.constant
     doubts += ["doubted"] * bool(entry.doubts)
     if summary.mean is None:
-        return f"undefined: constant predictions ({seeds})"
+        return f"undefined: constant predictions or labels ({seeds})"
     deviation = "" if summary.sd is None else f" ± {summary.sd:.1f}"
     return f"{summary.mean:.1f}{deviation} ({', '.join([seeds, *doubts])})"
 
