@@ -164,7 +164,7 @@ def spoil(bench: Bench, capsys, variant: Variant, *, finished: bool, rng: random
     _, expected = bench.undisturbed(variant)
     source, others = (bench.source((variant[0], variant[1] + seed), finished=finished) for seed in ("", " --seed 58"))
     (run,), (other,) = ((place / "runs").iterdir() for place in (source, others))
-    names = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "model" not in path.parts)
+    names = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
     for name, kind in itertools.product(names, KINDS):
         if not only(name, kind) or (name == "lock" and kind != "of another kind"):  # a lock is empty of meaning, and of bytes
             continue
@@ -174,6 +174,11 @@ def spoil(bench: Bench, capsys, variant: Variant, *, finished: bool, rng: random
         changed = not (spoilt / name).exists() or (spoilt / name).read_bytes() != (run / name).read_bytes()
         if changed and name not in ("lock", "log.jsonl") and (name, kind) != ("checkpoint.safetensors", "removed"):
             check_inspect(spoilt, name, kind, capsys)
+        if "model" in Path(name).parts:  # no run reads it; two runs' configurations are one
+            if changed:
+                yield name, kind, "named"
+            shutil.rmtree(folder)
+            continue
         before = contents(folder)
         yield name, kind, check_rerun(bench.run(folder, variant), name, kind, folder, before, expected)
         shutil.rmtree(folder)
@@ -201,13 +206,13 @@ def test_a_damaged_file_is_done_without_or_named_and_refused(bench, capsys, name
 def test_every_file_damaged_in_every_way(bench, capsys, seed, figures):
     began, rng = time.monotonic(), random.Random(seed)
     tried: Counter[tuple[str, str]] = Counter()
-    for variant, finished in itertools.product([*VARIANTS[:3], VARIANTS[5], VARIANTS[7]], [False, True]):
+    for variant, finished in itertools.product([*VARIANTS[:4], VARIANTS[5], VARIANTS[7]], [False, True]):
         for name, kind, outcome in spoil(bench, capsys, variant, finished=finished, rng=rng):
             tried[outcome, Path(name).name] += 1
             tried[kind, Path(name).name] += 1
     count = sum(times for (what, _), times in tried.items() if what in KINDS)
     figures.append(f"files damaged, and the command given again (seed {seed}): {count} times, {time.monotonic() - began:.0f} s")
-    figures.extend(table(tried, [*KINDS, "recovered", "refused", "said"], "file"))
+    figures.extend(table(tried, [*KINDS, "recovered", "refused", "said", "named"], "file"))
 
 
 def test_a_kept_model_is_the_same_whether_its_tokens_came_from_the_cache(bench):
