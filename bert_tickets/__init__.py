@@ -40,3 +40,10 @@ class Stopped(BaseException):
 def first_line(error: Exception) -> str:
     """What an error of another library says, in a line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def brief(value: object) -> str:
+    """What a file says of itself, at most 80 characters of it, none of which is a terminal's command."""
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -120,6 +120,7 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a file's name, or what a file says, may be more than a terminal can write
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.unraisablehook = _unraisable
     try:
         main(*arguments)
         sys.stdout.flush()
@@ -137,6 +138,12 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     except KeyboardInterrupt:
         _leave(130, "interrupted")
     _leave(0)
+
+
+def _unraisable(dropped: Any) -> None:
+    """A signal that came in a finaliser is no error to be shown: the run has noted it, and stops at its next step."""
+    if not isinstance(dropped.exc_value, Stopped):
+        sys.__unraisablehook__(dropped)
 
 
 def _leave(code: int, says: str = "") -> NoReturn:

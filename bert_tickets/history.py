@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_tickets import Refused, UserError
+from bert_tickets import Refused, UserError, brief
 from bert_tickets.config import Config, run_name
 from bert_tickets.files import read_sealed
 
@@ -85,7 +85,7 @@ def read_failure(run: Path) -> dict[str, Any] | None:
     if type(found.get("level")) is not int or not isinstance(why := found.get("ended"), str) or not why.isprintable():
         raise UserError(f"{path} is damaged: it is to have level and ended")
     if found.get("run") != name:
-        raise UserError(f"{path} is damaged or another run's: it is of {found.get('run')}, and not of {name}")
+        raise UserError(f"{path} is damaged or another run's: it is of {brief(found.get('run'))}, and not of {brief(name)}")
     return found
 
 

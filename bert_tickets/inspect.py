@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_tickets import UserError
+from bert_tickets import UserError, brief
 from bert_tickets.command import run_command
 from bert_tickets.files import check, read_facts, read_info, read_sealed
 from bert_tickets.history import (
@@ -139,7 +139,7 @@ def _verdict(run: Path, path: Path) -> str:
         if name == "metrics.json":
             check_metrics(run, _level_of(path))
         elif is_strict(run) and (told := _runs_of_levels(run)) - {str(read_sealed(path).get("run"))}:
-            raise UserError(f"{path} is damaged or another run's: its levels are of {', '.join(sorted(told))}")
+            raise UserError(f"{path} is damaged or another run's: its levels are of {brief(', '.join(sorted(told)))}")
         return SOUND if b'"checksum"' in path.read_bytes() else UNSEALED
     if name == FAILURE and len(place) == 1:
         read_failure(run)

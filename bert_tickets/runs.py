@@ -81,12 +81,12 @@ class Run:
         self._lock.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        asked = self.stop_signal is not None
+        asked, self.stop_signal = self.stop_signal is not None, number  # at once: what is raised in a finaliser, Python drops
         if asked and self.ranks.world > 1 and time.monotonic() - self._asked_at < 2:
             return  # from torchrun, which passes on what a terminal or a cluster has sent to each process already
+        self._asked_at = time.monotonic()
         if not self.saves_on_stop or asked:  # nothing to save; or asked a second time
             raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command goes on from there", 128 + number)
-        self.stop_signal, self._asked_at = number, time.monotonic()
         os.write(2, b"\nstopping after this step or evaluation; once more to stop at once\n")  # print may be at work
 
     def _hold(self) -> None:

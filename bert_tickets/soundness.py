@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from bert_tickets import UserError
+from bert_tickets import UserError, brief
 from bert_tickets.files import check, file_sha256, read_facts, read_info, read_sealed
 from bert_tickets.history import is_strict, level_dir, levels_done, result
 from bert_tickets.refusal import cannot_read
@@ -21,7 +21,7 @@ def check_levels(run: Path) -> None:
     if not about.exists():
         raise UserError(f"{about} is missing")
     if is_strict(run) and (name := read_sealed(about).get("run")) != run.name:
-        raise UserError(f"{about} is damaged or another run's: it is of {name}")
+        raise UserError(f"{about} is damaged or another run's: it is of {brief(name)}")
     for level in range(levels_done(run)):
         line, info = check_metrics(run, level), check_mask(run, level)
         if info.get("sha256") != line["mask_sha256"]:
@@ -33,7 +33,8 @@ def check_metrics(run: Path, level: int) -> dict[str, Any]:
     """What a level's metrics.json says; `UserError` where it is missing, damaged, or of another run or level."""
     line, name = result(run, level), _own(run)[0]
     if is_strict(run) and line.get("run") != name:
-        raise UserError(f"{level_dir(run, level) / 'metrics.json'} is damaged or another run's: it is of {line.get('run')}")
+        path = level_dir(run, level) / "metrics.json"
+        raise UserError(f"{path} is damaged or another run's: it is of {brief(line.get('run'))}")
     return line
 
 
@@ -43,7 +44,7 @@ def check_mask(run: Path, level: int) -> dict[str, str]:
     check(path, strict=strict)
     info = read_info(path)
     if strict and not given and info.get("run") != name:
-        raise UserError(f"{path} is damaged or another run's: it is of {info.get('run')}")
+        raise UserError(f"{path} is damaged or another run's: it is of {brief(info.get('run'))}")
     return info
 
 
@@ -53,7 +54,8 @@ def check_tensors(path: Path, run: Path, level: int | None = None) -> None:
     check(path, strict=strict)
     facts, own = read_facts(path), {"run": _own(run)[0], "level": level}
     if any(facts.get(key) != value for key, value in own.items() if strict or key in facts):
-        raise UserError(f"{path} is damaged or another run's: it is of {facts.get('run')}, level {facts.get('level')}")
+        said = f"{brief(facts.get('run'))}, level {brief(facts.get('level'))}"
+        raise UserError(f"{path} is damaged or another run's: it is of {said}")
 
 
 def check_model(run: Path, level: int, *names: str) -> None:

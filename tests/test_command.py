@@ -389,6 +389,21 @@ def test_output_on_a_full_disk_is_exit_code_2(out, says):
         assert end.stderr.startswith("error: the system refuses where the output goes: the disk is full.")
 
 
+def test_of_what_python_drops_in_a_finaliser_only_a_signal_is_not_shown():
+    script = """
+from bert_tickets import Stopped
+from bert_tickets.command import run_command
+class Thing:
+    def __init__(self, error): self.error = error
+    def __del__(self): raise self.error
+run_command(lambda: [Thing(Stopped("stopped", 143)), Thing(ValueError("a bug"))].clear())
+"""
+    end = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert end.returncode == 0
+    assert "ValueError: a bug" in end.stderr
+    assert "Stopped" not in end.stderr
+
+
 def test_success_is_0_and_main_gets_its_arguments(exit_of):
     assert exit_of(print, "a", "b") == (0, "a b\n", "")
 

@@ -201,6 +201,30 @@ def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(go, monkeypatch, num
     assert not list((tmp_path / "stopped").rglob("checkpoint.safetensors"))
 
 
+def test_a_signal_that_comes_in_a_finaliser_is_not_lost(go, monkeypatch, tmp_path):
+    """Python drops what is raised in one, as in a callback of weakref, with a traceback on the screen."""
+    plain, dropped = lottery.prepare, []
+
+    class Thing:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def prepare(*arguments):
+        thing = Thing()
+        del thing
+        return plain(*arguments)
+
+    expected = go("undisturbed")
+    with monkeypatch.context() as patch:
+        patch.setattr(lottery, "prepare", prepare)
+        patch.setattr(sys, "unraisablehook", dropped.append)
+        with pytest.raises(Stopped, match="stopped in level 0 after step 1, saved") as stop:
+            go("run")
+    assert [type(one.exc_value) for one in dropped] == [Stopped]
+    assert stop.value.code == 143
+    assert go("run") == expected
+
+
 def test_a_finished_run_answers_at_once_and_writes_nothing(go, monkeypatch, capsys):
     expected = go("run")
     said = capsys.readouterr().out
