@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     """A file to fill, whose content appears at `path` when it is complete: a kill at any moment leaves the old one or the new
     one. An error raised while it is filled leaves the old one, and nothing beside it."""
     if not path.name or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)):
-        raise UserError(f"cannot write '{path}': it is no file's name, or a device's, which a file must not replace")
+        raise UserError(f"cannot write {path}: it is no file's name, or a device's, which a file must not replace")
     temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"  # another process may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

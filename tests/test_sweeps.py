@@ -120,7 +120,8 @@ for i in {{1..600}}; do sleep 0.05; done
     stub.chmod(0o755)
     command = ["bash", str(ROOT / "scripts" / "rewinding.sh")]
     words = {"PYTHON": str(stub), "TASKS": "rte", "SEEDS": "1", "REWIND": "5% none"}
-    with subprocess.Popen(command, env=os.environ | words, text=True, stderr=subprocess.PIPE) as process:
+    heard = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # these tests may have been started deaf, by nohup or &
+    with subprocess.Popen(command, env=os.environ | words, text=True, stderr=subprocess.PIPE, **heard) as process:
         deadline = time.monotonic() + 60
         while not told.exists():
             assert time.monotonic() < deadline
