@@ -41,6 +41,13 @@ def levels_done(run: Path) -> int:
     return level
 
 
+def level_lost(run: Path) -> Path | None:
+    """The folder of a level that is gone although a later one's is there; a run finishes its levels in turn."""
+    later = [int(path.name[6:]) for path in run.glob("level_*") if path.name[6:].isdecimal() and path.is_dir()]
+    done = levels_done(run)
+    return level_dir(run, done) if max(later, default=0) > done else None
+
+
 def is_finished(cfg: Config, preset: str) -> bool:
     """Whether the configuration's run has all its levels, and was tidied up after the last."""
     return is_settled(run_dir(cfg, preset), levels_of(cfg))
@@ -171,6 +178,6 @@ def needed(run: Path) -> Iterator[None]:
         raise
     except UserError as error:
         raise UserError(
-            f"{str(error).rstrip('.')}. The run cannot go on without it: put back a copy of that file, or move {run} away and "
-            "give the same command again, which then begins anew."
+            f"{str(error).rstrip('.')}. The run cannot go on without it: put back a copy, or move {run} away and give the same "
+            "command again, which then begins anew."
         ) from None

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 TENSORS = ("weights.safetensors", "moments.safetensors", "rewind.safetensors", "checkpoint.safetensors")
 SOUND, UNSEALED = "sound", "readable; of an older version, without a checksum"
+VARIES = "not checked: differs between equal runs"
+UNNOTED = "not checked: an older version noted no digest of it"
+FOREIGN = "not of a run"
+LEFT = "left by a kill; the next start removes it"
+HARMLESS = {SOUND, UNSEALED, VARIES, UNNOTED, FOREIGN, LEFT}
 Finding = tuple[Path, str]  # a file and what is to be said of it
 
 
@@ -118,7 +123,7 @@ def levels(run: Path) -> str:
 
 
 def verify(run: Path) -> Iterator[Finding]:
-    """Every file of a run directory and `SOUND`, `UNSEALED` or what is wrong with it; then what is missing or contradicts."""
+    """Every file of a run directory and what is `HARMLESS` or wrong with it; then what is missing or contradicts."""
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         try:
             yield path, _verdict(run, path)
@@ -131,9 +136,9 @@ def verify(run: Path) -> Iterator[Finding]:
 def _verdict(run: Path, path: Path) -> str:
     name, place = path.name, path.relative_to(run).parts
     if name in ("lock", "log.jsonl"):
-        return "not checked: differs between equal runs"
+        return VARIES
     if any(part.startswith(".") for part in place):
-        return "left by a kill; the next start removes it"
+        return LEFT
     if name in ("run.json", "metrics.json") and "model" not in place:
         read_sealed(path, strict=is_strict(run))
         if name == "metrics.json":
@@ -150,7 +155,7 @@ def _verdict(run: Path, path: Path) -> str:
         level = _level_of(path.parent)
         check_model(run, level, name)
         noted = kept_files(run, level)
-        return SOUND if name in noted else "not of a run" if noted else "not checked: an older version noted no digest of it"
+        return SOUND if name in noted else FOREIGN if noted else UNNOTED
     if path.suffix == ".safetensors":
         if name == "mask.safetensors":
             check_mask(run, _level_of(path))
@@ -159,7 +164,7 @@ def _verdict(run: Path, path: Path) -> str:
         else:
             check(path)
         return SOUND if "checksum" in read_info(path) else UNSEALED
-    return "not of a run"
+    return FOREIGN
 
 
 def _runs_of_levels(run: Path) -> set[str]:
@@ -232,10 +237,8 @@ def inspect(run: Path) -> bool:
             sound = False
     good, other = 0, []
     for path, verdict in verify(run):
-        if verdict in (SOUND, UNSEALED):
-            good += 1
-        elif not verdict.startswith(("not ", "left by")):
-            sound = False
+        good += verdict in (SOUND, UNSEALED)
+        sound = sound and verdict in HARMLESS
         if verdict != SOUND:
             other.append(f"  {path.relative_to(run)}: {verdict}")
     print(f"{good} files verified" + (", and:" if other else ""))

@@ -11,17 +11,20 @@ from typing import Any
 
 from bert_tickets import UserError, brief
 from bert_tickets.files import check, file_sha256, read_facts, read_info, read_sealed
-from bert_tickets.history import is_strict, level_dir, levels_done, result
+from bert_tickets.history import is_strict, level_dir, level_lost, levels_done, result
 from bert_tickets.refusal import cannot_read
 
 
 def check_levels(run: Path) -> None:
-    """Raise `UserError` where run.json, or a finished level's metrics.json or mask, is missing, damaged or another run's."""
+    """Raise `UserError` where run.json, or a finished level's metrics.json or mask, is missing, damaged or another run's; or a
+    whole level is missing before others."""
     about = run / "run.json"
     if not about.exists():
         raise UserError(f"{about} is missing")
     if is_strict(run) and (name := read_sealed(about).get("run")) != run.name:
         raise UserError(f"{about} is damaged or another run's: it is of {brief(name)}")
+    if lost := level_lost(run):
+        raise UserError(f"{lost} is missing, and a later level is there")
     for level in range(levels_done(run)):
         line, info = check_metrics(run, level), check_mask(run, level)
         if info.get("sha256") != line["mask_sha256"]:
@@ -91,7 +94,9 @@ def check_finished(run: Path) -> None:
 def missing(run: Path) -> list[tuple[Path, str]]:
     """What a run's state says must be there and is not, and what that means: all but levels' masks and metrics."""
     done, needed = levels_done(run), {run / "run.json": "without it nobody can tell what ran, and the run cannot go on"}
-    if done:
+    if lost := level_lost(run):
+        needed[lost] = "there are later levels, which the run cannot go on from without it"
+    elif done:
         newest = level_dir(run, done - 1)
         needed[run / "results.jsonl"] = "the same command writes it again"
         needed[newest / "weights.safetensors"] = "without the newest level's weights no run can go on, and no network be shared"

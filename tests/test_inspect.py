@@ -85,6 +85,21 @@ def test_a_damaged_file_is_named(run, name, how, capsys):
     assert "damaged: " in capsys.readouterr().err
 
 
+def test_a_damaged_file_is_named_whatever_its_folder_is_called(run, tmp_path, monkeypatch, capsys):
+    """What is said of it begins with its path."""
+    monkeypatch.chdir(tmp_path)
+    place = Path("not mine") / run.name
+    shutil.copytree(run, place)
+    (place / "level_00" / "mask.safetensors").write_bytes(b"")
+    assert not inspect(place)
+    assert "not mine" in capsys.readouterr().out
+
+
+def test_a_level_that_is_gone_before_others_is_named(run):
+    shutil.rmtree(run / "level_01")
+    assert faults(run)["level_01"] == "is missing: there are later levels, which the run cannot go on from without it"
+
+
 def test_files_that_contradict_each_other_are_named(run):
     """Each is sound by itself."""
     shutil.copy(run / "level_00" / "mask.safetensors", run / "level_01" / "mask.safetensors")
