@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,8 @@ def test_glue_says_what_the_data_say_against_its_scores(bert_dir, glue_dir, tmp_
     dev = (folder / "dev.tsv").read_text()
     shutil.copy(folder / "train.tsv", folder / "dev.tsv")
     assert noted(Glue("sst2"), cfg, bert_dir) == ["44 of 44 examples of validation are trained on too"]
+    few = replace(cfg, limit_train=1)  # what is not trained on does no harm
+    assert noted(Glue("sst2"), few, bert_dir) == ["all training labels are positive"]
     (folder / "dev.tsv").write_text(dev)
     (folder / "train.tsv").write_text("sentence\tlabel\n" + "☃ ☃ ☃\t1\n" * 20 + " \t1\n")
     said = noted(Glue("sst2"), cfg, bert_dir)

@@ -119,17 +119,15 @@ class Glue:
         else:
             splits = read_hub(self.name, self.row)
         train = splits.pop("train")
-        self.noted = [note for split, found in splits.items() for note in shared(train, found, split, "examples")]
-        if len({label for _, label in train}) == 1:
-            self.noted.append(f"all training labels are {self._answer(train[0][1])}")
         if cfg.limit_train is not None:
             chosen = order(len(train), seed=0, epoch=0)[: cfg.limit_train]  # whatever the run's seed: one smaller task
             train = [train[i] for i in chosen.tolist()]
+        evals = {split: examples[: cfg.limit_eval] for split, examples in splits.items()}
+        self.noted = [note for split, found in evals.items() for note in shared(train, found, split, "examples")]
+        if len({label for _, label in train}) == 1:
+            self.noted.append(f"all training labels are {self._answer(train[0][1])}")
         store = self._store("train", train, tokenizer, cfg.max_length, device)
-        return store, {
-            split: self._store(split, examples[: cfg.limit_eval], tokenizer, cfg.max_length, device)
-            for split, examples in splits.items()
-        }
+        return store, {split: self._store(split, found, tokenizer, cfg.max_length, device) for split, found in evals.items()}
 
     def _store(self, split: str, examples: list[Example], tokenizer: Any, max_length: int, device: torch.device) -> TokenStore:
         columns = [list(column) for column in zip(*(texts for texts, _ in examples), strict=True)]

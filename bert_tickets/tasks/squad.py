@@ -66,7 +66,7 @@ class Squad:
         self.asked = splits["validation"][: cfg.limit_eval]
         texts = [q.question for q in self.asked], [q.context for q in self.asked]
         self.windows = eval_windows(tokenizer, *texts, cfg.max_length, cfg.doc_stride)
-        known = [(q.question, q.context) for q in splits["train"]]
+        known = [(q.question, q.context) for q, _ in taught]
         self.noted = [
             *shared(known, list(zip(*texts, strict=True)), "validation", "questions"),
             *_misplaced(self.asked),
