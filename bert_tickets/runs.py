@@ -260,3 +260,4 @@ def _keep_model(net: Any, tokenizer: Any, folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
+    sync_folder(folder)

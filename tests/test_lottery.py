@@ -150,6 +150,7 @@ def test_standard_pruning_trains_on_without_rewinding(run_glue, watched):
     start = {name: w * mask[name] if name in mask else w for name, w in trained.items() if name.startswith("bert.")}
     assert results[1]["starts_at_sha256"] == digest(start)
     assert watched[6][0].optimizer.state[watched[6][0].params["classifier.weight"]]["step"] == 12  # AdamW went on
+    assert [line["skipped_steps"] for line in results] == [0, 0]
 
 
 def test_standard_pruning_with_a_new_optimiser(run_glue, watched):

@@ -72,6 +72,23 @@ def test_a_batch_that_does_not_fit_is_divided_and_the_run_is_the_same_to_roundin
         assert a["mask_sha256"] == b["mask_sha256"]
 
 
+def test_a_part_that_does_not_fit_leaves_nothing_of_those_that_did(go, monkeypatch):
+    """Of two parts the first has its gradients already when the second runs out of memory."""
+    whole, plain, calls = go("lt_glue.py", "large"), Glue.loss, 0
+
+    def loss(self, net, batch):
+        nonlocal calls
+        calls += 1
+        if calls in (1, 3):
+            raise torch.OutOfMemoryError("no room")
+        return plain(self, net, batch)
+
+    monkeypatch.setattr(Glue, "loss", loss)
+    for a, b in zip(whole, go("lt_glue.py", "small"), strict=True):
+        assert np.allclose(a["losses"], b["losses"], rtol=1e-5)
+        assert a["mask_sha256"] == b["mask_sha256"]
+
+
 def test_a_run_that_divides_and_is_killed_ends_with_the_same_bits(go, monkeypatch, tmp_path):
     small_device(Glue, 3, monkeypatch)
     expected = go("lt_glue.py", "undisturbed", "--save-steps", "2")
@@ -91,6 +108,8 @@ def test_a_run_that_divides_and_is_killed_ends_with_the_same_bits(go, monkeypatc
     assert go("lt_glue.py", "killed", "--save-steps", "2") == expected
     (log,) = (tmp_path / "killed").rglob("log.jsonl")
     events = [json.loads(line) for line in log.read_text().splitlines()]
+    told = [event["level"] for event in events if event["event"] == "out of memory"]
+    assert told == [0, 0, 0, 1, 1, 1]  # 2 parts, 4, 8: level 0 goes on with 8
     assert [event["parts"] for event in events if event["event"] == "out of memory"][:3] == [2, 4, 8]
 
 
@@ -204,6 +223,38 @@ def test_fp16_that_overflows_at_every_scale_ends_the_run_in_words(go, monkeypatc
     monkeypatch.setattr(Glue, "loss", lambda self, net, batch: Huge.apply(plain(self, net, batch)))
     with pytest.raises(UserError, match="fp16 gradients overflowed at every scale by step"):
         go("lt_glue.py", "overflow", "--precision", "fp16", "--max-steps", "40")
+
+
+def test_a_run_whose_fp16_overflowed_and_that_is_killed_ends_with_the_same_bits(go, monkeypatch, tmp_path):
+    """The scale that the overflow has halved is the checkpoint's, and so is the count of steps since."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("inf") if grad > 2.0**15 else grad
+
+    plain, scales = Glue.loss, []
+    monkeypatch.setattr(Glue, "loss", lambda self, net, batch: Once.apply(plain(self, net, batch)))
+
+    def watching(self, batch, lr):
+        scales.append(self.scaler.get_scale())
+        if len(scales) == 5:
+            raise KeyboardInterrupt
+        return take(self, batch, lr)
+
+    extra, take = ("--precision", "fp16", "--save-steps", "2", "--levels", "1"), Step.__call__
+    expected = go("lt_glue.py", "undisturbed", *extra)
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", watching)
+        with pytest.raises(KeyboardInterrupt):
+            go("lt_glue.py", "killed", *extra)
+        assert go("lt_glue.py", "killed", *extra) == expected
+    assert scales == [2.0**16, *[2.0**15] * 6]
+    assert expected[0]["skipped_steps"] == 1
 
 
 def test_steps_that_fp16_skips_are_counted_and_many_are_said(go, monkeypatch, capsys):

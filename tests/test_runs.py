@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,35 @@ def test_killed_in_its_writes_it_ends_bit_identical(go, monkeypatch):
                 if not done:
                     assert go(folder, *variant) == expected, folder
                 at += 9 if name != "rename" else 1
+
+
+def test_what_is_renamed_is_on_the_disk_before_and_its_new_name_after(go, monkeypatch):
+    """Or a machine that fails leaves a file in place that is empty."""
+    flushed, unflushed, moved = set(), set(), 0
+    sync, plain = os.fsync, {name: getattr(Path, name) for name in ("rename", "replace")}
+
+    def state(place: os.stat_result) -> tuple[int, int]:
+        return place.st_ino, place.st_mtime_ns
+
+    def flush(descriptor: int) -> None:
+        flushed.add(state(os.fstat(descriptor)))
+        unflushed.discard(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def move(name: str, path: Path, target: Path) -> Path:
+        nonlocal moved
+        moved += 1
+        for place in [path, *path.rglob("*")]:
+            assert state(place.stat()) in flushed, place
+        unflushed.add(target.parent.stat().st_ino)
+        return plain[name](path, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    for name in plain:
+        monkeypatch.setattr(Path, name, lambda path, target, name=name: move(name, path, target))
+    go("run", "--rewind", "3", "--keep-models")
+    assert moved > 20
+    assert not unflushed
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -300,14 +330,14 @@ def test_damaged_state_is_named_and_refused(go, monkeypatch, tmp_path, file):
         go("run")
 
 
-def test_a_changed_model_or_other_data_are_not_mixed_in(go, monkeypatch, tmp_path, glue_dir):
+def test_a_changed_model_or_other_data_are_not_mixed_in(go, monkeypatch, tmp_path):
     die(go, monkeypatch, 8)
     (run_dir,) = (tmp_path / "run" / "runs").iterdir()
     about = files.read_sealed(run_dir / "run.json")
-    about["fingerprint"]["train"]["sha256"] = "another"
-    files.write_sealed(run_dir / "run.json", about)
-    with pytest.raises(UserError, match=r"was begun with train .* would mix two runs"):
-        go("run")
+    for key in about["fingerprint"]:
+        files.write_sealed(run_dir / "run.json", about | {"fingerprint": about["fingerprint"] | {key: "another"}})
+        with pytest.raises(UserError, match=rf"was begun with {key} .* would mix two runs"):
+            go("run")
 
 
 def test_another_environment_is_said_and_written_down(go, monkeypatch, capsys, tmp_path):
@@ -399,6 +429,22 @@ def test_a_damaged_failure_is_named_and_removed(go, diverge, capsys, damage):
     assert "; it is removed" in out
 
 
+def test_a_weight_that_ends_infinite_is_no_result_though_no_output_tells(go, monkeypatch):
+    plain, calls = Step.__call__, 0
+
+    def breaking(self, batch, lr):
+        nonlocal calls
+        calls += 1
+        loss = plain(self, batch, lr)
+        if calls == 6:  # the last of the level
+            self.params["bert.embeddings.word_embeddings.weight"].data[0] = float("inf")  # of [PAD], which packing never reads
+        return loss
+
+    monkeypatch.setattr(Step, "__call__", breaking)
+    with pytest.raises(Diverged, match="a weight became infinite or NaN by step 6"):
+        go("run", "--save-steps", "999")
+
+
 def test_outputs_that_are_not_finite_are_no_result(go, monkeypatch):
     plain = lottery.evaluate
     with monkeypatch.context() as patch:
@@ -428,6 +474,15 @@ def test_a_flipped_bit_is_never_trained_on_nor_reported(name, go, monkeypatch, t
     data[len(data) * 2 // 3] ^= 1
     (run_dir / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name} is damaged"):
+        go("run")
+
+
+def test_a_level_that_is_gone_before_others_is_not_trained_again(go, monkeypatch, tmp_path):
+    """It might come to other weights now, and the others would be of none."""
+    die(go, monkeypatch, 15)
+    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
+    shutil.rmtree(run_dir / "level_00")
+    with pytest.raises(UserError, match="level_00 is missing, and a later level is there.*put back a copy"):
         go("run")
 
 
