@@ -482,7 +482,7 @@ def test_a_level_that_is_gone_before_others_is_not_trained_again(go, monkeypatch
     die(go, monkeypatch, 15)
     (run_dir,) = (tmp_path / "run" / "runs").iterdir()
     shutil.rmtree(run_dir / "level_00")
-    with pytest.raises(UserError, match="level_00 is missing, and a later level is there.*put back a copy"):
+    with pytest.raises(UserError, match=r"level_00 is missing, and a later level is there.*put back a copy"):
         go("run")
 
 
