@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bert_tickets import Busy, UserError
-from bert_tickets.refusal import cannot_read, cannot_write
+from bert_tickets.refusal import cannot_read, cannot_write, need_file
 
 if TYPE_CHECKING:  # reading JSON and metadata takes no torch
     from torch import Tensor
@@ -99,8 +99,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """A JSON file's value; `UserError` where it is not one, `Refused` where it cannot be read now."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device would be read for ever
-        raise UserError(f"{path} is no file")
+    need_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -153,6 +152,7 @@ def _sha256(*parts: bytes | memoryview) -> str:
 
 def file_sha256(path: Path) -> str:
     """The digest of a file that others write, and that has no checksum of its own; `OSError` where it cannot be read."""
+    need_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -226,6 +226,7 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def check(path: Path, *, strict: bool = False) -> None:
     """Raise `UserError` where a safetensors file's bytes do not match its checksum, `Refused` where they cannot be read now. One
     without a checksum is taken unless `strict`."""
+    need_file(path)
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(_header_size(file)))
@@ -287,6 +288,7 @@ def read_dtypes(path: Path) -> dict[str, str]:
 def _opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    need_file(path)
     try:
         with path.open("rb") as plain:
             _header_size(plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from bert_tickets import Refused, UserError, brief
 from bert_tickets.config import Config, run_name
 from bert_tickets.files import read_sealed
+from bert_tickets.refusal import need_file
 
 FAILURE = "failure.json"  # what ended the level under way, if it came to no result
 FORMAT = 2  # of the run directory; a newer one is refused. From 2 on each file has a checksum and says which run it is of
@@ -58,6 +60,7 @@ def is_settled(run: Path, levels: int) -> bool:
     written last."""
     if levels_done(run) < levels:
         return False
+    need_file(run / "results.jsonl")
     try:
         return (run / "results.jsonl").read_bytes() == results_lines(run)
     except OSError:
@@ -134,6 +137,8 @@ def seconds(run: Path) -> dict[int, float]:
 
 def events(log: Path) -> Iterator[dict[str, Any]]:
     """What log.jsonl tells, in its order. A line that a kill tore, or a log that is gone, is worth no crash."""
+    if not os.path.isfile(log):  # a pipe would be read for ever
+        return
     with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):

@@ -31,6 +31,7 @@ from bert_tickets.history import (
     results,
     results_lines,
 )
+from bert_tickets.refusal import need_file
 from bert_tickets.report import table
 from bert_tickets.soundness import check_mask, check_metrics, check_model, check_tensors, kept_files, missing
 
@@ -124,8 +125,9 @@ def levels(run: Path) -> str:
 
 def verify(run: Path) -> Iterator[Finding]:
     """Every file of a run directory and what is `HARMLESS` or wrong with it; then what is missing or contradicts."""
-    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+    for path in sorted(path for path in run.rglob("*") if not path.is_dir()):
         try:
+            need_file(path)
             yield path, _verdict(run, path)
         except (UserError, OSError) as error:
             yield path, str(error)

@@ -8,7 +8,7 @@ from pathlib import Path
 from bert_tickets import Refused, UserError
 from bert_tickets.files import read_facts, write
 from bert_tickets.history import FAILURE, check_format, failure, level_dir, levels_done, needed, read_failure, results_lines
-from bert_tickets.refusal import in_words, remove
+from bert_tickets.refusal import in_words, need_file, remove
 from bert_tickets.soundness import check_levels, check_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -51,6 +51,7 @@ def settle(run: Path, levels: int) -> None:
     if failure(run) is None:  # the level was finished later
         remove(run / FAILURE)
     data = results_lines(run)
+    need_file(path)
     with in_words(path):
         found = path.read_bytes() if path.exists() else None
     if found == data:

@@ -43,6 +43,12 @@ def cannot_read(path: Path, error: Exception, otherwise: str = "damaged or missi
     return UserError(f"{path} is {otherwise}: {first_line(error)}")
 
 
+def need_file(path: Path) -> None:
+    """Raise `UserError` where there is something that is no file: a pipe or a device would be read for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no file")
+
+
 @contextmanager
 def in_words(path: Path) -> Iterator[None]:
     """What the file system refuses in this context, as `cannot_write(path, ...)`.

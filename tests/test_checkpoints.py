@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,12 @@ from bert_tickets.models import load_bert
 INDEX = "model.safetensors.index.json"
 LAST = "encoder.layer.1.output.dense.weight"
 
+pytestmark = pytest.mark.usefixtures("soon")
+
 
 @pytest.fixture
 def model(bert_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bert_dir, tmp_path / "model"))
-
-
-@pytest.fixture(autouse=True)
-def soon() -> Iterator[None]:
-    """Fail what does not answer."""
-
-    def late(*_: object) -> None:
-        raise AssertionError("no answer in 20 seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def load(folder: Path, init: str | Path = "pretrained", head: Any = "classifier") -> None:

@@ -1,5 +1,6 @@
 """From a number back to its run; and every file of a run directory verified."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import lt_glue
 from bert_tickets import UserError
 from bert_tickets.command import parse
 from bert_tickets.files import read_facts, read_sealed, read_tensors, write_json, write_sealed, write_tensors
-from bert_tickets.history import results, results_lines, run_dir
+from bert_tickets.history import results, results_lines, run_dir, seconds
 from bert_tickets.inspect import SOUND, inspect, main, verify
 from bert_tickets.mask import Mask
+from bert_tickets.recovery import recover
+from bert_tickets.soundness import check_finished
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,27 @@ def test_a_damaged_file_is_named_whatever_its_folder_is_called(run, tmp_path, mo
     (place / "level_00" / "mask.safetensors").write_bytes(b"")
     assert not inspect(place)
     assert "not mine" in capsys.readouterr().out
+
+
+PIPES = ["run.json", "results.jsonl", "log.jsonl", "checkpoint.safetensors", "failure.json", "level_00/metrics.json"]
+PIPES += ["level_01/mask.safetensors", "level_02/weights.safetensors", "level_01/model/config.json"]
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_is_named_and_not_waited_for(run, name, soon):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    assert not inspect(run)
+    assert faults(run)[name] == f"{run / name} is no file"
+    if name == "log.jsonl":
+        assert seconds(run) == {}
+    elif name in ("checkpoint.safetensors", "failure.json"):  # what a run can do without
+        recover(run, 3)
+        assert not (run / name).exists()
+    elif "model" not in name:  # which no run reads
+        with pytest.raises(UserError, match="is no file"):
+            recover(run, 3)
+            check_finished(run)
 
 
 def test_a_level_that_is_gone_before_others_is_named(run):

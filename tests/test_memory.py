@@ -193,7 +193,7 @@ def test_parts_hold_every_example_once(bert_dir, glue_dir):
         assert sum(part.weight for part in parts) == pytest.approx(1)
 
 
-def test_memory_that_ends_in_the_update_ends_the_run(go, monkeypatch):
+def test_memory_that_ends_in_the_update_ends_the_run(go, monkeypatch, capsys):
     """Smaller parts would not help there, and some weights may have moved already."""
 
     def short(*_, **__):
@@ -202,6 +202,7 @@ def test_memory_that_ends_in_the_update_ends_the_run(go, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", short)
     with pytest.raises(UserError, match="out of memory for the gradients' sum or AdamW's moments: no room for moments"):
         go("lt_glue.py", "update")
+    assert "parts from here on" not in capsys.readouterr().out
 
 
 # ---- fp16 ----
