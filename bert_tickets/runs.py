@@ -3,7 +3,9 @@
     run.json        what runs: configuration, command line, versions, fingerprints of model and data
     results.jsonl   a line a level
     log.jsonl       when and where it ran, and how long: the one file that differs between two equal runs
-    level_00/       mask.safetensors, metrics.json; of the newest level also weights.safetensors; model/ if kept
+    level_00/       mask.safetensors, metrics.json; of the newest level also weights.safetensors, and moments.safetensors where
+                    AdamW goes on; model/ if kept
+    failure.json    what ended the level under way, if it came to no result
     rewind.safetensors      the weights of the rewinding step, where one was asked for
     checkpoint.safetensors  the middle of a level, while one is under way
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from bert_tickets import Busy, Refused, UserError
 from bert_tickets.files import (
+    HEADER,
+    OBJECT,
     check,
     read_facts,
     read_info,
@@ -84,6 +86,21 @@ def test_a_header_that_claims_terabytes_is_refused_at_once(tmp_path):
     (tmp_path / "t").write_bytes((2**44).to_bytes(8, "little") + b"{}")
     with pytest.raises(UserError, match="damaged"):
         check(tmp_path / "t")
+
+
+def test_a_header_that_is_too_large_for_a_run_is_refused_unread(tmp_path):
+    with (tmp_path / "t").open("wb") as file:
+        file.write((HEADER + 8).to_bytes(8, "little"))
+        file.truncate(2 * HEADER)
+    with pytest.raises(UserError, match="its header is said to have 33554440 bytes"):
+        check(tmp_path / "t")
+
+
+def test_an_object_that_is_too_large_for_a_run_is_refused_unread(tmp_path):
+    with (tmp_path / "run.json").open("wb") as file:
+        file.truncate(OBJECT + 1)
+    with pytest.raises(UserError, match="of its 67,108,865 bytes at most 67,108,864 can be a run's"):
+        read_sealed(tmp_path / "run.json")
 
 
 def test_files_of_older_versions_are_read(tmp_path):

@@ -13,7 +13,7 @@ from bert_tickets import UserError
 from bert_tickets.command import parse
 from bert_tickets.files import read_facts, read_sealed, read_tensors, write_json, write_sealed, write_tensors
 from bert_tickets.history import results, results_lines, run_dir, seconds
-from bert_tickets.inspect import SOUND, inspect, main, verify
+from bert_tickets.inspect import SOUND, inspect, main, provenance, verify
 from bert_tickets.mask import Mask
 from bert_tickets.recovery import recover
 from bert_tickets.soundness import check_finished
@@ -46,7 +46,7 @@ def test_a_sound_run_is_traced_and_verified(run, capsys):
     about = read_sealed(run / "run.json")
     assert "python lt_glue.py --task rte 'an argument'" in out
     assert about["fingerprint"]["train"]["sha256"] in out
-    assert about["fingerprint"]["model"] in out
+    assert f"{about['config']['model']}, sha256 {about['fingerprint']['model']}\n" in out
     for result in results(run):
         assert result["mask_sha256"] in out
         assert result["starts_at_sha256"] in out
@@ -54,6 +54,20 @@ def test_a_sound_run_is_traced_and_verified(run, capsys):
             assert f"* level {result['level']}: {doubt}" in out
     assert any(result["doubts"] for result in results(run))
     assert faults(run) == {}
+
+
+def test_commit_given_mask_and_other_weights_are_told(run):
+    about = read_sealed(run / "run.json")
+    about["environment"]["git"] = {"sha": "0123abc", "dirty": True}
+    about["config"] |= {"mask": "given.safetensors", "init": "shuffled.safetensors"}
+    about["fingerprint"]["init"] = {"perturbed": "the entries of each matrix shuffled"}
+    write_sealed(run / "run.json", about)
+    path = run / "level_00" / "mask.safetensors"
+    Mask(Mask.load(path)).write(path, method="oneshot random", seed="3")
+    lines = {line.split("  ")[1]: line for line in provenance(run).splitlines()}
+    assert lines["commit"].endswith("  0123abc, with changes")
+    assert "  given.safetensors: method oneshot random, seed 3, sha256 " in lines["given mask"]
+    assert lines["starts from"].endswith('  shuffled.safetensors {"perturbed": "the entries of each matrix shuffled"}')
 
 
 def test_what_ended_a_level_is_told_and_verified(run, capsys):
@@ -102,6 +116,11 @@ PIPES = ["run.json", "results.jsonl", "log.jsonl", "checkpoint.safetensors", "fa
 PIPES += ["level_01/mask.safetensors", "level_02/weights.safetensors", "level_01/model/config.json"]
 
 
+def go_on(run: Path) -> None:
+    recover(run, 3)
+    check_finished(run)
+
+
 @pytest.mark.parametrize("name", PIPES)
 def test_a_pipe_is_named_and_not_waited_for(run, name, soon):
     (run / name).unlink(missing_ok=True)
@@ -115,8 +134,7 @@ def test_a_pipe_is_named_and_not_waited_for(run, name, soon):
         assert not (run / name).exists()
     elif "model" not in name:  # which no run reads
         with pytest.raises(UserError, match="is no file"):
-            recover(run, 3)
-            check_finished(run)
+            go_on(run)
 
 
 def test_a_level_that_is_gone_before_others_is_named(run):

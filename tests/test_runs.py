@@ -285,6 +285,16 @@ def test_finished_levels_are_not_trained_again(go, monkeypatch, steps):
     assert len(steps) == 18 - 12  # level 2 from its start: its first checkpoint was not reached
 
 
+def test_what_a_kill_left_half_written_is_removed(go, monkeypatch, tmp_path):
+    expected = go("undisturbed")
+    die(go, monkeypatch, 8)
+    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
+    (run_dir / ".checkpoint.safetensors.elsewhere.1.tmp").write_bytes(b"half")
+    (run_dir / ".level_07.tmp").mkdir()  # of a number that this run does not come to
+    (run_dir / ".level_07.tmp" / "mask.safetensors").write_bytes(b"half")
+    assert go("run") == expected
+
+
 def test_a_level_that_was_killed_in_its_evaluation_is_not_trained_again(go, monkeypatch, steps):
     expected = go("undisturbed", "--save-steps", "999")
     monkeypatch.setattr("bert_tickets.train.EVALUATION", 0.0)  # in minutes; a level here takes less than a second
