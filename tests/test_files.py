@@ -27,6 +27,7 @@ from bert_tickets.files import (
     write_sealed,
     write_tensors,
 )
+from bert_tickets.refusal import in_words
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
@@ -176,6 +177,13 @@ def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, re
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(Refused, match=r"cannot read .*/t: Input/output error"):
         read(tmp_path / "t")
+
+
+def test_what_a_library_in_rust_says_of_the_disk_is_a_refusal(tmp_path):
+    with pytest.raises(Refused, match="cannot write .*: the disk is full"), in_words(tmp_path):
+        raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(ValueError, match="a bug"), in_words(tmp_path):
+        raise ValueError("a bug")
 
 
 @pytest.mark.parametrize("place", [".", "file/below", "folder", "link/below"])

@@ -140,7 +140,7 @@ def test_killed_in_its_writes_it_ends_bit_identical(go, monkeypatch):
 def test_what_is_renamed_is_on_the_disk_before_and_its_new_name_after(go, monkeypatch):
     """Or a machine that fails leaves a file in place that is empty."""
     flushed, unflushed, moved = set(), set(), 0
-    sync, plain = os.fsync, {name: getattr(Path, name) for name in ("rename", "replace")}
+    sync, plain, unlink = os.fsync, {name: getattr(Path, name) for name in ("rename", "replace")}, Path.unlink
 
     def state(place: os.stat_result) -> tuple[int, int]:
         return place.st_ino, place.st_mtime_ns
@@ -158,7 +158,12 @@ def test_what_is_renamed_is_on_the_disk_before_and_its_new_name_after(go, monkey
         unflushed.add(target.parent.stat().st_ino)
         return plain[name](path, target)
 
+    def remove(path: Path, **options: bool) -> None:
+        assert not unflushed, path  # what takes its place may not be there
+        unlink(path, **options)
+
     monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "unlink", remove)
     for name in plain:
         monkeypatch.setattr(Path, name, lambda path, target, name=name: move(name, path, target))
     go("run", "--rewind", "3", "--keep-models")
