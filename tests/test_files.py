@@ -180,7 +180,7 @@ def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, re
 
 
 def test_what_a_library_in_rust_says_of_the_disk_is_a_refusal(tmp_path):
-    with pytest.raises(Refused, match="cannot write .*: the disk is full"), in_words(tmp_path):
+    with pytest.raises(Refused, match=r"cannot write .*: the disk is full"), in_words(tmp_path):
         raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(ValueError, match="a bug"), in_words(tmp_path):
         raise ValueError("a bug")

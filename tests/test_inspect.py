@@ -116,6 +116,31 @@ PIPES = ["run.json", "results.jsonl", "log.jsonl", "checkpoint.safetensors", "fa
 PIPES += ["level_01/mask.safetensors", "level_02/weights.safetensors", "level_01/model/config.json"]
 
 
+@pytest.mark.parametrize(
+    ("name", "fact", "said"),
+    [
+        ("run.json", {"run": "another"}, "another run's: it is of another"),
+        ("level_01/metrics.json", {"run": "another"}, "another run's: it is of another"),
+        ("level_01/metrics.json", {"level": 0}, "another level's: it is of level 0"),
+        ("level_01/metrics.json", {"mask_sha256": "0" * 64}, "metrics.json names another mask"),
+        ("level_01/mask.safetensors", {"run": "another"}, "another run's: it is of another"),
+        ("level_02/weights.safetensors", {"run": "another"}, "another run's: it is of another, level 2"),
+        ("level_02/weights.safetensors", {"level": 1}, "another run's: it is of .*, level 1"),
+    ],
+)
+def test_a_file_of_another_run_or_level_is_refused_and_named_though_it_is_sound(run, name, fact, said):
+    path = run / name
+    if path.suffix == ".json":
+        write_sealed(path, read_sealed(path) | fact)
+    elif path.name == "mask.safetensors":
+        Mask.load(path).write(path, **fact)
+    else:
+        write_tensors(path, read_tensors(path), read_facts(path) | fact)
+    with pytest.raises(UserError, match=said):
+        check_finished(run)
+    assert {name, str(Path(name).parent)} & faults(run).keys()
+
+
 def go_on(run: Path) -> None:
     recover(run, 3)
     check_finished(run)

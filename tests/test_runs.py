@@ -270,6 +270,17 @@ def test_a_finished_run_answers_at_once_and_writes_nothing(go, monkeypatch, caps
     assert table[0].split()[:3] == ["level", "sparsity", "accuracy"]
 
 
+def test_a_finished_run_writes_its_results_again_and_says_what_it_lacks(go, tmp_path, capsys):
+    expected = go("run")
+    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
+    (run_dir / "results.jsonl").write_bytes(b"{}\n")
+    assert go("run") == expected
+    assert "results.jsonl is damaged or was edited: it is written again from the levels' metrics.json" in capsys.readouterr().out
+    (run_dir / "level_02" / "weights.safetensors").unlink()
+    go("run")
+    assert "level_02/weights.safetensors is missing: " in capsys.readouterr().out
+
+
 @pytest.fixture
 def steps(monkeypatch):
     """The steps that are taken, one after another, of all runs of the test."""
