@@ -196,6 +196,13 @@ def test_a_kept_model_of_which_something_is_missing_is_named(run):
     assert faults(run) == {"level_00/model/config.json": why, "level_01/model": why}
 
 
+@pytest.mark.parametrize(("rewind", "name"), [("none", "level_02/moments.safetensors"), ("5%", "rewind.safetensors")])
+def test_what_a_run_that_rewinds_otherwise_is_to_have_and_lacks_is_named(run, rewind, name):
+    about = read_sealed(run / "run.json")
+    write_sealed(run / "run.json", about | {"config": about["config"] | {"rewind": rewind}})
+    assert faults(run)[name].startswith("is missing: no ")
+
+
 def test_a_kept_model_of_an_older_version_is_not_checked(run):
     path = run / "level_00" / "metrics.json"
     write_sealed(path, {key: value for key, value in read_sealed(path).items() if key != "model_files"})

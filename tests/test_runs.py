@@ -270,7 +270,7 @@ def test_a_finished_run_answers_at_once_and_writes_nothing(go, monkeypatch, caps
     assert table[0].split()[:3] == ["level", "sparsity", "accuracy"]
 
 
-def test_a_finished_run_writes_its_results_again_and_says_what_it_lacks(go, tmp_path, capsys):
+def test_a_finished_run_is_looked_at_before_it_answers(go, tmp_path, capsys):
     expected = go("run")
     (run_dir,) = (tmp_path / "run" / "runs").iterdir()
     (run_dir / "results.jsonl").write_bytes(b"{}\n")
@@ -279,6 +279,10 @@ def test_a_finished_run_writes_its_results_again_and_says_what_it_lacks(go, tmp_
     (run_dir / "level_02" / "weights.safetensors").unlink()
     go("run")
     assert "level_02/weights.safetensors is missing: " in capsys.readouterr().out
+    mask = run_dir / "level_00" / "mask.safetensors"
+    mask.write_bytes(mask.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"level_00/mask\.safetensors is damaged"):
+        go("run")
 
 
 @pytest.fixture
