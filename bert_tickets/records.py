@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from bert_tickets import UserError
 from bert_tickets import config as settings
 from bert_tickets.files import read_info, read_sealed
-from bert_tickets.history import check_format, failure, is_number, level_dir
+from bert_tickets.history import check_format, failure, is_number, level_dir, level_lost, levels_done
 from bert_tickets.soundness import check_metrics
 
 IMP, ONESHOT, RANDOM, GIVEN = "IMP", "one-shot", "random", "given"  # where a ticket comes from; or the task that found it
@@ -107,9 +107,10 @@ def _abouts(place: Path) -> list[Path]:
 
 def _read_run(run: Path) -> list[Record]:
     common = _common(run)
+    if lost := level_lost(run):
+        raise UserError(f"{lost} is missing, and a later level is there (python -m bert_tickets.inspect {run} tells more)")
     try:
-        levels = sorted(int(file.parent.name.removeprefix("level_")) for file in run.glob("level_*/metrics.json"))
-        return [_read_level(run, level, common) for level in levels]
+        return [_read_level(run, level, common) for level in range(levels_done(run))]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run} is not a sound run directory: {repr(error)[:200]}") from None
 

@@ -147,6 +147,15 @@ def test_no_run_and_a_damaged_run_are_refused(tmp_path):
         read_records([tmp_path])
 
 
+def test_a_run_without_one_of_its_levels_is_refused_and_a_copy_beside_them_is_none(tmp_path):
+    folder = rundirs.run(tmp_path, [0.8, 0.7, 0.6])
+    shutil.copytree(folder / "level_02", folder / "level_02.bak")
+    assert [record.level for record in read_records([tmp_path])] == [0, 1, 2]
+    shutil.rmtree(folder / "level_01")
+    with pytest.raises(UserError, match="level_01 is missing, and a later level is there"):
+        read_records([tmp_path])
+
+
 def test_a_newer_run_is_refused(tmp_path):
     folder = rundirs.run(tmp_path, [0.8])
     write_json(folder / "run.json", read_json(folder / "run.json") | {"format": 1})
