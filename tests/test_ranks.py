@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PRESETS = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}
 
 
-def start(processes: int, folder: Path, script: str, *arguments: object) -> subprocess.Popen[str]:
+def start(processes: int, folder: Path, script: str | Path, *arguments: object) -> subprocess.Popen[str]:
     """The script under torchrun, as a user starts it; or plainly, for one process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     return subprocess.Popen(
@@ -74,6 +74,32 @@ def test_two_processes_train_what_one_trains(script, commands, tmp_path):
     far = sum(int(((ours[name] - theirs[name]).abs() > 1e-5).sum()) for name in ours)
     assert far <= 1e-2 * sum(tensor.numel() for tensor in ours.values())
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours), "two processes were really at work"
+
+
+ASTRAY = """
+import os, runpy, sys
+from bert_tickets.step import Step
+plain = Step.__call__
+def call(self, batch, lr):
+    loss = plain(self, batch, lr)
+    if os.environ["RANK"] == "1":
+        self.params["classifier.bias"].data += 1e-7  # a GPU that computes wrongly now and then
+    return loss
+Step.__call__ = call
+sys.path.insert(0, {root!r})
+sys.argv[0] = {root!r} + "/lt_glue.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_processes_whose_weights_have_parted_are_no_result(commands, tmp_path):
+    script = tmp_path / "astray.py"
+    script.write_text(ASTRAY.format(root=str(ROOT)))
+    arguments = [*commands["lt_glue.py"], "--levels", "1", "--max-steps", "3"]
+    code, _, errors = finished(start(2, tmp_path, script, *arguments))
+    assert code != 0
+    assert "has another trained weights than process" in errors
+    assert not (run_dir(tmp_path, "lt_glue.py", arguments) / "level_00").exists()
 
 
 def test_stopped_processes_save_once_and_go_on_to_the_same_bits(commands, tmp_path):
