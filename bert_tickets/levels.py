@@ -61,6 +61,8 @@ class Level:
     def diverged(self, error: Diverged) -> NoReturn:
         """Write down that the level came to no result, and why; then end the run."""
         self.run.fail(self.level, str(error))
+        if self.run.ranks.rank:
+            raise SystemExit(2)  # the first process says it
         raise Diverged(
             f"{self.title}: {error}. It is no result, and results.jsonl says so; what was finished or saved before is intact. "
             "A lower --lr, or --precision bf16 or fp32, may help."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -152,6 +153,18 @@ def test_a_finished_run_answers_two_processes_too(commands, tmp_path):
         code, out, errors = finished(start(2, tmp_path, "lt_glue.py", *arguments))
         assert code == 0, errors
         assert out.count("in runs/") == 1
+
+
+def test_processes_that_diverge_say_so_once_and_in_the_results(commands, tmp_path):
+    arguments = [*commands["lt_glue.py"], "--levels", "1", "--max-steps", "4", "--lr", "1e14"]
+    code, _, errors = finished(start(2, tmp_path, "lt_glue.py", *arguments))
+    assert code != 0
+    assert errors.count("error: level 0/0") == 1, errors
+    (line,) = results(run_dir(tmp_path, "lt_glue.py", arguments))
+    assert line["level"] == 0
+    assert re.fullmatch(
+        r"(the loss became nan|a weight became infinite or NaN) by step \d|the network's outputs on .*", line["ended"]
+    )
 
 
 def test_a_gpu_by_number_is_none_for_several_processes(monkeypatch):
