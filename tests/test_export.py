@@ -320,6 +320,10 @@ def test_a_damaged_level_is_refused_and_leaves_nothing(copied, tmp_path):
     for words in ([], ["--untrained"]):
         assert "its mask is not the one that its metrics.json names" in refused(run, output, *words)
     (level / "mask.safetensors").write_bytes(mask)
+    own = Mask.load(level / "mask.safetensors")
+    own.write(level / "mask.safetensors", **own.info | {"run": "another"})
+    assert "is damaged or another run's: it is of another" in refused(run, output)
+    (level / "mask.safetensors").write_bytes(mask)
     line = line_of(run, 1)
     write_sealed(level / "metrics.json", line | {"kept": line["kept"] + 1})
     assert "its mask keeps" in refused(run, output)

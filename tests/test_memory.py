@@ -158,7 +158,7 @@ def test_a_batch_that_a_cpu_cannot_hold_is_divided(go, monkeypatch, capsys):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and knows glibc")
 @pytest.mark.parametrize("limited", [False, True])
 def test_freed_memory_is_kept_unless_memory_is_limited(limited):
-    """A gigabyte in 64 pieces, freed again, under a limit of 32."""
+    """A gigabyte in 64 pieces, of which all but one are freed again, under a limit of 32."""
     script = f"""
 import resource
 from pathlib import Path
@@ -170,13 +170,14 @@ pages = lambda: int(Path("/proc/self/statm").read_text().split()[0])
 before = pages()
 for size in (2**20, 2**24):
     pieces = [bytes(size) for _ in range(64)]
+    last = pieces.pop()  # above the others, if they are in the heap
     del pieces
 print((pages() - before) * resource.getpagesize())
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
     kept = int(ran.stdout)
-    assert kept < 2**23 if limited else kept > 2**29
+    assert kept < 2**26 if limited else kept > 2**29
 
 
 def test_parts_hold_every_example_once(bert_dir, glue_dir):
