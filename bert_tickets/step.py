@@ -123,8 +123,8 @@ class Step:
                 return self._update(loss)
         except torch.OutOfMemoryError as error:  # smaller parts would not help, and the weights may have moved in part
             raise UserError(
-                f"out of memory for the gradients' sum or AdamW's moments: {first_line(error)}. Nothing of this level is saved; "
-                "a larger GPU is needed, or a smaller model."
+                f"out of memory for the gradients' sum or AdamW's moments: {first_line(error)}. What was finished or saved "
+                "before is intact; a larger GPU is needed, or a smaller model."
             ) from None
 
     def _update(self, loss: Tensor) -> Tensor:
