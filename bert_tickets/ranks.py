@@ -137,11 +137,13 @@ class Ranks:
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     part: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        if part and sum(t.numel() for t in part) + tensor.numel() > BUCKET:
+        if part and size + tensor.numel() > BUCKET:
             yield part
-            part = []
+            part, size = [], 0
         part.append(tensor)
+        size += tensor.numel()
     if part:
         yield part
 

@@ -40,15 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needed = {
+        "realdata": (config.getoption("--data-dir"), "needs --data-dir with real data"),
+        "cluster": (config.getoption("--cluster"), "needs --cluster: minutes"),
+        "faults": ("faults" in config.getoption("-m"), "needs -m faults: minutes"),
+        "cuda": (torch.cuda.is_available(), "needs a CUDA GPU"),
+    }
     for item in items:
-        if "realdata" in item.keywords and not config.getoption("--data-dir"):
-            item.add_marker(pytest.mark.skip(reason="needs --data-dir with real data"))
-        if "cluster" in item.keywords and not config.getoption("--cluster"):
-            item.add_marker(pytest.mark.skip(reason="needs --cluster: minutes"))
-        if "faults" in item.keywords and "faults" not in config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="needs -m faults: minutes"))
-        if "cuda" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        for name, (given, reason) in needed.items():
+            if item.get_closest_marker(name) and not given:  # `item.keywords` holds parts of a parameter's id as well
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 FIGURES = pytest.StashKey[list[str]]()
