@@ -13,15 +13,15 @@ import torch
 import bert_tickets
 
 
-def environment() -> dict[str, Any]:
-    """What may change the bits of a result and is no part of its configuration."""
+def environment(device: str) -> dict[str, Any]:
+    """What may change the bits of a result and is no part of its configuration. CUDA is asked only if `device` is `cuda`."""
     packages = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
     return {
         "git": _git(),
         "versions": {"python": platform.python_version(), "bert_tickets": bert_tickets.__version__}
         | {name: version(name) for name in packages},
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
 
 

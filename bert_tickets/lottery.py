@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.utils.deterministic as deterministic
 from torch import Tensor
 
 from bert_tickets import Diverged, UserError
 from bert_tickets.batches import Batches, Store, seeded
 from bert_tickets.config import Config
+from bert_tickets.device import prepare_device
 from bert_tickets.files import read_facts
 from bert_tickets.levels import Level
 from bert_tickets.mask import Mask
@@ -227,25 +225,3 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     )
     net.to(device)
     return setup
-
-
-def prepare_device(asked: str, local: int = 0) -> torch.device:
-    """The device asked for, `auto` being CUDA where there is one; and torch made deterministic: equal runs, equal bits.
-
-    `auto` and `cuda` are the GPU numbered `local`, for one process a GPU. Raises `UserError` for a device that is not there.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
-    except RuntimeError:
-        raise UserError(f"--device {asked}: give auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and device.index is None and local:
-        device = torch.device("cuda", local)
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"--device {asked}: this machine has no such device ({torch.cuda.device_count()} GPUs are seen)")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # A debugging aid that determinism switches on, and that costs a pass over every buffer.
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return device

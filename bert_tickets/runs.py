@@ -131,7 +131,7 @@ class Run:
         self.ranks.first(lambda: self._describe(facts))
 
     def _describe(self, facts: dict[str, Any]) -> None:
-        path, here = self.dir / "run.json", environment() | {"processes": self.ranks.world}
+        path, here = self.dir / "run.json", environment(facts["device"]) | {"processes": self.ranks.world}
         if path.exists():
             with needed(self.dir):
                 about = read_sealed(path)

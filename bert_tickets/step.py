@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ from bert_tickets import UserError, first_line
 from bert_tickets.attention import dropout_of
 from bert_tickets.batches import Batch
 from bert_tickets.config import Training
+from bert_tickets.device import out_of_memory
 from bert_tickets.graphs import Graphs, Record, Recorder
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
 
 Loss = Callable[[Batch], Tensor]  # a packed batch to its mean loss, a scalar
-NO_ROOM = ("DefaultCPUAllocator: ", "could not create a ")  # in what torch and oneDNN say where an allocation fails
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 
 
@@ -37,29 +36,6 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
-
-
-@contextlib.contextmanager
-def out_of_memory() -> Iterator[None]:
-    """Have a CPU on which an allocation fails (under a limit; else the kernel kills) raise what a GPU does,
-    `torch.OutOfMemoryError`."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_ROOM):
-            raise
-        raise torch.OutOfMemoryError(first_line(error)) from None
-
-
-def give_back(device: torch.device) -> None:
-    """Hand what is free back to the device: it is in blocks of the wrong sizes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc's
 
 
 class Step:

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from bert_tickets import Diverged, UserError, first_line
 from bert_tickets.batches import Batch, Batches, Store, by_length, derive
 from bert_tickets.config import Training
+from bert_tickets.device import empty_cache, out_of_memory
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
-from bert_tickets.step import Loss, Step, autocast, give_back, out_of_memory, precision_of
+from bert_tickets.step import Loss, Step, autocast, precision_of
 
 EVALUATION = 1.0  # minutes of training that are saved before a level's evaluation, which may take as long again
 LEAST_SCALE = 2.0**-10  # of fp16 losses: below it the gradients themselves are beyond what fp16 holds
@@ -124,7 +125,7 @@ def train(
                     why = f"out of memory in step {at}, with one example at a time: {first_line(error)}"
                     raise UserError(f"{keeper.title}: {why}. A smaller --max-length, or a larger GPU, may help.") from None
             divided *= 2
-            give_back(device)
+            empty_cache(device)
             keeper.divided(at, divided)
 
     def save() -> None:
@@ -219,5 +220,5 @@ def _packs(
     if not any(ranks.any(short)):
         return packs
     del packs
-    give_back(store.device)
+    empty_cache(store.device)
     return None

@@ -27,7 +27,8 @@ from bert_tickets.attention import Dropout
 from bert_tickets.batches import Batches, Store, TokenStore
 from bert_tickets.config import Config, build
 from bert_tickets.corpus import Corpus
-from bert_tickets.lottery import oneshot, prepare_device
+from bert_tickets.device import prepare_device
+from bert_tickets.lottery import oneshot
 from bert_tickets.mask import Mask
 from bert_tickets.models import Net, prunable
 from bert_tickets.step import Step, autocast, precision_of

@@ -30,6 +30,7 @@ FLOORS = {
     "tables.verdicts": 0,
     "attention": 1,
     "batches": 1,
+    "device": 0,
     "checkpoints": 0,
     "doubts": 0,
     "models": 1,

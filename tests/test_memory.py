@@ -16,8 +16,9 @@ import lt_squad
 from bert_tickets import UserError
 from bert_tickets.batches import Batch, Batches
 from bert_tickets.command import parse
+from bert_tickets.device import out_of_memory
 from bert_tickets.history import results, run_dir
-from bert_tickets.step import Step, out_of_memory
+from bert_tickets.step import Step
 from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import Mlm
 from bert_tickets.tasks.squad import Squad

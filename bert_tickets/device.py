@@ -1,0 +1,71 @@
+"""The device a run computes on: which one, with what arithmetic, and what to do when its memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.utils.deterministic as deterministic
+
+from bert_tickets import UserError, first_line
+
+# Parts of the messages with which torch, cuBLAS and oneDNN report a failed allocation, where they do not raise
+# `torch.OutOfMemoryError`.
+NO_MEMORY = (
+    "DefaultCPUAllocator: ",
+    "could not create a ",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def prepare_device(asked: str, local: int = 0) -> torch.device:
+    """The device for `--device`, with torch's deterministic algorithms switched on: equal runs give equal bits.
+
+    `auto` is the GPU if there is one. `auto` and `cuda` take the GPU numbered `local`. CUDA is not initialised for `cpu`.
+    Raises `UserError` for a device that does not exist.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+    except RuntimeError:
+        raise UserError(f"--device {asked}: give auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", local if device.index is None else device.index)
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
+        raise UserError(f"--device {asked}: this machine has no such device ({torch.cuda.device_count()} GPUs are seen)")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(True)
+    # A debugging aid that determinism switches on, and that costs a pass over every buffer.
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return device
+
+
+@contextlib.contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Raise `torch.OutOfMemoryError` for every failed allocation within, whichever library reports it and in which words.
+
+    On a CPU allocations fail only under a limit (`ulimit -v`); otherwise the kernel ends the process.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        raise torch.OutOfMemoryError(first_line(error)) from None
+
+
+def empty_cache(device: torch.device) -> None:
+    """Return what the allocator keeps to the device: after a failed allocation it is in blocks of the wrong sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc's

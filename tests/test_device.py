@@ -1,0 +1,68 @@
+"""Choosing the device: by the real `torch.cuda.set_device`, on a machine that has no GPU and only says so."""
+
+import pytest
+import torch
+
+import lt_glue
+from bert_tickets import UserError
+from bert_tickets.command import parse
+from bert_tickets.device import out_of_memory, prepare_device
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs that torch believes in; the list of those that were set. Everything else of `set_device` is torch's own."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "local", "number"),
+    [("auto", 0, 0), ("cuda", 0, 0), ("cuda:0", 0, 0), ("cuda:1", 0, 1), ("auto", 1, 1), ("cuda", 1, 1)],
+)
+def test_a_gpu_is_chosen_with_its_number(gpus, asked, local, number):
+    assert prepare_device(asked, local) == torch.device("cuda", number)
+    assert gpus == [number]
+
+
+@pytest.mark.parametrize("asked", ["cuda:2", "cuda:-1", "abacus", "meta"])
+def test_a_device_that_is_not_there_is_refused_by_name(gpus, asked):
+    with pytest.raises(UserError, match=f"--device {asked}"):
+        prepare_device(asked)
+    assert gpus == []
+
+
+def test_a_run_on_the_cpu_of_a_gpu_box_does_not_start_cuda(gpus, bert_dir, glue_dir, tmp_path, monkeypatch):
+    """Nor does it ask how many GPUs there are, which alone may block a GPU in exclusive mode."""
+
+    def started(*_: object) -> None:
+        raise AssertionError("CUDA was started")
+
+    for name in ("_lazy_init", "device_count", "current_device", "get_device_name", "get_device_properties", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, started)
+    monkeypatch.chdir(tmp_path)
+    line = f"--task rte --model {bert_dir} --data-dir {glue_dir} --levels 2 --max-steps 2 --device cpu"
+    lt_glue.main(parse("glue", None, line.split()))
+    assert gpus == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    ],
+)
+def test_a_library_that_is_out_of_memory_in_its_own_words_is_out_of_memory(message):
+    with pytest.raises(torch.OutOfMemoryError, match=r"ALLOC_FAILED|out of memory"), out_of_memory():
+        raise RuntimeError(message)
+
+
+def test_another_cublas_error_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED") as caught, out_of_memory():
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`")
+    assert not isinstance(caught.value, torch.OutOfMemoryError)
