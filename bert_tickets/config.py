@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 from bert_tickets import UserError
+from bert_tickets.schedule import fractions, levels_of_fall, linear_fall, most_levels
 
 PRESETS = Path(__file__).parent / "presets"
 QUESTION = 64  # tokens of a SQuAD question at most, as in the released code
@@ -66,7 +66,9 @@ class Config:
     rewind: str = flag("weights a level starts from: 0, a step (500) or share (5%) of training, or none", "0")
     rewind_head: bool = flag("rewind the task's head with the encoder", True)
     prune_first: bool = flag("level 0 is for comparison: level 1 prunes the pre-trained weights and starts from them", False)
-    decay: Literal["level", "run"] = flag("the learning rate reaches zero at each level's end, or spans all levels", "level")
+    decay: Literal["level", "run", "once"] = flag(
+        "the learning rate falls to zero in each level; over all levels, begun anew in each (run); or once over all", "level"
+    )
     reset_optimizer: bool | None = flag("a new AdamW each level; unless given: yes, but not with --rewind none", None)
     max_length: int = flag("tokens of an example, or of a window over SQuAD's contexts; the rest is cut", 128)
     doc_stride: int = flag("tokens of the context from where a window begins to where the next does", 128, only="squad")
@@ -87,13 +89,13 @@ class Config:
         """The share of what is left that goes before each level."""
         return fractions(self.levels, self.rate, self.schedule)
 
-    @property
-    def spanned(self) -> int:
-        """Levels that the learning rate's fall spans: one; or all that the schedule has, whatever --levels asks for."""
-        if self.decay == "level" or self.mask is not None:
-            return 1
+    def learning_rate(self, level: int, steps: int) -> Callable[[int], float]:
+        """The learning rate by the step of a level of so many steps."""
+        if self.mask is not None:
+            return linear_fall(self.train.lr, steps)
         most = most_levels(self.rate, self.schedule)
-        return 10 if math.isinf(most) else int(most)
+        whole = 10 if math.isinf(most) else int(most)  # whatever --levels asks for: a shorter run is the beginning of the whole
+        return linear_fall(self.train.lr, steps, *levels_of_fall(self.decay, level, self.levels, whole, self.prune_first))
 
     def rewind_step(self, steps: int) -> int:
         """The step of `steps` whose weights each level starts from; 0 also for `none`, where nothing is rewound."""
@@ -134,7 +136,7 @@ def of_flat(values: Mapping[str, Any]) -> Config:
 def build(preset: str, given: dict[str, Any]) -> Config:
     """Defaults, then the preset of the protocol, then what was given. Raises `UserError` for values out of range."""
     protocol = given.get("protocol", FIELDS["protocol"].default)
-    values = preset_values(preset, protocol) | given
+    values = preset_values(preset, protocol, given.get("rewind")) | given
     if "epochs" in given and "max_steps" not in given:
         values["max_steps"] = None  # a preset's steps would make the flag do nothing
     _check_effect(given, values.get("rewind", Config.rewind))
@@ -164,41 +166,14 @@ def preset_of(task: str) -> str:
     raise UserError(f"this version does not know the task {task}: update bert_tickets")
 
 
-def preset_values(name: str, protocol: str) -> dict[str, Any]:
-    """What the preset sets under a protocol."""
-    values = _read_preset(name)[protocol]
+def preset_values(name: str, protocol: str, rewind: str | None = None) -> dict[str, Any]:
+    """What the preset sets under a protocol, and for `--rewind` where that is given."""
+    preset = _read_preset(name)
+    values = preset[protocol] | preset.get(f"{protocol} --rewind {rewind}", {})
     unknown = set(values) - set(FIELDS)
     if unknown:
         raise KeyError(f"{name}.toml sets unknown fields {sorted(unknown)}")
     return values
-
-
-def fractions(levels: int, rate: float, schedule: Literal["linear", "geometric"]) -> list[float]:
-    """The share of what is left that goes before each level; level 0 is the dense network.
-
-    `linear` removes `rate` of the *original* weights a level: 0, 1/10, 1/9, ..., 1/2 for ten levels at 0.1, the only way
-    to the published sparsities. `geometric` removes `rate` of what is left: Algorithm 1 to the letter, 1 - 0.9^k.
-    """
-    if not 0 < rate < 1:
-        raise UserError(f"a rate is between 0 and 1, and {rate} is not")
-    if levels < 1:
-        raise UserError(f"a run has one level at least, and {levels} were asked for")
-    if schedule == "geometric":
-        return [0.0] + [rate] * (levels - 1)
-    step, most = Fraction(str(rate)), most_levels(rate, schedule)  # exact: in floats 0.1 / (1 - 0.1) is not 1/9
-    if levels > most:
-        raise UserError(
-            f"--levels {levels}: the last would remove {float((levels - 1) * step):.0%} of the weights; "
-            f"at --rate {rate} there are {most} levels at most, the dense one counted (--schedule geometric has no end)"
-        )
-    return [0.0] + [float(step / (1 - k * step)) for k in range(levels - 1)]
-
-
-def most_levels(rate: float, schedule: str) -> float:
-    """How many levels a schedule has room for, the dense one counted."""
-    if schedule == "geometric" or not 0 < rate < 1:
-        return math.inf
-    return math.ceil(1 / Fraction(str(rate)))
 
 
 def _plain_rewind(text: str) -> str:

@@ -127,7 +127,7 @@ def fit(
             cfg.train,
             keeper,
             mask=mask,
-            span=setup.steps * cfg.spanned,
+            rate=cfg.learning_rate(level, setup.steps),
             start=start,
             capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
             moments=moments,

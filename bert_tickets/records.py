@@ -208,7 +208,8 @@ def by_seed(records: Sequence[Record], **wanted: object) -> dict[int, Record]:
 def dense(records: Sequence[Record], task: str) -> dict[int, Record]:
     """The full BERT of a task by seed: level 0 of the runs that find tickets from the pre-trained weights, the plain ones first.
 
-    However a run goes on, its level 0 is the same training, but for `decay run`. Two equal runs that differ are refused.
+    However a run goes on, its level 0 is the same training, but for `--decay run` and `once`. Two equal runs that differ are
+    refused.
     """
     full = [r for r in records if (r.task, r.ticket, r.weights, r.sparsity) == (task, IMP, PRETRAINED, 0.0)]
     plainest: dict[int, tuple[bool, bool, str, str]] = {}

@@ -22,6 +22,7 @@ from bert_tickets.config import Training
 from bert_tickets.device import empty_cache, out_of_memory
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
+from bert_tickets.schedule import linear_fall
 from bert_tickets.step import Loss, Step, autocast, precision_of
 
 EVALUATION = 1.0  # minutes of training that are saved before a level's evaluation, which may take as long again
@@ -69,21 +70,21 @@ def train(
     keeper: Keeper,
     *,
     mask: Mask | None = None,
-    span: int | None = None,
+    rate: Callable[[int], float] | None = None,
     start: int = 0,
     capture: tuple[int, Callable[[], None]] | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> Result:
     """Train `params` to minimise `loss` from step `start` to the last, or on from the keeper's checkpoint.
 
-    The learning rate falls linearly to zero over `span` steps (the level's own, unless given). `capture` is a step and
+    `rate` is the learning rate by step (a linear fall to zero over the level, unless given). `capture` is a step and
     what to call when it is reached; `moments` is AdamW's state to begin with. (config, seed) fixes the outcome: a step's batch
     and dropout are the same on every level, so that two levels differ by their masks alone. Raises `Diverged` where the
     loss or a weight stops being finite, or fp16 gradients overflow at every scale.
     """
     device, ranks = batches.store.device, batches.ranks
     steps = total_steps(cfg, batches.per_epoch)
-    span = span or steps
+    rate = rate or linear_fall(cfg.lr, steps)
     step = Step(loss, params, cfg, mask, device, ranks=ranks)
     # A CPU's processes draw the same numbers, and each takes its own; on CUDA each draws its own.
     stream = ("dropout", ranks.rank) if ranks.rank and device.type == "cuda" else ("dropout",)
@@ -119,7 +120,7 @@ def train(
         while True:
             torch.manual_seed(derive(cfg.seed, *stream, at))  # each step's own: no state to carry, the same on every level
             try:
-                return step(batches.parts(at, divided), cfg.lr * max(0.0, 1 - at / span))
+                return step(batches.parts(at, divided), rate(at))
             except torch.OutOfMemoryError as error:
                 if divided * ranks.world >= batches.batch_size:
                     why = f"out of memory in step {at}, with one example at a time: {first_line(error)}"

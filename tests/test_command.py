@@ -505,8 +505,29 @@ def test_epochs_beside_steps_are_refused(capsys):
         ("--protocol released --mask m.safetensors", 1),
     ],
 )
-def test_the_released_schedule_spans_all_levels_there_are(words, levels):
-    assert config(*words.split()).spanned == levels
+def test_the_released_schedule_begins_a_fall_over_all_levels_in_each(words, levels):
+    cfg = config(*words.split())
+    for level in (0, 2):
+        rate = cfg.learning_rate(level, 100)
+        assert [rate(step) for step in (0, 50, 100)] == pytest.approx([cfg.train.lr * (1 - k / levels) for k in (0, 0.5, 1)])
+
+
+@pytest.mark.parametrize("task", ["rte", "squad", "mlm"])
+def test_released_standard_pruning_has_one_fall_over_the_run_and_one_adamw(task):
+    """Three levels of 100 steps. Of masked language modelling the first is for comparison, and not part of the fall."""
+    preset = task if task in ("squad", "mlm") else "glue"
+    cfg = build(preset, {"task": task, "protocol": "released", "rewind": "none", "levels": 3})
+    assert not cfg.resets_optimizer
+    rates = [cfg.learning_rate(level, 100)(step) / cfg.train.lr for level in range(3) for step in range(100)]
+    compared = [1 - k / 100 for k in range(100)] if task == "mlm" else []
+    assert rates == pytest.approx([*compared, *(1 - k / (300 - len(compared)) for k in range(300 - len(compared)))])
+
+
+def test_standard_pruning_by_the_paper_falls_in_each_level_unless_told_otherwise():
+    assert config(rewind="none").decay == "level"
+    assert config(rewind="none", decay="once").learning_rate(9, 10)(10) == 0
+    assert config("--decay", "level", protocol="released", rewind="none").decay == "level"
+    assert config(protocol="released", rewind="5").decay == "run"
 
 
 def test_a_name_tells_task_kind_protocol_and_seed():

@@ -13,6 +13,7 @@ import bert_tickets
 PACKAGE = Path(bert_tickets.__file__).parent
 FLOORS = {
     "config": 0,
+    "schedule": 0,
     "files": 0,
     "tokens": 0,
     "environment": 0,
@@ -75,7 +76,7 @@ FLOORS = {
     "sweep.view": 3,
 }
 # What --help, a mistyped flag, --dry-run, a finished run and a finished sweep need: no torch.
-AT_ONCE = {"config", "metrics", "command", "report", "history", "sweep.jobs", "sweep.schedule", "sweep.view"}
+AT_ONCE = {"config", "schedule", "metrics", "command", "report", "history", "sweep.jobs", "sweep.schedule", "sweep.view"}
 AT_ONCE |= {"compare", "records", "export", "inspect"}
 TRANSFORMERS = {"models", "attention"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}

@@ -118,6 +118,36 @@ def test_released_protocol_spans_all_levels_and_carries_the_head_on(run_glue, wa
     assert not torch.equal(heads[2], heads[1])
 
 
+def test_released_standard_pruning_lets_the_rate_fall_once_and_keeps_its_adamw(run_glue, watched):
+    """As the released run_glue_prun.py: the rate never begins anew, and reaches zero at the end of the run."""
+    _, results = run_glue("--protocol", "released", "--rewind", "none")
+    steps = results[0]["steps"]
+    assert [lr for _, lr, _ in watched] == pytest.approx([1e-3 * (1 - i / (3 * steps)) for i in range(3 * steps)])
+    last = watched[-1][0]
+    assert {int(state["step"]) for state in last.optimizer.state.values()} == {3 * steps}
+    for level in (1, 2):  # the head goes on from where the level before left it
+        assert not torch.equal(watched[level * steps][2], watched[0][2])
+
+
+def test_a_fall_over_the_run_goes_on_where_it_was_after_a_kill(run_glue, watched, monkeypatch):
+    extra = ["--protocol", "released", "--rewind", "none", "--save-steps", "2"]
+    expected = run_glue(*extra, "--output-dir", "whole")[1]
+    calls, plain = 0, Step.__call__
+
+    def dying(self, batch, lr):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return plain(self, batch, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_glue(*extra, "--output-dir", "killed")
+    assert run_glue(*extra, "--output-dir", "killed")[1] == expected
+
+
 def test_each_quirk_has_its_own_flag(run_glue):
     names = {
         run_glue("--levels", "1", *flags)[0].dir.name

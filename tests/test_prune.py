@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from bert_tickets import UserError
-from bert_tickets.config import fractions
 from bert_tickets.mask import Mask
 from bert_tickets.prune import _kth_smallest, magnitude, prune, random_scores
+from bert_tickets.schedule import fractions
 
 SHAPES = {"query": (30, 40), "bias": (40,), "output": (17, 23), "pooler": (50, 10), "scalar": (1,)}
 LINEAR = [0.0, 1 / 10, 1 / 9, 1 / 8, 1 / 7, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2]
