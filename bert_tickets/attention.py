@@ -1,97 +1,84 @@
-"""Attention over packed batches, and dropout drawn fast on a CPU."""
+"""Attention within each example of a packed batch. Only here are the tokens padded; all other arithmetic is on real tokens.
+
+On a GPU all examples are padded to the longest one, whole tokens are gathered once, and torch's fused kernels do the rest. A
+CPU has no fused kernel with dropout, and a padded place costs there what a token costs: examples of like length are padded
+together, head by head, with a backward pass of our own.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
-from torch import Tensor, nn
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor
 
-from bert_tickets.batches import Batch, Share
-
-# ---- dropout ----
-
-
-def _factors(like: Tensor, p: float, shape: Sequence[int], part: Any = ...) -> Tensor:
-    """What dropout multiplies by: 0 with probability round(p * 2^16) / 2^16, else what keeps the mean. 16 bits a draw.
-
-    Drawn for `shape`, of which `part` is returned, in the dtype of `like`.
-    """
-    dropped, count = round(p * 2**16), math.prod(shape)
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    draws = bits.view(torch.int16)[:count].view(*shape)[part]
-    factors = like.new_empty(draws.shape)
-    torch.ge(draws, dropped - 2**15, out=factors)
-    return factors.mul_(2**16 / (2**16 - dropped))
-
-
-_share: list[Share] = []  # of the step under way, where several processes divide its batch
-
-
-@contextmanager
-def dropout_of(share: Share | None) -> Iterator[None]:
-    """Within it, dropout on a CPU is what the share's examples get in the whole batch: each process draws for all and keeps its
-    part, so that several processes train as one does."""
-    _share[:] = [] if share is None else [share]
-    try:
-        yield
-    finally:
-        _share.clear()
-
-
-def _rows_of_all(x: Tensor) -> tuple[list[int], Any]:
-    """The shape that [1, T, hidden] or [B, hidden] has in the whole batch, and the part of it that x is."""
-    if not _share:
-        return list(x.shape), ...
-    (share,) = _share
-    if x.dim() == 3:
-        return [1, int(share.lengths.sum()), x.shape[2]], (slice(None), share.tokens)
-    return [len(share.lengths), x.shape[1]], share.examples
-
-
-class _Drop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        factors = _factors(x, p, *_rows_of_all(x))
-        ctx.save_for_backward(factors)
-        return x * factors
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.saved_tensors[0], None
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout in training. On a CPU torch draws its Bernoulli numbers one by one, at an eighth of a training step;
-    here p is rounded to a multiple of 2^-16 (0.1 to 0.100006) and the draws are 16 bits each."""
-    return _Drop.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
-
-
-class Dropout(nn.Dropout):
-    """`nn.Dropout`, drawn by `drop`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return drop(input, self.p) if self.training and self.p > 0 else input
-
-
-def replace_dropout(net: nn.Module) -> None:
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, Dropout(child.p))
-
-
-# ---- where the tokens of a packed batch stand in attention ----
+from bert_tickets import dropout
+from bert_tickets.batches import Batch
 
 ALIKE = 0.75  # on a CPU, examples whose lengths differ by no more than this share are padded together
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Tensor:
+        ctx.inverse, ctx.none = inverse, none
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad.index_select(0, ctx.inverse)
+        return (grad if ctx.none is None else grad.masked_fill_(ctx.none, 0)), None, None, None
+
+
+def gather(x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Tensor:
+    """`x[index]`, of rows, whose backward pass is a gather too and not a sum over indices.
+
+    `inverse` says where each row of x is in the result; rows that are not there, or there a second time as padding that
+    takes no gradient, are True in `none` ([rows of x, 1]).
+    """
+    return _Gather.apply(x, index, inverse, none)
+
+
+# ---- on a GPU ----
+
+
+@dataclass(frozen=True)
+class Padded:
+    """b examples padded to L tokens: b * L places. Where all have L tokens, the places are the tokens."""
+
+    shape: tuple[int, int]  # b, L
+    heads: int
+    there: Tensor  # [b * L], the token that a place shows; padding shows a token of its own example
+    back: Tensor  # [T], each token's place
+    padding: Tensor  # [b * L, 1], True at padding
+    bias: Tensor | None  # [b, 1, 1, L], what is added to the scores: 0 at tokens, -inf at padding
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        ragged = self.bias is not None
+        if ragged:
+            q, k, v = (gather(x, self.there, self.back, None) for x in (q, k, v))
+        q, k, v = (x.view(*self.shape, self.heads, -1).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, self.bias, dropout_p=p)
+        out = out.transpose(1, 2).reshape(len(self.there), -1)
+        return gather(out, self.back, self.there, self.padding) if ragged else out
+
+
+def _padded(batch: Batch, heads: int, dtype: torch.dtype) -> Padded:
+    b, longest, device = len(batch.lengths), batch.longest, batch.starts.device
+    width = -(-longest // 8) * 8  # torch's kernel wants the rows of the bias aligned, or it is copied in every layer
+    place, lens = torch.arange(width, device=device), batch.lens[:, None]
+    padding = place >= lens  # [b, width]
+    bias = torch.zeros(b, width, dtype=dtype, device=device).masked_fill_(padding, float("-inf"))[:, None, None, :longest]
+    there = batch.starts[:, None] + torch.minimum(place[:longest], lens - 1)
+    back = batch.rows * longest + batch.position_ids[0]
+    full = not batch.spare and len(back) == b * longest  # by shapes alone: a captured step serves batches of other lengths
+    return Padded((b, longest), heads, there.flatten(), back, padding[:, :longest].reshape(-1, 1), None if full else bias)
+
+
+# ---- on a CPU ----
 
 
 @dataclass(frozen=True)
@@ -112,27 +99,37 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Attention's grid of G places: each head of each token, padded block by block. One gather leads there, one back."""
+class Blocks:
+    """A grid of G places: each head of each token, padded block by block. One gather leads there, one back."""
 
     blocks: list[Block]
+    heads: int
     there: Tensor  # [G], which of the T * heads rows a place shows; padding shows a token of its own example
     back: Tensor  # [T * heads], each row's place
     padding: Tensor  # [G, 1], True at padding
-    calls: list[None] = field(default_factory=list)  # of attention by this grid
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        q, k, v = (x.view(len(self.back), -1) for x in (q, k, v))
+        if p > 0:
+            out = _Attention.apply(q, k, v, self, p, q.shape[1] ** -0.5)
+        else:
+            q, k, v = (gather(x, self.there, self.back, None) for x in (q, k, v))
+            parts = []
+            for block in self.blocks:
+                mask = block.real if block.shortest < block.shape[2] else None
+                part = F.scaled_dot_product_attention(block.of(q), block.of(k), block.of(v), mask)
+                parts.append(part.reshape(-1, q.shape[1]))
+            out = gather(torch.cat(parts), self.back, self.there, self.padding)
+        return out.view(len(self.back) // self.heads, -1)
 
 
-def layout(batch: Batch, heads: int) -> Layout:
-    """The grid of a packed batch. Never waits for the device.
-
-    On a CPU, where a padded place costs what a token costs, examples of like length share a block; elsewhere there is
-    one block, as more launches cost more. A share of a batch has the blocks of the whole, each with its own examples.
-    """
-    device, share = batch.starts.device, batch.share
-    grouped = device.type == "cpu" and not batch.spare
+def _blocks(batch: Batch, heads: int) -> Blocks:
+    """Examples of like length share a block; in a bucketed batch there is one. A share of a batch has the blocks of the whole,
+    each with its own examples."""
+    share, grouped = batch.share, not batch.spare
     lengths_of_all = batch.lengths if share is None or not grouped else share.lengths
     groups: list[Any] = alike(lengths_of_all) if grouped else [slice(None)]
-    base, width, head = torch.empty_like(batch.starts), torch.empty_like(batch.starts), torch.arange(heads, device=device)
+    base, width, head = torch.empty_like(batch.starts), torch.empty_like(batch.starts), torch.arange(heads)
     blocks, there, padding, start = [], [], [], 0
     for rows in groups:
         longest = int(lengths_of_all[rows].max()) if grouped else batch.longest
@@ -141,7 +138,7 @@ def layout(batch: Batch, heads: int) -> Layout:
             part = np.flatnonzero((rows >= share.first) & (rows < share.last))
             rows = rows[part] - share.first
         lengths, first, lens = batch.lengths[rows], batch.starts[rows], batch.lens[rows, None]
-        position = torch.arange(longest, device=device)
+        position = torch.arange(longest)
         real = (position < lens)[:, None]  # [b, 1, L]
         token = first[:, None] + torch.minimum(position, lens - 1)
         there.append((token[:, None] * heads + head[:, None]).flatten())
@@ -150,11 +147,11 @@ def layout(batch: Batch, heads: int) -> Layout:
         if not grouped and shortest < longest:
             shortest = 0  # a captured step serves batches of other lengths
         blocks.append(Block(start, (len(lengths), heads, longest), shortest, real[:, :, None], whole, part))
-        base[rows] = start + torch.arange(len(lengths), device=device) * heads * longest
+        base[rows] = start + torch.arange(len(lengths)) * heads * longest
         width[rows] = longest
         start += len(lengths) * heads * longest
     back = base[batch.rows][:, None] + head * width[batch.rows][:, None] + batch.position_ids[0][:, None]
-    return Layout(blocks, torch.cat(there), back.flatten(), torch.cat(padding)[:, None])
+    return Blocks(blocks, heads, torch.cat(there), back.flatten(), torch.cat(padding)[:, None])
 
 
 def alike(lengths: np.ndarray) -> list[np.ndarray]:
@@ -168,29 +165,11 @@ def alike(lengths: np.ndarray) -> list[np.ndarray]:
     return groups
 
 
-# ---- attention ----
-
-
-class _Gather(torch.autograd.Function):
-    """Rows to the grid, or back: `x[index]`. The backward is a gather too, as the two indices are each other's inverse;
-    padding, which shows a row a second time, never carries a gradient, nor takes one (`none` is True there)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Tensor:
-        ctx.inverse, ctx.none = inverse, none
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = grad.index_select(0, ctx.inverse)
-        return (grad if ctx.none is None else grad.masked_fill_(ctx.none, 0)), None, None, None
-
-
 class _Attention(torch.autograd.Function):
     """Attention with dropout on a CPU, where torch has no fused kernel for it: q, k, v [T * heads, d] to the same."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: Layout, p: float, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: Blocks, p: float, scale: float) -> Tensor:
         ctx.grid, ctx.scale = grid, scale
         q, k, v = (x.index_select(0, grid.there) for x in (q, k, v))
         q.mul_(scale)
@@ -201,7 +180,7 @@ class _Attention(torch.autograd.Function):
                 if block.shortest < block.shape[2]:
                     scores[..., block.shortest :].masked_fill_(~block.real[..., block.shortest :], float("-inf"))
                 weights = torch.softmax(scores, -1, out=scores)
-                dropped = weights * _factors(
+                dropped = weights * dropout.factors(
                     weights, p, (block.whole, *weights.shape[1:]), ... if block.part is None else block.part
                 )
                 torch.matmul(dropped.to(v.dtype), block.of(v), out=block.of(out))
@@ -233,43 +212,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)  # softmax in half precision loses what it sums
 
 
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    grid: Layout | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """Attention within each example of a packed batch: q, k, v [1, heads, T, d] to [1, T, heads, d].
+# ---- on either ----
 
-    Only here are the tokens padded; every matrix product outside sees real tokens alone. Without `grid` it is plain
-    attention within each row.
-    """
-    if grid is None:
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
-        return out.transpose(1, 2), None
-    grid.calls.append(None)
-    _, heads, tokens, width = query.shape
-    scale = width**-0.5 if scaling is None else scaling
-    q, k, v = (x[0].transpose(0, 1).reshape(tokens * heads, width) for x in (query, key, value))
-    if dropout > 0 and q.device.type == "cpu":
-        out = _Attention.apply(q, k, v, grid, dropout, scale)
-    else:
-        q, k, v = (_Gather.apply(x, grid.there, grid.back, None) for x in (q, k, v))
-        parts = []
-        for block in grid.blocks:
-            mask = block.real if block.shortest < block.shape[2] else None
-            part = F.scaled_dot_product_attention(block.of(q), block.of(k), block.of(v), mask, dropout_p=dropout, scale=scale)
-            parts.append(part.reshape(-1, width))
-        out = torch.cat(parts)
-        out = _Gather.apply(out, grid.back, grid.there, grid.padding)
-    return out.view(1, tokens, heads, width), None
+Grid = Padded | Blocks
 
 
-transformers.AttentionInterface.register("packed", packed_attention)
-transformers.AttentionMaskInterface.register("packed", sdpa_mask)  # for a padded batch, as anyone may give the network
+def layout(batch: Batch, heads: int, dtype: torch.dtype = torch.float32) -> Grid:
+    """Where the tokens of a packed batch stand in attention, which computes in `dtype`. Never waits for the device."""
+    return _blocks(batch, heads) if batch.starts.device.type == "cpu" else _padded(batch, heads, dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, grid: Grid, p: float) -> Tensor:
+    """Attention within each example, with dropout `p`: q, k, v [1, T, hidden], heads side by side, to the same."""
+    q, k, v = (x.view(-1, x.shape[-1]) for x in (q, k, v))
+    return grid.attend(q, k, v, p)[None]

@@ -21,7 +21,7 @@ from bert_tickets import UserError
 from bert_tickets.command import hyphens, run_command
 
 if TYPE_CHECKING:
-    from bert_tickets.models import Net
+    from bert_tickets.bert import Net
     from bert_tickets.ticket import Ticket
 
 NET, MASK = "model.safetensors", "mask.safetensors"

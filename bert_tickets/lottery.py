@@ -13,12 +13,13 @@ from torch import Tensor
 
 from bert_tickets import Diverged, UserError
 from bert_tickets.batches import Batches, Store, seeded
+from bert_tickets.bert import Net
 from bert_tickets.config import Config
 from bert_tickets.device import prepare_device
 from bert_tickets.files import read_facts
 from bert_tickets.levels import Level
 from bert_tickets.mask import Mask
-from bert_tickets.models import Net, digest, encoder_weights, prunable, rewind, snapshot
+from bert_tickets.models import digest, encoder_weights, prunable, rewind, snapshot
 from bert_tickets.prune import magnitude, prune, random_scores
 from bert_tickets.ranks import joined
 from bert_tickets.report import print_levels

@@ -1,7 +1,6 @@
-"""BERT with a task's head: loading, the packed forward pass, what of it may be pruned, snapshot and rewind.
+"""BERT with a task's head: loading, what of it may be pruned, snapshot and rewind.
 
-The network is Hugging Face's own, with its own parameter names; nothing is wrapped, hooked or forked. The encoder is
-everything under `bert.`, pooler included; the rest is the task's head (gamma in the paper).
+The encoder is everything under `bert.`, pooler included; the rest is the task's head (gamma in the paper).
 """
 
 from __future__ import annotations
@@ -23,13 +22,12 @@ from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import BertPooler
 
 from bert_tickets import UserError, first_line
-from bert_tickets.attention import layout, replace_dropout
-from bert_tickets.batches import Batch, seeded
+from bert_tickets.batches import seeded
+from bert_tickets.bert import Net
 from bert_tickets.checkpoints import INDEX, check_config, check_finite, check_floats, check_keys, check_tokenizer, parts_of
+from bert_tickets.dropout import replace_dropout
 from bert_tickets.files import check, write_tensors
 from bert_tickets.mask import Mask
-
-Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
 
 ENCODER = "bert."
 POOLER = "pooler.safetensors"  # beside a model whose class has none, such as BertForQuestionAnswering
@@ -37,28 +35,6 @@ PRUNABLE = re.compile(
     r"bert\.(encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|output\.dense)"
     r"|pooler\.dense)\.weight"
 )
-
-
-# ---- the forward pass of a packed batch ----
-
-
-def encode(net: Net, batch: Batch) -> Tensor:
-    """The encoder's last hidden states of a packed batch: [T, hidden]."""
-    bert = net.bert
-    hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
-    grid = layout(batch, net.config.num_attention_heads)
-    hidden = bert.encoder(hidden, attention_mask=None, grid=grid).last_hidden_state[0]
-    if len(grid.calls) != net.config.num_hidden_layers:  # examples would see each other, and nothing would say so
-        raise RuntimeError(f"transformers {transformers.__version__} does not hand the grid on to attention")
-    return hidden
-
-
-def classify(net: Net, batch: Batch) -> Tensor:
-    """The logits of a sequence classifier on a packed batch: [B, labels]. Equal to the padded model's."""
-    first = encode(net, batch)[batch.starts]
-    pooled = net.dropout(net.bert.pooler(first[:, None]))
-    with torch.autocast(pooled.device.type, enabled=False):  # half-precision logits tie, and argmax then picks class 0
-        return net.classifier(pooled.to(net.classifier.weight.dtype))
 
 
 # ---- loading ----
@@ -110,7 +86,6 @@ def load_bert(name: str, head: Literal["classifier", "qa", "mlm"], init: str, se
             name,
             config=config,
             dtype=torch.float32,  # otherwise the checkpoint's own, half for some
-            attn_implementation="packed",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # of another head, which is drawn anew anyway
             weights_only=True,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bert_tickets import UserError, first_line
-from bert_tickets.attention import dropout_of
 from bert_tickets.batches import Batch
 from bert_tickets.config import Training
 from bert_tickets.device import out_of_memory
+from bert_tickets.dropout import dropout_of
 from bert_tickets.graphs import Graphs, Record, Recorder
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks

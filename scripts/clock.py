@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bert_tickets.bert import Net
 from bert_tickets.mask import Mask
-from bert_tickets.models import Net, prunable
+from bert_tickets.models import prunable
 
 
 def machine_rate(precision: str, device: torch.device) -> float:

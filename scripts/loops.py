@@ -22,15 +22,16 @@ import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from bert_tickets import attention
-from bert_tickets.attention import Dropout
+from bert_tickets import attention, dropout
 from bert_tickets.batches import Batches, Store, TokenStore
+from bert_tickets.bert import Net
 from bert_tickets.config import Config, build
 from bert_tickets.corpus import Corpus
 from bert_tickets.device import prepare_device
+from bert_tickets.dropout import Dropout
 from bert_tickets.lottery import oneshot
 from bert_tickets.mask import Mask
-from bert_tickets.models import Net, prunable
+from bert_tickets.models import prunable
 from bert_tickets.step import Step, autocast, precision_of
 from bert_tickets.tasks import Task
 from bert_tickets.tasks.glue import Glue
@@ -159,7 +160,7 @@ def without_short_draws(case: Case) -> Loop:
     def factors(like: Tensor, p: float, shape: Sequence[int], part: object) -> Tensor:
         return like.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
 
-    return _patched(ours(case), lambda: patch.object(attention, "_factors", factors))
+    return _patched(ours(case), lambda: patch.object(dropout, "factors", factors))
 
 
 def without_fused_update(case: Case) -> Loop:

@@ -30,6 +30,8 @@ FLOORS = {
     "tables.published": 0,
     "tables.verdicts": 0,
     "attention": 1,
+    "bert": 1,
+    "dropout": 1,
     "batches": 1,
     "device": 0,
     "checkpoints": 0,
@@ -78,7 +80,7 @@ FLOORS = {
 # What --help, a mistyped flag, --dry-run, a finished run and a finished sweep need: no torch.
 AT_ONCE = {"config", "schedule", "metrics", "command", "report", "history", "sweep.jobs", "sweep.schedule", "sweep.view"}
 AT_ONCE |= {"compare", "records", "export", "inspect"}
-TRANSFORMERS = {"models", "attention"}
+TRANSFORMERS = {"models"}
 NEVER_AT_ONCE = {"datasets", "evaluate"}
 
 

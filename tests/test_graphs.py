@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from bert_tickets import UserError
 from bert_tickets.batches import Batches, TokenStore
+from bert_tickets.bert import classify
 from bert_tickets.config import Training
 from bert_tickets.graphs import bucket_of, tensors
 from bert_tickets.mask import Mask
-from bert_tickets.models import classify, load_bert, prunable
+from bert_tickets.models import load_bert, prunable
 from bert_tickets.prune import magnitude, prune
 from bert_tickets.step import Step
 from bert_tickets.tokens import Tokens
@@ -59,7 +60,7 @@ def test_bucketing_changes_neither_loss_nor_gradients(net, lengths, dropout, mon
             module.p = 0.0
     for layer in net.bert.encoder.layer:  # draws of other shapes are other draws: this much of them is tested as ones
         layer.attention.self.dropout.p = dropout
-    monkeypatch.setattr("bert_tickets.attention._factors", lambda like, p, shape, part: like.new_ones(shape))
+    monkeypatch.setattr("bert_tickets.dropout.factors", lambda like, p, shape, part: like.new_ones(shape))
     found = []
     for bucketed in (False, True):
         batch = store.batch(examples, bucketed=bucketed)

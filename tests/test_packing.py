@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_tickets.attention import ALIKE, Dropout, _Attention, _factors, alike, drop, layout
+from bert_tickets.attention import ALIKE, _Attention, alike, layout
 from bert_tickets.batches import Batches, TokenStore, by_length, order, seeded
-from bert_tickets.models import classify, load_bert
+from bert_tickets.bert import classify
+from bert_tickets.dropout import Dropout, drop, factors
+from bert_tickets.models import load_bert
 from bert_tickets.tokens import Tokens
 from bert_tickets.train import evaluate
 
@@ -69,7 +71,7 @@ def test_attention_in_training_without_its_draws_is_evaluations(net, monkeypatch
     batch = store.batch(torch.arange(5))
     net.eval()
     expected = classify(net, batch)
-    monkeypatch.setattr("bert_tickets.attention._factors", lambda like, p, shape, part: torch.ones(shape))
+    monkeypatch.setattr("bert_tickets.dropout.factors", lambda like, p, shape, part: torch.ones(shape))
     torch.testing.assert_close(classify(net.train(), batch), expected, rtol=0, atol=1e-5)
 
 
@@ -92,7 +94,7 @@ def test_attention_with_dropout_and_its_gradients_equal_the_definition(lengths, 
     pieces = [None] * len(lengths)
     for group in alike(batch.lengths):
         longest = max(lengths[i] for i in group)
-        draws = _factors(q, p, (len(group), heads, longest, longest))
+        draws = factors(q, p, (len(group), heads, longest, longest))
         for i, drawn in zip(group, draws, strict=True):
             query, key, value = (x[i].transpose(0, 1) for x in rows)
             weights = torch.softmax(query @ key.mT * scale, -1) * drawn[:, : lengths[i], : lengths[i]]
@@ -126,14 +128,6 @@ def test_a_padded_batch_may_be_given_to_the_network_as_well(net):
     store, examples = store_of([9, 30, 4]), torch.arange(3)
     expected = classify(net, store.batch(examples))
     torch.testing.assert_close(net(**padded(store, examples)).logits, expected, rtol=0, atol=1e-5)
-
-
-def test_a_grid_that_attention_never_saw_is_no_result(net, monkeypatch):
-    """As of a transformers that hands it on no more: examples would see each other."""
-    plain = type(net.bert.encoder).forward
-    monkeypatch.setattr(type(net.bert.encoder), "forward", lambda self, *args, grid, **more: plain(self, *args, **more))
-    with pytest.raises(RuntimeError, match="does not hand the grid on"):
-        classify(net, store_of([9, 4]).batch(torch.arange(2)))
 
 
 def test_examples_of_a_batch_do_not_see_each_other(net):

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
 
 from bert_tickets.batches import Batches, TokenStore
+from bert_tickets.bert import classify
 from bert_tickets.config import Training, build
 from bert_tickets.mask import Mask
-from bert_tickets.models import classify, prunable
+from bert_tickets.models import prunable
 from bert_tickets.prune import magnitude, prune
 from bert_tickets.step import Step
 from bert_tickets.tasks.glue import Glue

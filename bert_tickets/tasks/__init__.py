@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bert_tickets.batches import Batch, Store
+from bert_tickets.bert import Net
 from bert_tickets.config import Config
-from bert_tickets.models import Net
 
 
 class Task(Protocol):

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from bert_tickets import UserError
 from bert_tickets.batches import Batch, TokenStore, order
+from bert_tickets.bert import Net, classify
 from bert_tickets.config import Config
 from bert_tickets.doubts import shared, unread
 from bert_tickets.hub import from_hub
 from bert_tickets.metrics import METRICS, compare_with_evaluate
-from bert_tickets.models import Net, classify, load_bert
+from bert_tickets.models import load_bert
 from bert_tickets.tokens import tokenize
 
 HUB = "nyu-mll/glue"

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bert_tickets import UserError
 from bert_tickets.batches import Batch, Store, seeded, ship
+from bert_tickets.bert import Net, encode
 from bert_tickets.config import Config
 from bert_tickets.corpus import Corpus, load_corpus
 from bert_tickets.doubts import unread
-from bert_tickets.models import Net, encode, load_bert
+from bert_tickets.models import load_bert
 from bert_tickets.texts import find_texts
 
 SHARE = 0.15  # of the tokens are to be predicted

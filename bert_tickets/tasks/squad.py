@@ -17,11 +17,12 @@ from torch import Tensor
 from bert_tickets import UserError
 from bert_tickets import files as whole_files
 from bert_tickets.batches import Batch, TokenStore, order
+from bert_tickets.bert import Net, encode
 from bert_tickets.config import Config
 from bert_tickets.doubts import shared, unread
 from bert_tickets.hub import from_hub
 from bert_tickets.metrics import compare_with_evaluate, squad_scores
-from bert_tickets.models import Net, encode, load_bert
+from bert_tickets.models import load_bert
 from bert_tickets.tokens import Arrays, Tokens
 from bert_tickets.windows import best_spans, eval_windows, span_text, train_windows
 
