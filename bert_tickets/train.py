@@ -110,8 +110,8 @@ def train(
         """The mean loss since the last look; where the host waits for the device."""
         mean = total.item() / (at - max(start, (at - 1) // cfg.log_every * cfg.log_every))
         check(math.isfinite(mean), f"the loss became {mean}")
-        if step.scaler.is_enabled():
-            check(step.scaler.get_scale() >= LEAST_SCALE, "fp16 gradients overflowed at every scale")
+        if step.loss_scale:
+            check(step.loss_scale.factor.item() >= LEAST_SCALE, "fp16 gradients overflowed at every scale")
         return mean
 
     def take() -> Tensor:
@@ -132,7 +132,8 @@ def train(
     def save() -> None:
         check(_finite(step.params), "a weight became infinite or NaN")
         spent = seconds + time.monotonic() - began
-        facts = {"step": at, "seconds": spent, "losses": losses, "divided": divided, "scaler": step.scaler.state_dict()}
+        scale = step.loss_scale.state_dict() if step.loss_scale else {}
+        facts = {"step": at, "seconds": spent, "losses": losses, "divided": divided, "scaler": scale}
         keeper.save_checkpoint({"total": total, **_state(step)}, facts)
 
     pace = 0.5 if sys.stderr.isatty() else 30
@@ -166,7 +167,7 @@ def _finite(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _state(step: Step) -> dict[str, Tensor]:
-    """All that the next step depends on, but for the step's number and the scaler."""
+    """All that the next step depends on, but for the step's number and the loss scale."""
     return {f"param/{name}": p.detach() for name, p in step.params.items()} | step.moments()
 
 
@@ -175,7 +176,8 @@ def _restore(step: Step, tensors: Mapping[str, Tensor], facts: dict) -> None:
     for name, p in step.params.items():
         p.copy_(tensors[f"param/{name}"])
     step.set_moments(tensors)
-    step.scaler.load_state_dict(facts["scaler"])
+    if step.loss_scale:
+        step.loss_scale.load_state_dict(facts["scaler"])
 
 
 @torch.inference_mode()

@@ -122,7 +122,7 @@ def test_reduced_precision_takes_the_same_path_and_learns(setting, precision):
     mask.apply(prunable(net))
     cfg = replace(settings(0.0), precision=precision)
     step = Step(lambda batch: loss(net, batch), dict(net.named_parameters()), cfg, mask, CPU)
-    assert step.scaler.is_enabled() == (precision == "fp16")
+    assert (step.loss_scale is not None) == (precision == "fp16")
     losses = [step(batches[i], 3e-3).item() for i in range(3 * STEPS)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert {p.dtype for p in net.parameters()} == {torch.float32}
@@ -133,10 +133,10 @@ def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(setting):
     net, mask, batches, loss = setting
     cfg = replace(settings(0.0), precision="fp16")
     step = Step(lambda batch: loss(net, batch) * float("inf"), dict(net.named_parameters()), cfg, mask, CPU)
-    before, scale = copy.deepcopy(dict(net.named_parameters())), step.scaler.get_scale()
+    before, scale = copy.deepcopy(dict(net.named_parameters())), step.loss_scale.factor.item()
     step(batches[0], 3e-3)
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
-    assert step.scaler.get_scale() < scale
+    assert step.loss_scale.factor == scale / 2
 
 
 def test_weight_decay_spares_biases_and_layer_norms(setting):
