@@ -46,6 +46,19 @@ def prepare_device(asked: str, local: int = 0) -> torch.device:
     return device
 
 
+def set_tf32(wanted: bool, precision: str, device: torch.device) -> None:
+    """Switch TensorFloat-32 products on or off, and print which they are where that matters: in fp32 on CUDA.
+
+    Raises `UserError` where `--tf32` would have no effect.
+    """
+    matters = device.type == "cuda" and precision == "fp32"
+    if wanted and not matters:
+        raise UserError(f"--tf32 has no effect in {precision} on {device.type}: it is for --precision fp32 on CUDA")
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    if matters:
+        print(f"fp32 on CUDA: TF32 is {'on' if wanted else 'off (--tf32 turns it on)'}", flush=True)
+
+
 @contextlib.contextmanager
 def out_of_memory() -> Iterator[None]:
     """Raise `torch.OutOfMemoryError` for every failed allocation within, whichever library reports it and in which words.

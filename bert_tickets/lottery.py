@@ -15,8 +15,9 @@ from bert_tickets import Diverged, UserError
 from bert_tickets.batches import Batches, Store, seeded
 from bert_tickets.bert import Net
 from bert_tickets.config import Config
-from bert_tickets.device import prepare_device
+from bert_tickets.device import prepare_device, set_tf32
 from bert_tickets.files import read_facts
+from bert_tickets.graphs import Recorder, recorder
 from bert_tickets.levels import Level
 from bert_tickets.mask import Mask
 from bert_tickets.models import digest, encoder_weights, prunable, rewind, snapshot
@@ -42,6 +43,7 @@ class Setup:
     batches: Batches
     evals: Mapping[str, Store]
     tokenizer: Any
+    recorder: Recorder | None = None
 
     @property
     def steps(self) -> int:
@@ -132,6 +134,7 @@ def fit(
             start=start,
             capture=(i, lambda: run.save_rewind(net)) if level == 0 and i > 0 else None,
             moments=moments,
+            recorder=setup.recorder,
         )
         if run.ranks.world > 1:
             run.ranks.need_same({"trained weights": digest(dict(net.named_parameters()))})
@@ -190,10 +193,9 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     """Load the model and the data onto the device, and write down what they are."""
     ranks = run.ranks
     device = prepare_device(cfg.device, ranks.local)
-    if cfg.train.graphs and device.type != "cuda":
-        raise UserError("--graphs needs a CUDA device; a CPU has no launches to save")
-    if cfg.train.graphs and ranks.world > 1:
-        raise UserError("--graphs is for one process: leave it out under torchrun")
+    precision = precision_of(cfg.train.precision, device)
+    set_tf32(cfg.train.tf32, precision, device)
+    graphs = recorder(cfg.train.graphs, device, ranks.world)
     if cfg.train.batch_size < ranks.world:
         raise UserError(f"--batch-size {cfg.train.batch_size} cannot be divided among {ranks.world} processes")
     net, tokenizer = task.load_net(cfg)
@@ -206,16 +208,16 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
         train_set,
         cfg.train.batch_size,
         seed,
-        bucketed=cfg.train.graphs,
+        bucketed=graphs is not None,
         alter=lambda batch, step: task.alter(batch, step, seed),
         ranks=ranks,
     )
-    setup = Setup(net, task, cfg, batches, evals, tokenizer)
+    setup = Setup(net, task, cfg, batches, evals, tokenizer, graphs)
     cfg.rewind_step(setup.steps)
     run.describe(
         {
             "device": device.type,
-            "precision": precision_of(cfg.train.precision, device),
+            "precision": precision,
             "model": digest(encoder_weights(net)),
             "init": read_facts(Path(cfg.init)) if cfg.init not in ("pretrained", "random") else None,
             "head": digest({name: p for name, p in net.named_parameters() if name not in encoder_weights(net)}),
@@ -226,3 +228,4 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     )
     net.to(device)
     return setup
+

@@ -14,7 +14,7 @@ from bert_tickets.batches import Batch
 from bert_tickets.config import Training
 from bert_tickets.device import out_of_memory
 from bert_tickets.dropout import dropout_of
-from bert_tickets.graphs import Graphs, Record, Recorder
+from bert_tickets.graphs import Graphs, Recorder
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
 
@@ -68,6 +68,8 @@ class Step:
     gradients are multiplied by the mask after the backward pass and before unscaling and clipping, which is what
     `torch.nn.utils.prune` computes (in fp32 bit for bit): no pruned gradient reaches the norm or Adam's moments. Where
     several processes divide a batch, their gradients are summed first, and all take the same step.
+
+    With a `recorder` and on one process, steps are replayed as CUDA graphs.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Step:
         cfg: Training,
         mask: Mask | None,
         device: torch.device,
-        record: Record | None = None,
+        recorder: Recorder | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.ranks = ranks
@@ -93,12 +95,11 @@ class Step:
         spared = [p for name, p in self.params.items() if name.endswith("bias") or "LayerNorm" in name]
         self.optimizer = torch.optim.AdamW(
             [{"params": decays, "weight_decay": cfg.weight_decay}, {"params": spared, "weight_decay": 0.0}],
-            lr=torch.tensor(cfg.lr, device=device) if cfg.graphs else cfg.lr,  # a graph reads it where it lies
+            lr=torch.tensor(cfg.lr, device=device) if recorder else cfg.lr,  # a graph reads it where it lies
             eps=cfg.adam_epsilon,
             fused=True,
-            capturable=cfg.graphs and device.type == "cuda",
         )
-        self.graphs = Graphs(self._take, self._state, record or Recorder()) if cfg.graphs else None
+        self.graphs = Graphs(self._take, self._state, recorder) if recorder else None
 
     def __call__(self, batch: Batch | Sequence[Batch], lr: float) -> Tensor:
         """One step on a batch, or on the parts that it is divided into, whose gradients are then added up.
@@ -140,6 +141,9 @@ class Step:
             nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
         else:
             self._clip_in_adamw()
+        if self.graphs and self.device.type == "cuda":  # torch warns of capturable outside of a capture
+            for group in self.optimizer.param_groups:
+                group["capturable"] = torch.cuda.is_current_stream_capturing()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss

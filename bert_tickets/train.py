@@ -20,6 +20,7 @@ from bert_tickets import Diverged, UserError, first_line
 from bert_tickets.batches import Batch, Batches, Store, by_length, derive
 from bert_tickets.config import Training
 from bert_tickets.device import empty_cache, out_of_memory
+from bert_tickets.graphs import Recorder
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
 from bert_tickets.schedule import linear_fall
@@ -74,6 +75,7 @@ def train(
     start: int = 0,
     capture: tuple[int, Callable[[], None]] | None = None,
     moments: Mapping[str, Tensor] | None = None,
+    recorder: Recorder | None = None,
 ) -> Result:
     """Train `params` to minimise `loss` from step `start` to the last, or on from the keeper's checkpoint.
 
@@ -85,7 +87,7 @@ def train(
     device, ranks = batches.store.device, batches.ranks
     steps = total_steps(cfg, batches.per_epoch)
     rate = rate or linear_fall(cfg.lr, steps)
-    step = Step(loss, params, cfg, mask, device, ranks=ranks)
+    step = Step(loss, params, cfg, mask, device, recorder, ranks)
     # A CPU's processes draw the same numbers, and each takes its own; on CUDA each draws its own.
     stream = ("dropout", ranks.rank) if ranks.rank and device.type == "cuda" else ("dropout",)
     losses: list[tuple[int, float]] = []

@@ -29,6 +29,7 @@ from bert_tickets.config import Config, build
 from bert_tickets.corpus import Corpus
 from bert_tickets.device import prepare_device
 from bert_tickets.dropout import Dropout
+from bert_tickets.graphs import Recorder
 from bert_tickets.lottery import oneshot
 from bert_tickets.mask import Mask
 from bert_tickets.models import prunable
@@ -111,24 +112,23 @@ def dense(case: Case) -> Loop:
 
 def with_graphs(case: Case) -> Loop:
     """Ours by CUDA graphs, every bucket of the case met and captured before."""
-    train = dataclasses.replace(case.cfg.train, graphs=True)
-    loop = ours(dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, train=train)))
-    for i in [*range(len(case.store) // train.batch_size)] * 2:
+    loop = _step(case, recorder=Recorder(required=True))[1]
+    for i in [*range(len(case.store) // case.cfg.train.batch_size)] * 2:
         loop(i)
     return loop
 
 
-def _step(case: Case, *, hooked: bool = False) -> tuple[Step, Loop]:
+def _step(case: Case, *, hooked: bool = False, recorder: Recorder | None = None) -> tuple[Step, Loop]:
     net, cfg = copy.deepcopy(case.net), case.cfg.train
     if hooked:
         _hook(net, case.mask)
     else:
         case.mask.apply(prunable(net))
     alter = partial(case.task.alter, seed=0)
-    batches = Batches(case.store, cfg.batch_size, 0, bucketed=cfg.graphs, alter=alter)
+    batches = Batches(case.store, cfg.batch_size, 0, bucketed=recorder is not None, alter=alter)
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     mask = None if hooked else case.mask
-    step = Step(lambda b: case.task.loss(net, b), params, cfg, mask, case.device)
+    step = Step(lambda b: case.task.loss(net, b), params, cfg, mask, case.device, recorder)
     return step, lambda i: step(batches[i], cfg.lr)
 
 

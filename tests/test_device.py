@@ -1,12 +1,14 @@
 """Choosing the device: by the real `torch.cuda.set_device`, on a machine that has no GPU and only says so."""
 
+import warnings
+
 import pytest
 import torch
 
 import lt_glue
 from bert_tickets import UserError
 from bert_tickets.command import parse
-from bert_tickets.device import out_of_memory, prepare_device
+from bert_tickets.device import out_of_memory, prepare_device, set_tf32
 
 
 @pytest.fixture
@@ -47,6 +49,24 @@ def test_a_run_on_the_cpu_of_a_gpu_box_does_not_start_cuda(gpus, bert_dir, glue_
     line = f"--task rte --model {bert_dir} --data-dir {glue_dir} --levels 2 --max-steps 2 --device cpu"
     lt_glue.main(parse("glue", None, line.split()))
     assert gpus == []
+
+
+@pytest.mark.parametrize(("wanted", "setting", "said"), [(False, "highest", "TF32 is off"), (True, "high", "TF32 is on")])
+def test_fp32_on_cuda_says_whether_tf32_is_on(monkeypatch, capsys, wanted, setting, said):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_tf32(wanted, "fp32", torch.device("cuda", 0))
+    assert said in capsys.readouterr().out
+    assert torch.get_float32_matmul_precision() == setting
+    set_tf32(False, "fp16", torch.device("cuda", 0))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda:0", "fp16"), ("cuda:0", "bf16")])
+def test_tf32_without_effect_is_refused(device, precision):
+    with pytest.raises(UserError, match="--tf32 has no effect"):
+        set_tf32(True, precision, torch.device(device))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Bucketed batches change nothing, and a captured step is the eager step or is refused. On a CPU, with a stand-in
 for the capture that runs the step again on the batch it was given; the capture itself is tested on CUDA."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from bert_tickets import UserError
 from bert_tickets.batches import Batches, TokenStore
 from bert_tickets.bert import classify
 from bert_tickets.config import Training
-from bert_tickets.graphs import bucket_of, tensors
+from bert_tickets.graphs import Recorder, bucket_of, recorder, tensors
 from bert_tickets.mask import Mask
 from bert_tickets.models import load_bert, prunable
 from bert_tickets.prune import magnitude, prune
@@ -72,28 +74,33 @@ def test_bucketing_changes_neither_loss_nor_gradients(net, lengths, dropout, mon
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
 
 
-def run_again(take):
+class Again(Recorder):
     """A stand-in for a capture: the replay runs the step on the batch it was captured with."""
-    loss = torch.zeros(())
 
-    def replay():
-        run_again.replays += 1
-        loss.copy_(take())
+    captures = replays = 0
 
-    return replay, loss
+    def record(self, run):
+        self.captures += 1
+        loss = torch.zeros(())
+
+        def replay():
+            self.replays += 1
+            loss.copy_(run())
+
+        return replay, loss
 
 
-def steps_of(net, store, *, record=run_again, precision="fp32"):
+def steps_of(net, store, recorder, precision="fp32"):
     mask = prune(Mask.ones(prunable(net)), magnitude(prunable(net)), 0.4)
     mask.apply(prunable(net))
-    cfg = Training(lr=1e-3, precision=precision, graphs=True)
+    cfg = Training(lr=1e-3, precision=precision)
     step = Step(
         lambda b: F.cross_entropy(classify(net, b).float(), b.labels),
         dict(net.named_parameters()),
         cfg,
         mask.to(store.device),
         store.device,
-        record,
+        recorder,
     )
     return step, Batches(store, 8, 0, bucketed=True)
 
@@ -109,52 +116,141 @@ def train(step, batches, count):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_captured_run_equals_an_eager_one_bit_for_bit(bert_dir, precision):
     store, found = store_of([9 + 7 * (n % 5) for n in range(60)]), []
-    run_again.replays = 0
     for graphs in (True, False):
         net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train()
-        step, batches = steps_of(net, store, precision=precision)
+        step, batches = steps_of(net, store, recorder := Again(required=True), precision)
         if not graphs:
             step.graphs = None  # the same optimiser, every step eager
         found.append((train(step, batches, 16), [p.detach().clone() for p in net.parameters()]))
-    assert run_again.replays > 4
+        assert (recorder.replays > 4) == graphs
     (losses, weights), (expected_losses, expected) = found
     assert torch.equal(losses, expected_losses)
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
 
 
 def test_a_bucket_is_captured_when_it_comes_back(net):
-    store, captured = store_of([20] * 40), []
-
-    def record(take):
-        captured.append(1)
-        return run_again(take)
-
-    step, batches = steps_of(net, store, record=record)
+    step, batches = steps_of(net, store_of([20] * 40), recorder := Again(required=True))
     counts = []
     for i in range(5):
         step(batches[i], 1e-3)
-        counts.append(len(captured))
+        counts.append(recorder.captures)
     assert counts == [0, 1, 1, 1, 1]
 
 
-def test_a_capture_that_does_something_else_is_refused(net):
-    def record(take):
-        return (lambda: None), torch.zeros(())  # a capture that lost the step
+class Lost(Recorder):
+    """A capture that lost the step."""
 
-    step, batches = steps_of(net, store_of([20] * 40), record=record)
-    step(batches[0], 1e-3)
-    with pytest.raises(UserError, match="ends in other bits than the eager step"):
-        step(batches[1], 1e-3)
+    def record(self, run):
+        return (lambda: None), torch.zeros(())
 
 
-def test_a_step_that_cannot_be_captured_says_so(net):
-    def record(take):
+class Forbidden(Recorder):
+    def record(self, run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    step, batches = steps_of(net, store_of([20] * 40), record=record)
+
+class Full(Recorder):
+    """Memory ends in the capture, and the capture's end then raises an error of its own."""
+
+    def record(self, run):
+        try:
+            raise torch.OutOfMemoryError("no room")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+class FullLater(Again):
+    """Memory ends when a replay has taken the step already."""
+
+    def record(self, run):
+        replay, loss = super().record(run)
+
+        def short():
+            replay()
+            raise torch.OutOfMemoryError("no room")
+
+        return short, loss
+
+
+FAILURES = {
+    Lost: "ends in other bits than the eager step",
+    Forbidden: "cannot be captured .* not permitted",
+    Full: "out of memory",
+    FullLater: r"out of memory .*no room",
+}
+
+
+def eager_run(bert_dir, store):
+    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train()
+    step, batches = steps_of(net, store, Again(required=True))
+    step.graphs = None
+    return train(step, batches, 5), dict(net.named_parameters())
+
+
+@pytest.mark.parametrize("recorder", FAILURES)
+def test_where_a_capture_fails_the_run_goes_on_eagerly_to_the_same_bits_and_says_so_once(bert_dir, net, capsys, recorder):
+    store = store_of([20] * 40)
+    losses, weights = eager_run(bert_dir, store)
+    made = recorder(required=False)
+    step, batches = steps_of(net, store, made)
+    assert torch.equal(train(step, batches, 5), losses)
+    assert all(torch.equal(p, weights[name]) for name, p in net.named_parameters())
+    said = capsys.readouterr().out
+    assert re.search(FAILURES[recorder], said)
+    assert said.count("goes on without CUDA graphs") == 1
+    again, _ = steps_of(net, store, made)  # the next level's
+    train(again, batches, 3)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("recorder", [Lost, Forbidden])
+def test_graphs_that_are_required_and_fail_end_the_run(net, recorder):
+    step, batches = steps_of(net, store_of([20] * 40), recorder(required=True))
     step(batches[0], 1e-3)
-    with pytest.raises(UserError, match=r"cannot be captured .* not permitted .* without --graphs"):
+    with pytest.raises(UserError, match=FAILURES[recorder] + ".*run without --graphs on"):
         step(batches[1], 1e-3)
+
+
+@pytest.mark.parametrize("recorder", [Full, FullLater])
+def test_memory_that_ends_with_graphs_required_is_told_and_takes_no_step(bert_dir, net, recorder):
+    """The caller then takes the batch in parts; it must not be taken twice."""
+    store = store_of([20] * 40)
+    losses, weights = eager_run(bert_dir, store)
+    step, batches = steps_of(net, store, recorder(required=True))
+    found = []
+    for i in range(5):
+        torch.manual_seed(i)
+        try:
+            found.append(step(batches[i], 1e-3 * (1 - i / 5)))
+        except torch.OutOfMemoryError:
+            step.graphs = None
+            torch.manual_seed(i)
+            found.append(step(batches[i], 1e-3 * (1 - i / 5)))
+    assert step.graphs is None
+    assert torch.equal(torch.stack(found), losses)
+    assert all(torch.equal(p, weights[name]) for name, p in net.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "processes", "graphs"),
+    [
+        ("off", "cuda", 1, None),
+        ("auto", "cuda", 1, False),
+        ("on", "cuda", 1, True),
+        ("auto", "cpu", 1, None),
+        ("auto", "cuda", 2, None),
+    ],
+)
+def test_graphs_are_for_one_process_on_a_gpu(asked, device, processes, graphs):
+    found = recorder(asked, torch.device(device), processes)
+    assert (found and found.required) is graphs
+
+
+def test_graphs_that_cannot_be_are_refused_if_required():
+    with pytest.raises(UserError, match="--graphs on needs a CUDA device"):
+        recorder("on", torch.device("cpu"), 1)
+    with pytest.raises(UserError, match="--graphs on is for one process"):
+        recorder("on", torch.device("cuda"), 2)
 
 
 def test_buckets_differ_by_all_that_a_kernel_depends_on():
@@ -165,12 +261,6 @@ def test_buckets_differ_by_all_that_a_kernel_depends_on():
     assert set(tensors(store.batch(torch.arange(2)))) == names
 
 
-def test_graphs_on_a_cpu_are_refused(run_script, bert_dir, glue_dir):
-    found = run_script("lt_glue.py", "--task", "sst2", "--model", bert_dir, "--data-dir", glue_dir, "--graphs", "--device", "cpu")
-    assert found.returncode == 2
-    assert "--graphs needs a CUDA device" in found.stderr
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_on_cuda_a_captured_run_equals_an_eager_one_and_never_waits(bert_dir, precision):
@@ -178,7 +268,7 @@ def test_on_cuda_a_captured_run_equals_an_eager_one_and_never_waits(bert_dir, pr
     torch.use_deterministic_algorithms(True)
     for graphs in (True, False):
         net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train().to("cuda")
-        step, batches = steps_of(net, store, record=None, precision=precision)
+        step, batches = steps_of(net, store, Recorder(required=True), precision)
         if not graphs:
             step.graphs = None
         losses = torch.cat([train(step, batches, 24), train(step, batches, 5), train(step, batches, 5)])  # all are captured now

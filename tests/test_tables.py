@@ -235,13 +235,13 @@ def test_equal_scores_are_not_hidden(tmp_path):
 
 def test_the_sweeps_command_makes_what_is_missing(tmp_path):
     """Given to the sweep itself, in a dry run, it names the run that is not there."""
-    given = {"model": "DIR", "data_dir": "glue", "lr": 1e-4, "graphs": True, "levels": 3}
+    given = {"model": "DIR", "data_dir": "glue", "lr": 1e-4, "graphs": "on", "levels": 3}
     for seed, values in {57: [0.8, 0.8, 0.1], 58: [0.81, 0.81, 0.1]}.items():
         rundirs.run(tmp_path, values, "sst2", seed, rate=0.2, **given)
     (line,) = [line for line in winning.table2(pool(tmp_path)).missing if "SPARSITY=20" in line]
     command = line.split("`")[1]
     assert command == (
-        "STEP=20 LEVELS=3 MODEL=DIR SEEDS='57 58' FLAGS='--data-dir glue --graphs --lr 0.0001' TASKS=sst2 SPARSITY=20 "
+        "STEP=20 LEVELS=3 MODEL=DIR SEEDS='57 58' FLAGS='--data-dir glue --graphs on --lr 0.0001' TASKS=sst2 SPARSITY=20 "
         "bash scripts/table2.sh"
     )
     *variables, bash, script = shlex.split(command)
@@ -250,7 +250,7 @@ def test_the_sweeps_command_makes_what_is_missing(tmp_path):
         ["env", *variables, "bash", ROOT / script, "--dry-run", "--stage", "1"], capture_output=True, text=True, timeout=60
     )
     assert found.returncode == 0, found.stderr
-    expected = "lt_glue.py --task sst2 --model DIR --seed 58 --data-dir glue --graphs --lr 0.0001 --rate 0.2 --levels 3"
+    expected = "lt_glue.py --task sst2 --model DIR --seed 58 --data-dir glue --graphs on --lr 0.0001 --rate 0.2 --levels 3"
     assert f"python {expected}" in found.stdout.splitlines()
 
 
