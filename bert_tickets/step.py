@@ -95,7 +95,7 @@ class Step:
         spared = [p for name, p in self.params.items() if name.endswith("bias") or "LayerNorm" in name]
         self.optimizer = torch.optim.AdamW(
             [{"params": decays, "weight_decay": cfg.weight_decay}, {"params": spared, "weight_decay": 0.0}],
-            lr=torch.tensor(cfg.lr, device=device) if recorder else cfg.lr,  # a graph reads it where it lies
+            lr=torch.full((), cfg.lr, device=device) if recorder else cfg.lr,  # a graph reads it where it lies
             eps=cfg.adam_epsilon,
             fused=True,
         )
