@@ -5,6 +5,8 @@
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # where a step's time goes
   python scripts/bench.py --model bert-base-uncased --tasks mnli --precision fp16 --json bench.json
   python scripts/bench.py --model bert-base-uncased --tasks mlm --batch-size 16 --max-length 512
+  python scripts/bench.py --model random --tasks mnli                              # BERT-base of random weights, no hub
+  python scripts/bench.py --count --tasks mnli             # kernels and memory traffic of a step on a GPU; needs none
 
 The released loop is modelled faithfully (loops.py). All loops train the same network at the same sparsity on the same
 examples, in turns of a few steps, so that a change of the machine's speed meets each; a figure is the median of the turns.
@@ -41,7 +43,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tasks", nargs="*", default=["cola", "sst2", "mnli", "rte"], metavar="TASK", help="none: only a level's costs"
     )
-    parser.add_argument("--model", default=Config.model, metavar="TEXT", help="a BERT checkpoint")
+    parser.add_argument(
+        "--model", metavar="TEXT", help=f"a BERT checkpoint, or random (default: {Config.model}; with --count random)"
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="real texts in GLUE's layout; otherwise lengths are drawn")
     parser.add_argument("--batch-size", type=int, metavar="N", help="(default: the paper's)")
     parser.add_argument("--max-length", type=int, metavar="N", help="(default: the paper's)")
@@ -52,9 +56,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", metavar="TEXT", help="(default: auto)")
     parser.add_argument("--levers", action="store_true", help="measure ours with each lever off, and nothing else")
     parser.add_argument("--profile", action="store_true", help="show where a step's time goes, and nothing else")
+    parser.add_argument("--count", action="store_true", help="count a step's kernels and bytes by kind, on a pretended GPU")
     parser.add_argument("--alone", choices=("ours", "released"), help="run this loop alone: its time and peak memory")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(hyphens(None))
+    args.model = args.model or ("random" if args.count else Config.model)
     for name in ("turns", "turn_steps", "batch_size", "max_length"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
@@ -90,12 +96,18 @@ def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     rates = [clock.machine_rate(case.precision, case.device)]
     seconds = clock.take_turns(sides, args.turns, args.turn_steps, case.device)
     rates.append(clock.machine_rate(case.precision, case.device))
-    graphs = {"steps/s with --graphs": 1 / seconds["graphs"]} if "graphs" in seconds else {}
     batch_size = case.cfg.train.batch_size
     padded = batch_size * case.cfg.max_length
     tokens = float(case.store.lengths.mean()) * batch_size
     predicted = 0.15 * (case.store.lengths - 2).sum() if name == "mlm" else 0.0
     share = clock.arithmetic(case.net, case.store.lengths, predicted) / len(case.store) * batch_size / statistics.mean(rates)
+    graphs = {}
+    if "graphs" in seconds:
+        graphs = {"steps/s with --graphs": 1 / seconds["graphs"], "share of it with --graphs": share / seconds["graphs"]}
+        for side, words in (("ours", ""), ("graphs", " with --graphs"), ("released", ", released")):
+            found = clock.kernels_of(sides[side], args.turn_steps, case.device)
+            graphs[f"kernels a step{words}"] = found.count
+            graphs[f"GPU busy, %{words}"] = 100 * found.seconds / seconds[side]
     return {
         "real tokens a step": tokens,
         "padded tokens a step": padded,
@@ -227,6 +239,24 @@ def measure_start(args: argparse.Namespace) -> float:
     return time.perf_counter() - began
 
 
+def count(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Kernels and gigabytes of one step of ours, by kind (kernels.py), on a pretended GPU."""
+    import kernels
+    import loops
+    import pretended
+
+    if why := pretended.why_not():
+        raise UserError(f"--count pretends that there is a GPU, which it cannot here: {why}")
+    with pretended.one_gpu(numbers=False):
+        args.device = "cuda:0"
+        loop = loops.ours(prepare(name, args))
+        loop(0)  # AdamW's moments are made
+        counter = kernels.count_step(lambda: loop(1))
+    figures = {f"{kind}, kernels": float(found.kernels) for kind, found in counter.kinds.items()}
+    figures |= {f"{kind}, GB": found.bytes / 1e9 for kind, found in counter.kinds.items()}
+    return figures | {"together, kernels": counter.total.kernels, "together, GB": counter.total.bytes / 1e9}
+
+
 def _output(command: list[str], **environment: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     if done.returncode:
@@ -249,15 +279,21 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(alone(args)))
         return
     figures: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
-    if torch.cuda.is_available():
+    if args.device != "cpu" and torch.cuda.is_available():
         figures["machine"] = torch.cuda.get_device_name()
     figures |= {"torch": torch.__version__, "arguments": vars(args)}
-    measure = measure_levers if args.levers else profile if args.profile else measure_task
-    figures["tasks"] = {name: measure(name, args) for name in args.tasks}
-    show(figures["tasks"])
-    if measure is measure_task:
-        figures["level"] = measure_level(args.model) | {"one-step run from a warm cache, s": measure_start(args)}
-        show({"": figures["level"]})
+    measure = count if args.count else measure_levers if args.levers else profile if args.profile else measure_task
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model == "random":
+            import generated
+
+            args.model = folder
+            generated.save_bert(Path(folder))
+        figures["tasks"] = {name: measure(name, args) for name in args.tasks}
+        show(figures["tasks"])
+        if measure is measure_task:
+            figures["level"] = measure_level(args.model) | {"one-step run from a warm cache, s": measure_start(args)}
+            show({"": figures["level"]})
     print(f"{figures['machine']}, torch {figures['torch']}")
     if args.json:
         write_json(Path(args.json), json.loads(json.dumps(figures).replace("NaN", "null")))

@@ -1,10 +1,12 @@
-"""Clocks of bench.py: loops in turns, the machine's own rate, what a step's arithmetic and its masking come to."""
+"""Clocks of bench.py and gpu_check.py: loops in turns, the machine's own rate, what a step's arithmetic and its masking come to,
+and which kernels of a GPU it runs."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,15 @@ def machine_rate(precision: str, device: torch.device) -> float:
     n = 8192 if device.type == "cuda" else 2048
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    wait(device)
-    began = time.perf_counter()
-    for _ in range(3):
+    times = 30 if device.type == "cuda" and precision != "fp32" else 3
+    for _ in range(times // 3):
         a @ b
     wait(device)
-    return 3 * 2 * n**3 / (time.perf_counter() - began)
+    began = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    wait(device)
+    return times * 2 * n**3 / (time.perf_counter() - began)
 
 
 def arithmetic(net: Net, lengths: np.ndarray, predicted: float = 0) -> float:
@@ -56,6 +60,35 @@ def take_turns(loops: dict[str, Callable[[int], Any]], turns: int, steps: int, d
             if turn:
                 seconds[name].append((time.perf_counter() - began) / steps)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a GPU ran in one step."""
+
+    count: float
+    seconds: float  # of their own time, summed
+    names: dict[str, float]  # seconds by name
+
+    def of(self, *words: str) -> list[str]:
+        """The names in which one of the words is."""
+        return sorted(name for name in self.names if any(word in name.lower() for word in words))
+
+
+def kernels_of(loop: Callable[[int], Any], steps: int, device: torch.device) -> Kernels:
+    """The kernels of a loop on a GPU, by torch's profiler, copies and fills left out."""
+    wait(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for i in range(steps):
+            loop(i)
+        wait(device)
+    names: dict[str, float] = {}
+    count = 0
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset")):
+            names[event.name] = names.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6 / steps
+            count += 1
+    return Kernels(count / steps, sum(names.values()), names)
 
 
 def masking_seconds(mask: Mask, device: torch.device) -> float:

@@ -102,7 +102,7 @@ def drawn(task: str, vocabulary: int, count: int, longest: int, device: torch.de
 
 def ours(case: Case) -> Loop:
     """The package's own step."""
-    return _step(case)[1]
+    return step_and_loop(case)[1]
 
 
 def dense(case: Case) -> Loop:
@@ -112,13 +112,14 @@ def dense(case: Case) -> Loop:
 
 def with_graphs(case: Case) -> Loop:
     """Ours by CUDA graphs, every bucket of the case met and captured before."""
-    loop = _step(case, recorder=Recorder(required=True))[1]
+    loop = step_and_loop(case, recorder=Recorder(required=True))[1]
     for i in [*range(len(case.store) // case.cfg.train.batch_size)] * 2:
         loop(i)
     return loop
 
 
-def _step(case: Case, *, hooked: bool = False, recorder: Recorder | None = None) -> tuple[Step, Loop]:
+def step_and_loop(case: Case, *, hooked: bool = False, recorder: Recorder | None = None) -> tuple[Step, Loop]:
+    """Ours, of a copy of the network; `hooked` masks the weights by torch's hooks, a `recorder` makes it go by CUDA graphs."""
     net, cfg = copy.deepcopy(case.net), case.cfg.train
     if hooked:
         _hook(net, case.mask)
@@ -165,7 +166,7 @@ def without_short_draws(case: Case) -> Loop:
 
 def without_fused_update(case: Case) -> Loop:
     """AdamW and the clip go tensor by tensor."""
-    step, loop = _step(case)
+    step, loop = step_and_loop(case)
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in step.optimizer.param_groups]
     step.optimizer = torch.optim.AdamW(groups, lr=case.cfg.train.lr, eps=case.cfg.train.adam_epsilon, foreach=False)
     clip = nn.utils.clip_grad_norm_
@@ -178,7 +179,7 @@ def without_fused_update(case: Case) -> Loop:
 
 def without_gradient_masks(case: Case) -> Loop:
     """The weights are masked in every forward pass, by torch's hooks."""
-    return _step(case, hooked=True)[1]
+    return step_and_loop(case, hooked=True)[1]
 
 
 def with_waiting(case: Case) -> Loop:

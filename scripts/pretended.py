@@ -342,6 +342,7 @@ def one_gpu(numbers: bool = True) -> Iterator[None]:
         for name in ignores:
             replace(torch.cuda, name, lambda *_, **__: None)
         replace(torch.cuda, "synchronize", lambda *_: _wait("synchronize"))
+        replace(torch.cuda, "set_sync_debug_mode", lambda mode: _waiting_refused.__setitem__(0, mode == "error"))
         replace(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         replace(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state))
         replace(torch._C, "_cuda_setDevice", lambda _: None, create=True)

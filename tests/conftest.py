@@ -23,13 +23,12 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 import pytest
 import torch
 from campaign import Bench
+from generated import LETTERS, SPECIAL, save_tokenizer
 from paragraphs import content
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel
 from victims import Nursery
 
 ROOT = Path(__file__).parent.parent
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
 OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "“quoted”", '"', "the", "a", "was", "is", "and"]
 
@@ -103,16 +102,10 @@ def soon() -> Iterator[None]:
 def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of 2 layers, hidden 32, with a word-level vocabulary and its tokenizer, as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("bert")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789é'\".,“”#")
-    words = dict.fromkeys(SPECIAL + letters + ["##" + letter for letter in letters] + GOOD + BAD + OTHERS + ["not"])
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
-    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    letters = LETTERS + list("0123456789é'\".,“”#")
+    words = SPECIAL + letters + ["##" + letter for letter in letters] + GOOD + BAD + OTHERS + ["not"]
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=save_tokenizer(words, folder),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench
+import pretended
 import pytest
 
 from bert_tickets.demo import DEV_WORDS, TRAIN_WORDS, sentences
@@ -84,9 +86,6 @@ def test_a_mistake_shows_no_traceback(run_script):
 
 @pytest.mark.parametrize("source", ["data", "drawn"])
 def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, glue_dir, tmp_path, capsys, source):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import bench
-
     words = f"bench.py --model {bert_dir} --batch-size 4 --max-length 48 --turns 1 --turn-steps 2 --json {tmp_path}/b.json"
     words += f" --tasks sst2 rte --data-dir {glue_dir}" if source == "data" else " --tasks sst2 rte mlm"
     monkeypatch.setattr("sys.argv", words.split())
@@ -102,11 +101,22 @@ def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, g
     assert figures["level"]["mask file, MB"] > 0
 
 
+@pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
+def test_bench_counts_the_kernels_of_a_step_without_a_gpu(monkeypatch, tmp_path, capsys):
+    """Of BERT-base in fp16 on 32 examples of MNLI's lengths."""
+    monkeypatch.setattr("sys.argv", f"bench.py --count --tasks mnli --json {tmp_path}/c.json".split())
+    bench.main(bench.parse())
+    found = json.loads((tmp_path / "c.json").read_text())["tasks"]["mnli"]
+    assert found["together, kernels"] == sum(n for kind, n in found.items() if kind.endswith("kernels")) / 2
+    assert found["attention, kernels"] == 2 * 12 + 2  # and the loss's softmax
+    assert found["casts, kernels"] <= 210
+    assert 700 < found["together, kernels"] <= 1100
+    assert 10 < found["together, GB"] <= 12.5
+    assert "together, kernels" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", ["--turns 0", "--turn-steps -1", "--sparsity nan", "--batch-size 0", f"--max-length {10**20}"])
 def test_bench_refuses_numbers_that_measure_nothing(monkeypatch, capsys, words):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import bench
-
     monkeypatch.setattr("sys.argv", ["bench.py", *words.split()])
     with pytest.raises(SystemExit) as stop:
         bench.parse()
@@ -118,10 +128,8 @@ def test_the_released_loop_of_bench_learns_what_ours_learns(monkeypatch, calm_be
     """Same network, same examples, no dropout, one batch that holds them all: the same step, but for rounding."""
     import copy
 
-    import torch
-
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import loops
+    import torch
 
     given = {"model": str(calm_bert_dir), "data_dir": str(glue_dir), "batch_size": 44, "max_length": 48}
     case = loops.prepare("sst2", given | {"lr": 1e-3, "limit_train": 44}, sparsity=0.5)
@@ -141,8 +149,6 @@ def test_the_released_loop_of_bench_learns_what_ours_learns(monkeypatch, calm_be
 
 def test_bench_takes_each_lever_away(monkeypatch, bert_dir, calm_bert_dir, glue_dir, tmp_path, capsys):
     """Every loop runs; and each lever that does not change the arithmetic leaves the training as it is."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import bench
     import loops
 
     words = (

@@ -1,0 +1,206 @@
+"""The check of a GPU box: whole on a CPU, its checks of steps on a pretended GPU, and what it does about a failure."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import checks
+import generated
+import gpu_check
+import pretended
+import pytest
+import torch
+from conftest import ROOT
+
+from bert_tickets.graphs import Recorder
+from bert_tickets.models import load_bert
+from bert_tickets.tasks.glue import Glue
+
+
+def test_on_a_cpu_it_passes_what_needs_no_gpu(tmp_path):
+    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--device", "cpu", "--quick", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + (tmp_path / "out" / "log.txt").read_text()
+    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    results = {line["check"]: line["result"] for line in found["checks"]}
+    assert list(results) == list(checks.CHECKS)
+    assert {name for name, result in results.items() if result == "pass"} == {"run", "steps", "speed", "tasks"}
+    assert set(results.values()) == {"pass", "no GPU"}
+    assert found["checks"][0]["seconds"] > 0
+    assert f"run        pass     {found['checks'][0]['seconds']:6.1f} s  9 files equal" in done.stdout
+
+
+@pytest.fixture
+def setting(bert_dir, tmp_path):
+    """A setting whose network is the tests' own, and whose numbers are a CPU's."""
+
+    class Small(checks.Setting):
+        model = bert_dir
+        count = staticmethod(lambda thorough, quick, cpu: cpu)
+
+    return Small(tmp_path, "cuda:0", True)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU, on which a capture is the step run again."""
+
+    def record(self, run):
+        loss = torch.zeros((), device="cuda")
+        return (lambda: loss.copy_(run())), loss
+
+    plain = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: plain(getattr(a, "held", a), getattr(b, "held", b)))
+    monkeypatch.setattr(Recorder, "record", record)
+    with pretended.one_gpu():
+        yield
+
+
+needs_pretending = pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
+
+
+@needs_pretending
+@pytest.mark.parametrize("name", ["steps", "graphs", "masks", "gradients"])
+def test_the_checks_of_steps_pass_on_a_pretended_gpu(setting, gpu, name):
+    assert checks.CHECKS[name](setting)["says"]
+
+
+@needs_pretending
+@pytest.mark.parametrize("enough", [False, True])
+def test_the_check_of_memory_wants_a_batch_to_be_divided(setting, gpu, monkeypatch, enough):
+    plain, limits = Glue.loss, [1.0]
+
+    def loss(self, net, batch):
+        if limits[-1] < 1 and len(batch.lengths) > 20 and not enough:
+            raise torch.OutOfMemoryError("no room")
+        return plain(self, net, batch)
+
+    monkeypatch.setattr(Glue, "loss", loss)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**32))
+    if enough:
+        with pytest.raises(AssertionError, match="no batch was taken in parts"):
+            checks.memory(setting)
+    else:
+        assert checks.memory(setting)["GiB limit"] == 1
+    assert limits == [1.0, 0.25, 1.0]
+
+
+@needs_pretending
+@pytest.mark.parametrize(
+    ("name", "fault", "words"),
+    [
+        ("steps", lambda loss: loss * float("nan"), "a loss is not finite"),
+        (
+            "steps",
+            lambda loss: loss * torch.rand(1, generator=torch.Generator().manual_seed(torch.seed())).item(),
+            "other losses",
+        ),
+        ("steps", lambda loss: loss * float(loss.detach() > 0), "the host waits"),
+        ("gradients", lambda loss: loss * (1.0 + 0.1 * (loss.device.type == "cuda")), "gradients differ"),
+    ],
+)
+def test_a_check_fails_where_it_should(setting, gpu, monkeypatch, name, fault, words):
+    plain = Glue.loss
+    monkeypatch.setattr(Glue, "loss", lambda self, net, batch: fault(plain(self, net, batch)))
+    with pytest.raises((AssertionError, RuntimeError), match=words):
+        checks.CHECKS[name](setting)
+
+
+def test_other_bits_after_a_kill_are_named(setting, monkeypatch, tmp_path):
+    """Stand-ins for the runs: two folders of files."""
+    plain = iter(["a", "b"])
+
+    def call(words, folder):
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        (folder / "runs" / "weights").write_text(next(plain))
+        (folder / "runs" / "log.jsonl").write_text(str(folder))
+        return "level 1/2"
+
+    monkeypatch.setattr(checks, "call", call)
+    monkeypatch.setattr(checks, "kill_in_level_1", lambda words, folder: None)
+    monkeypatch.setattr(checks.Setting, "device", torch.device("cpu"))
+    type(setting).data = tmp_path
+    with pytest.raises(AssertionError, match="other bits after the kill: runs/weights"):
+        checks.whole_run(setting)
+
+
+# ---- going on after a failure ----
+
+STAND_IN = """
+import json, os, sys, time
+lines = open("checks.jsonl", "a")
+for name in sys.argv[1:]:
+    if name == "masks":
+        os._exit(9)
+    if name == "speed":
+        time.sleep(60)
+    line = {"check": name, "result": "FAIL" if name == "steps" else "pass", "seconds": 1.0, "why": "broken" * (name == "steps")}
+    lines.write(json.dumps(line) + "\\n")
+    lines.flush()
+    if name == "steps":
+        sys.exit(3)
+"""
+
+
+def start(args, names, output):
+    return subprocess.Popen([sys.executable, "-c", STAND_IN, *names], cwd=output, start_new_session=True)
+
+
+def run_check(monkeypatch, tmp_path, *words):
+    monkeypatch.setattr(gpu_check, "start", start)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--device", "cpu", "--output", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main(gpu_check.parse())
+    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["checks"]
+    return end.value.code, {line["check"]: line for line in found}
+
+
+def test_it_goes_on_after_a_check_that_fails_and_one_whose_process_dies(monkeypatch, tmp_path, capsys):
+    code, found = run_check(monkeypatch, tmp_path, "--only", "run", "steps", "masks", "gradients", "memory")
+    assert code == 1
+    assert {name: line["result"] for name, line in found.items()} == {
+        "run": "pass", "steps": "FAIL", "masks": "FAIL", "gradients": "pass", "memory": "pass"
+    }  # fmt: skip
+    assert "its process ended with 9" in found["masks"]["why"]
+    assert "broken" in capsys.readouterr().out
+
+
+def test_what_takes_too_long_is_ended_and_the_rest_is_left_out(monkeypatch, tmp_path):
+    code, found = run_check(monkeypatch, tmp_path, "--minutes", "0.05", "--only", "run", "speed", "masks")
+    assert code == 1
+    assert [found[name]["result"] for name in ("run", "speed", "masks")] == ["pass", "FAIL", "no time"]
+    assert found["speed"]["why"] == "out of time"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--only", "abacus"], "there is no check abacus"), (["--device", "cuda"], "torch sees no GPU")]
+)
+def test_a_mistake_is_a_sentence(monkeypatch, tmp_path, capsys, words, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--output", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as end:
+        gpu_check.run_command(gpu_check.main, gpu_check.parse())
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what it makes ----
+
+
+def test_a_generated_checkpoint_and_data_are_what_the_scripts_take(tmp_path):
+    generated.save_bert(tmp_path / "bert", **checks.SMALL)
+    net, tokenizer = load_bert(str(tmp_path / "bert"), "classifier", "pretrained", 0)
+    assert net.config.vocab_size == len(tokenizer) == checks.SMALL["vocab_size"]
+    generated.save_mnli(tmp_path, 300, 9)
+    cfg = SimpleNamespace(data_dir=str(tmp_path), limit_train=None, limit_eval=None, max_length=128)
+    train, evals = Glue("mnli").load_data(cfg, tokenizer, torch.device("cpu"))
+    assert (len(train), {name: len(store) for name, store in evals.items()}) == (
+        300, {"validation_matched": 9, "validation_mismatched": 9}
+    )  # fmt: skip
+    assert 36 < train.lengths.mean() < 45  # as MNLI's own
+    assert set(train.labels.tolist()) == {0, 1, 2}
