@@ -119,17 +119,16 @@ class Step:
     def _take(self, *parts: Batch) -> Tensor:
         try:
             loss = self._backward(parts)
-        except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)  # whoever takes the step again begins without gradients
-            raise
-        try:
-            with out_of_memory():
-                return self._update(loss)
-        except torch.OutOfMemoryError as error:  # smaller parts would not help, and the weights may have moved in part
-            raise UserError(
-                f"out of memory for the gradients' sum or AdamW's moments: {first_line(error)}. What was finished or saved "
-                "before is intact; a larger GPU is needed, or a smaller model."
-            ) from None
+            try:
+                with out_of_memory():
+                    return self._update(loss)
+            except torch.OutOfMemoryError as error:  # smaller parts would not help, and the weights may have moved in part
+                raise UserError(
+                    f"out of memory for the gradients' sum or AdamW's moments: {first_line(error)}. What was finished or saved "
+                    "before is intact; a larger GPU is needed, or a smaller model."
+                ) from None
+        finally:  # also where it failed: the next step begins without gradients
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _update(self, loss: Tensor) -> Tensor:
         """Sum over the processes, mask, clip, take the step; returns the loss of the whole batch."""
@@ -145,7 +144,6 @@ class Step:
             for group in self.optimizer.param_groups:
                 group["capturable"] = torch.cuda.is_current_stream_capturing()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def _clip_in_adamw(self) -> None:

@@ -2,6 +2,7 @@
 for the capture that runs the step again on the batch it was given; the capture itself is tested on CUDA."""
 
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -149,6 +150,14 @@ class Forbidden(Recorder):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
+class Halfway(Recorder):
+    """The capture fails when the gradients are there."""
+
+    def record(self, run):
+        with patch.object(torch.optim.AdamW, "step", side_effect=RuntimeError("not permitted in the middle")):
+            run()
+
+
 class Full(Recorder):
     """Memory ends in the capture, and the capture's end then raises an error of its own."""
 
@@ -175,6 +184,7 @@ class FullLater(Again):
 FAILURES = {
     Lost: "ends in other bits than the eager step",
     Forbidden: "cannot be captured .* not permitted",
+    Halfway: "cannot be captured .*in the middle",
     Full: "out of memory",
     FullLater: r"out of memory .*no room",
 }
@@ -203,7 +213,7 @@ def test_where_a_capture_fails_the_run_goes_on_eagerly_to_the_same_bits_and_says
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("recorder", [Lost, Forbidden])
+@pytest.mark.parametrize("recorder", [Lost, Forbidden, Halfway])
 def test_graphs_that_are_required_and_fail_end_the_run(net, recorder):
     step, batches = steps_of(net, store_of([20] * 40), recorder(required=True))
     step(batches[0], 1e-3)

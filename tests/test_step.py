@@ -139,6 +139,58 @@ def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(setting):
     assert step.loss_scale.factor == scale / 2
 
 
+@pytest.mark.parametrize(("precision", "norm"), [("fp16", 0.5), ("bf16", 0.5), ("fp16", 1e6), ("bf16", 1e6)])
+def test_in_half_precision_adamw_clips_as_torch_does_before_it(setting, precision, norm):
+    """To rounding; to the bit where nothing is clipped. One of ten fp16 steps overflows."""
+    net, mask, batches, loss = setting
+    other = copy.deepcopy(net)
+    for each in (net, other):
+        mask.apply(prunable(each))
+    cfg = replace(settings(0.01), precision=precision, max_grad_norm=norm)
+    factors = [float("inf") if i == 4 and precision == "fp16" else 1.0 for i in range(10)]
+
+    class Times(torch.autograd.Function):  # of gradients alone: the loss stays finite
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factor, None
+
+    now = iter(factors)
+    step = Step(lambda batch: Times.apply(loss(net, batch), next(now)), dict(net.named_parameters()), cfg, mask, CPU)
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+    groups = [
+        {"params": [p for name, p in other.named_parameters() if spared == (name.endswith("bias") or "LayerNorm" in name)]}
+        for spared in (False, True)
+    ]
+    groups[1]["weight_decay"] = 0.0
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-8, weight_decay=0.01, fused=True)
+    for i, factor in enumerate(factors):
+        torch.manual_seed(i)
+        found = step(batches[i], 1e-3)
+        torch.manual_seed(i)
+        with torch.autocast("cpu", torch.float16 if precision == "fp16" else torch.bfloat16):
+            expected = Times.apply(loss(other, batches[i]), factor)
+        scaler.scale(expected).backward()
+        for name, kept in mask.items():
+            other.get_parameter(name).grad.mul_(kept)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(other.parameters(), norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=0)
+    for name, p in net.named_parameters():
+        if norm > 1 or not name.endswith("key.bias"):  # a gradient of rounding errors alone, which AdamW makes large
+            torch.testing.assert_close(p, other.get_parameter(name), rtol=0, atol=1e-4 if norm < 1 else 0, msg=name)
+    if precision == "fp16":
+        assert step.loss_scale.factor == scaler.get_scale() == 2.0**15
+        assert step.taken() == 9
+
+
 def test_weight_decay_spares_biases_and_layer_norms(setting):
     net, *_ = setting
     step = Step(lambda batch: None, dict(net.named_parameters()), settings(0.01), None, CPU)
