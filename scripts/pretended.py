@@ -63,10 +63,10 @@ waited: list[str] = []  # what the host has waited for
 
 
 @contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
+def no_waiting(refused: bool = True) -> Iterator[None]:
     """Within it an operator for which the host would wait for the device raises `RuntimeError`, as under
-    `torch.cuda.set_sync_debug_mode("error")`."""
-    before, _waiting_refused[0] = _waiting_refused[0], True
+    `torch.cuda.set_sync_debug_mode("error")`; or, within another one, no longer does."""
+    before, _waiting_refused[0] = _waiting_refused[0], refused
     try:
         yield
     finally:
@@ -342,7 +342,8 @@ def one_gpu(numbers: bool = True) -> Iterator[None]:
         for name in ignores:
             replace(torch.cuda, name, lambda *_, **__: None)
         replace(torch.cuda, "synchronize", lambda *_: _wait("synchronize"))
-        replace(torch.cuda, "set_sync_debug_mode", lambda mode: _waiting_refused.__setitem__(0, mode == "error"))
+        replace(torch.cuda, "set_sync_debug_mode", lambda mode: _waiting_refused.__setitem__(0, mode in ("error", 2)))
+        replace(torch.cuda, "get_sync_debug_mode", lambda: 2 if _waiting_refused[0] else 0)
         replace(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         replace(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state))
         replace(torch._C, "_cuda_setDevice", lambda _: None, create=True)

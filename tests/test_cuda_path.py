@@ -1,7 +1,11 @@
-"""The CUDA path, whole: the training scripts' own `main` on a pretended GPU, in which devices never mix and steps never wait."""
+"""The CUDA path, whole: the training scripts' own `main`, in which devices never mix and steps never wait.
+
+On a pretended GPU, and on a real one where there is one (`-m cuda`).
+"""
 
 import __future__
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -19,7 +23,7 @@ from bert_tickets import UserError
 from bert_tickets.batches import Batches
 from bert_tickets.command import parse
 from bert_tickets.device import prepare_device
-from bert_tickets.graphs import Recorder
+from bert_tickets.graphs import Graphs, Recorder
 from bert_tickets.history import results, run_dir
 from bert_tickets.mask import Mask
 from bert_tickets.models import load_bert, prunable
@@ -29,7 +33,32 @@ from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import Mlm
 from bert_tickets.tasks.squad import Squad
 
-pytestmark = pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
+needs_pretending = pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
+
+
+@contextlib.contextmanager
+def no_waiting(refused=True):
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error" if refused else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+class Real:
+    """The GPU of this machine."""
+
+    one_gpu, no_waiting = contextlib.nullcontext, staticmethod(no_waiting)
+
+
+@pytest.fixture(params=[pytest.param("pretended", marks=needs_pretending), pytest.param("real", marks=pytest.mark.cuda)])
+def gpu(request):
+    """`one_gpu` and `no_waiting`, of either kind of GPU."""
+    return Real if request.param == "real" else pretended
+
+
+only_pretended = pytest.mark.parametrize("gpu", [pytest.param("pretended", marks=needs_pretending)], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +71,12 @@ def one_thread():
 
 
 @pytest.fixture
-def watched(monkeypatch):
+def watched(monkeypatch, gpu):
     """Steps, the batches they take and the outputs of an evaluation's batches must not make the host wait."""
 
     def never_waits(function):
         def call(*args, **kwargs):
-            with pretended.no_waiting():
+            with gpu.no_waiting():
                 return function(*args, **kwargs)
 
         return call
@@ -57,31 +86,28 @@ def watched(monkeypatch):
 
 
 @pytest.fixture
-def go(commands, tmp_path, monkeypatch, watched):
-    """Run a script on a pretended GPU in a folder of the test's; its results."""
+def go(commands, tmp_path, monkeypatch, gpu, watched):
+    """Run a script on the GPU, or on the CPU, in a folder of the test's; its results."""
 
-    def run(script, words="", folder="here", gpu=True):
+    def run(script, words="", folder="here", device="auto"):
         module, preset = SCRIPTS[script]
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
         levels = "" if "--mask" in words else "--levels 2"
         short = "--max-length 40" if script == "lt_glue.py" else ""
-        cfg = parse(preset, None, [*commands[script], *f"--max-steps 4 {levels} {short} {words}".split()])
-        if gpu:
-            with pretended.one_gpu():
-                module.main(cfg)
-        else:
+        cfg = parse(preset, None, [*commands[script], *f"--max-steps 4 {levels} {short} --device {device} {words}".split()])
+        with contextlib.nullcontext() if device == "cpu" else gpu.one_gpu():
             module.main(cfg)
         return results(run_dir(cfg, preset))
 
     return run
 
 
-def test_the_device_can_be_set():
-    with pretended.one_gpu():
+def test_the_device_can_be_set(gpu):
+    with gpu.one_gpu():
         assert prepare_device("auto") == prepare_device("cuda") == torch.device("cuda", 0)
         with pytest.raises(UserError, match="no such device"):
-            prepare_device("cuda:1")
+            prepare_device("cuda:99")
 
 
 VARIANTS = {
@@ -119,7 +145,7 @@ def test_a_whole_run_mixes_no_devices_and_its_steps_never_wait(go, tmp_path, scr
     facts = json.loads(about.read_text())
     assert facts["fingerprint"]["device"] == "cuda"
     assert facts["fingerprint"]["precision"] == (variant.partition(",")[0] if variant[:2] in ("fp", "bf") else "fp16")
-    assert facts["environment"]["gpu"] == "a pretended GPU"
+    assert facts["environment"]["gpu"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -195,29 +221,32 @@ def test_an_evaluation_that_does_not_fit_is_taken_in_smaller_packs(go, monkeypat
 @pytest.mark.parametrize(
     ("script", "words"), [*((script, "--graphs auto") for script in SCRIPTS), ("lt_glue.py", "--graphs on --precision bf16")]
 )
-def test_steps_by_graphs_never_wait_and_end_in_the_eager_bits(go, monkeypatch, script, words):
-    """With a stand-in for the capture, as tests/test_graphs.py has it. What verifies a capture may wait, and is not watched."""
-    replays = []
+def test_steps_by_graphs_never_wait_and_end_in_the_eager_bits(go, gpu, monkeypatch, script, words):
+    """On a pretended GPU with a stand-in for the capture, as tests/test_graphs.py has it. What verifies a capture may wait."""
+    replays, captures, plain, verify = [], [], Recorder.record, Graphs._capture
+
+    def again(self, run):
+        loss = torch.zeros((), device="cuda")
+        return (lambda: loss.copy_(run())), loss
 
     def record(self, run):
-        loss = torch.zeros((), device="cuda")
+        captures.append(1)
+        replay, loss = (plain if gpu is Real else again)(self, run)
+        return (lambda: replays.append(replay())), loss
 
-        def replay():
-            replays.append(1)
-            loss.copy_(run())
-
-        return replay, loss
+    def capture(self, key, batch):
+        with gpu.no_waiting(False):
+            return verify(self, key, batch)
 
     monkeypatch.setattr(Recorder, "record", record)
-    plain = torch.equal
-    monkeypatch.setattr(torch, "equal", lambda a, b: plain(a.held, b.held))
+    monkeypatch.setattr(Graphs, "_capture", capture)
     found = go(script, f"{words} --max-steps 8 --log-every 1", "graphs")
-    assert len(replays) >= 6
-    monkeypatch.setattr(Recorder, "record", lambda *_: pytest.fail("no step is captured"))
-    monkeypatch.setattr("bert_tickets.graphs.Graphs._step", lambda self, batch: self.take(batch))
+    assert len(replays) > len(captures) > 0
+    monkeypatch.setattr(Graphs, "_step", lambda self, batch: self.take(batch))
     assert go(script, f"{words} --max-steps 8 --log-every 1", "eager") == found
 
 
+@only_pretended
 def test_a_level_waits_no_more_often_for_more_steps(go):
     waits = []
     for steps in (4, 12):
@@ -234,7 +263,7 @@ def test_a_level_waits_no_more_often_for_more_steps(go):
 def test_a_run_comes_to_the_same_on_either_device(go, script, calm_bert_dir):
     """fp32 and no dropout, of which the devices draw their own."""
     words = f"--model {calm_bert_dir} --precision fp32"
-    there, here = (go(script, words, folder, gpu) for folder, gpu in (("gpu", True), ("cpu", False)))
+    there, here = (go(script, words, device, device) for device in ("cuda", "cpu"))
     for a, b in zip(there, here, strict=True):
         assert np.allclose(a["losses"], b["losses"], rtol=1e-4)
         assert a["kept"] == b["kept"]
@@ -281,20 +310,20 @@ def computed(script, shape, net, device):
 
 @pytest.mark.parametrize("shape", LENGTHS)
 @pytest.mark.parametrize(("script", "head"), [("lt_glue.py", "classifier"), ("lt_squad.py", "qa"), ("lt_pretrain.py", "mlm")])
-def test_both_branches_compute_the_same_in_double_precision(calm_bert_dir, script, head, shape):
+def test_both_branches_compute_the_same_in_double_precision(gpu, calm_bert_dir, script, head, shape):
     labels = 3 if head == "classifier" else 2
     here, there = (load_bert(str(calm_bert_dir), head, "pretrained", 0, labels)[0].double().train() for _ in range(2))
     expected = computed(script, shape, here, torch.device("cpu"))
-    with pretended.one_gpu():
+    with gpu.one_gpu():
         found = computed(script, shape, there, torch.device("cuda", 0))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_masks_chosen_on_the_gpu_are_the_cpus(bert_dir):
+def test_masks_chosen_on_the_gpu_are_the_cpus(gpu, bert_dir):
     weights = {name: p.detach() for name, p in prunable(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]).items()}
     for scope in ("global", "tensor"):
         expected = prune(prune(Mask.ones(weights), magnitude(weights), 0.3, scope), magnitude(weights), 0.5, scope)
-        with pretended.one_gpu():
+        with gpu.one_gpu():
             there = {name: w.to("cuda") for name, w in weights.items()}
             found = prune(prune(Mask.ones(there), magnitude(there), 0.3, scope), magnitude(there), 0.5, scope).to("cpu")
         assert found == expected
@@ -390,6 +419,7 @@ def plant(monkeypatch, fault):
         monkeypatch.setattr(each, name, found[name])
 
 
+@only_pretended
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(go, monkeypatch, name):
     script, _, words = FAULTS[name].command.partition(" ")
