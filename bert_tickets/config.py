@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bert_tickets import UserError
-from bert_tickets.schedule import fractions, levels_of_fall, linear_fall, most_levels
+from bert_tickets.schedule import decay_span, fractions, linear_decay, most_levels
 
 PRESETS = Path(__file__).parent / "presets"
 QUESTION = 64  # tokens of a SQuAD question at most, as in the released code
@@ -42,7 +42,7 @@ class Training:
     max_grad_norm: float = flag("clip the gradient to this norm", 1.0)
     precision: Literal["auto", "fp16", "bf16", "fp32"] = flag("auto: fp16 on CUDA, fp32 on a CPU", "auto")
     tf32: bool = flag("CUDA, fp32: matrix products in TensorFloat-32, faster and of 10 bits of mantissa", False)
-    graphs: Literal["auto", "on", "off"] = flag("CUDA: replay steps as CUDA graphs; auto: where that works, else eagerly", "off")
+    graphs: Literal["auto", "on", "off"] = flag("CUDA: replay steps as CUDA graphs; auto: eagerly where that fails", "off")
     seed: int = flag("fixes the head, the order of the examples, dropout and random weights", 57)
     log_every: int = flag("read the loss every so many steps; the windows of the loss curve", 50)
     save_minutes: float = flag("write a checkpoint every so many minutes", 10.0, identity=False)
@@ -57,18 +57,21 @@ class Config:
     model: str = flag("a BERT checkpoint: a name on the hub or a folder", "bert-base-uncased")
     data_dir: str | None = flag("folder of the original files, not the hub; or, to lt_pretrain.py, wikimedia/wikipedia", None)
     output_dir: str = flag("where run directories are made", "runs", identity=False)
-    protocol: Literal["paper", "released"] = flag("do what the paper says, or what the released code does", "paper")
+    protocol: Literal["paper", "released"] = flag(
+        "do what the paper says, or what the released code does; with --rewind none given: its standard pruning", "paper"
+    )
     init: str = flag("pretrained, random, or a file of weights (safetensors): what the ticket starts from", "pretrained")
     mask: str | None = flag("train this ticket once instead of finding one: a mask file, or a released mask.pt", None)
     levels: int = flag("how many sparsities, the dense network counted; ten, or fewer where --rate allows no more", 10)
     rate: float = flag("share of the weights a level removes", 0.1)
     schedule: Literal["linear", "geometric"] = flag("--rate of the original weights, or of what is left", "linear")
     scope: Literal["global", "tensor"] = flag("rank the weights together, or within each matrix", "global")
-    rewind: str = flag("weights a level starts from: 0, a step (500) or share (5%) of training, or none", "0")
+    rewind: str = flag("weights a level starts from: 0, a step (500) or share (5%) of training, or none (standard pruning)", "0")
     rewind_head: bool = flag("rewind the task's head with the encoder", True)
     prune_first: bool = flag("level 0 is for comparison: level 1 prunes the pre-trained weights and starts from them", False)
     decay: Literal["level", "run", "once"] = flag(
-        "the learning rate falls to zero in each level; over all levels, begun anew in each (run); or once over all", "level"
+        "the learning rate decays to zero in each level; restarts a decay over all levels in each (run); or decays once over all",
+        "level",
     )
     reset_optimizer: bool | None = flag("a new AdamW each level; unless given: yes, but not with --rewind none", None)
     max_length: int = flag("tokens of an example, or of a window over SQuAD's contexts; the rest is cut", 128)
@@ -93,10 +96,11 @@ class Config:
     def learning_rate(self, level: int, steps: int) -> Callable[[int], float]:
         """The learning rate by the step of a level of so many steps."""
         if self.mask is not None:
-            return linear_fall(self.train.lr, steps)
+            return linear_decay(self.train.lr, steps)
         most = most_levels(self.rate, self.schedule)
-        whole = 10 if math.isinf(most) else int(most)  # whatever --levels asks for: a shorter run is the beginning of the whole
-        return linear_fall(self.train.lr, steps, *levels_of_fall(self.decay, level, self.levels, whole, self.prune_first))
+        most = 10 if math.isinf(most) else int(most)  # whatever --levels asks for: a shorter run is the beginning of the whole
+        span, number = decay_span(self.decay, level, self.levels, most, self.prune_first)
+        return linear_decay(self.train.lr, steps, span, number)
 
     def rewind_step(self, steps: int) -> int:
         """The step of `steps` whose weights each level starts from; 0 also for `none`, where nothing is rewound."""
@@ -175,6 +179,14 @@ def preset_values(name: str, protocol: str, rewind: str | None = None) -> dict[s
     if unknown:
         raise KeyError(f"{name}.toml sets unknown fields {sorted(unknown)}")
     return values
+
+
+def set_by_rewind(config: Mapping[str, Any], differs: Mapping[str, Any]) -> set[str]:
+    """Of a run's settings that differ from the protocol's preset, those that the preset itself sets for its `--rewind`."""
+    if "rewind" not in differs:
+        return set()
+    values = preset_values(preset_of(config["task"]), config["protocol"], config["rewind"])
+    return {name for name in differs if name != "rewind" and name in values and config[name] == values[name]}
 
 
 def _plain_rewind(text: str) -> str:

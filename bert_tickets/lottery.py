@@ -228,4 +228,3 @@ def prepare(task: Task, cfg: Config, run: Run) -> Setup:
     )
     net.to(device)
     return setup
-

@@ -127,7 +127,8 @@ def _common(run: Path) -> dict[str, Any]:
         if not re.fullmatch(r"none|[0-9]{1,18}|[0-9.e-]{1,18}%", config["rewind"]):
             raise ValueError("its rewind is none that can be asked for")
         own = ("seed", "mask", "init", "rewind", "levels", "reset_optimizer")  # what a record says by itself
-        plain = {key: value for key, value in differs.items() if key not in own} | _resets(config, differs)
+        apart = {*own, *settings.set_by_rewind(config, differs)}
+        plain = {key: value for key, value in differs.items() if key not in apart} | _resets(config, differs)
         protocol = {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
         return {
             "run": run,
@@ -208,8 +209,8 @@ def by_seed(records: Sequence[Record], **wanted: object) -> dict[int, Record]:
 def dense(records: Sequence[Record], task: str) -> dict[int, Record]:
     """The full BERT of a task by seed: level 0 of the runs that find tickets from the pre-trained weights, the plain ones first.
 
-    However a run goes on, its level 0 is the same training, but for `--decay run` and `once`. Two equal runs that differ are
-    refused.
+    However a run goes on, its level 0 is the same training, but where `--decay run` or `once` spans it. Two equal runs that
+    differ are refused.
     """
     full = [r for r in records if (r.task, r.ticket, r.weights, r.sparsity) == (task, IMP, PRETRAINED, 0.0)]
     plainest: dict[int, tuple[bool, bool, str, str]] = {}

@@ -1,4 +1,4 @@
-"""What each level removes, and how the learning rate falls: pure functions of the settings."""
+"""What each level removes, and how the learning rate decays: pure functions of the settings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from fractions import Fraction
 from typing import Literal
 
 from bert_tickets import UserError
-
-Decay = Literal["level", "run", "once"]
 
 
 def fractions(levels: int, rate: float, schedule: Literal["linear", "geometric"]) -> list[float]:
@@ -40,21 +38,21 @@ def most_levels(rate: float, schedule: str) -> float:
     return math.ceil(1 / Fraction(str(rate)))
 
 
-def linear_fall(lr: float, steps: int, levels: int = 1, level: int = 0) -> Callable[[int], float]:
-    """The learning rate by the step of level `level`, where it falls from `lr` to zero over `levels` levels of `steps` steps."""
+def linear_decay(lr: float, steps: int, levels: int = 1, level: int = 0) -> Callable[[int], float]:
+    """The learning rate by the step of level `level`, where it decays from `lr` to zero over `levels` levels of `steps` steps."""
     return lambda step: lr * max(0.0, 1 - (level * steps + step) / (levels * steps))
 
 
-def levels_of_fall(decay: Decay, level: int, levels: int, whole: int, compared: bool) -> tuple[int, int]:
-    """How many levels one fall of the learning rate spans, and which of them `level` is.
+def decay_span(decay: str, level: int, levels: int, schedule_levels: int, prune_first: bool) -> tuple[int, int]:
+    """How many levels one decay of the learning rate spans, and which of them `level` is.
 
-    `level`: its own, to zero within each (the paper). `run`: each level begins a fall over the `whole` schedule anew, so
-    that a level sees the first part of it (LT_glue.py and LT_squad.py). `once`: one fall over the `levels` of the run,
-    which never begins anew and reaches zero at its end (the released standard pruning); with `compared`, level 0 is trained
-    for comparison only and falls by itself.
+    `level`: its own, to zero within each (the paper). `run`: the decay over all `schedule_levels` restarts at every level,
+    so that a level sees the first part of it (LT_glue.py and LT_squad.py). `once`: one decay over the `levels` of the run,
+    which never restarts and reaches zero at its end (the released standard pruning). With `prune_first` level 0 is trained
+    for comparison only, and decays by itself.
     """
     if decay == "run":
-        return whole, 0
-    if decay == "level" or (compared and level == 0):
+        return schedule_levels, 0
+    if decay == "level" or (prune_first and level == 0):
         return 1, 0
-    return levels - compared, level - compared
+    return levels - prune_first, level - prune_first

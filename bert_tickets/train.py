@@ -23,7 +23,7 @@ from bert_tickets.device import empty_cache, out_of_memory
 from bert_tickets.graphs import Recorder
 from bert_tickets.mask import Mask
 from bert_tickets.ranks import ALONE, Ranks
-from bert_tickets.schedule import linear_fall
+from bert_tickets.schedule import linear_decay
 from bert_tickets.step import Loss, Step, autocast, precision_of
 
 EVALUATION = 1.0  # minutes of training that are saved before a level's evaluation, which may take as long again
@@ -79,14 +79,14 @@ def train(
 ) -> Result:
     """Train `params` to minimise `loss` from step `start` to the last, or on from the keeper's checkpoint.
 
-    `rate` is the learning rate by step (a linear fall to zero over the level, unless given). `capture` is a step and
+    `rate` is the learning rate by step (a linear decay to zero over the level, unless given). `capture` is a step and
     what to call when it is reached; `moments` is AdamW's state to begin with. (config, seed) fixes the outcome: a step's batch
     and dropout are the same on every level, so that two levels differ by their masks alone. Raises `Diverged` where the
     loss or a weight stops being finite, or fp16 gradients overflow at every scale.
     """
     device, ranks = batches.store.device, batches.ranks
     steps = total_steps(cfg, batches.per_epoch)
-    rate = rate or linear_fall(cfg.lr, steps)
+    rate = rate or linear_decay(cfg.lr, steps)
     step = Step(loss, params, cfg, mask, device, recorder, ranks)
     # A CPU's processes draw the same numbers, and each takes its own; on CUDA each draws its own.
     stream = ("dropout", ranks.rank) if ranks.rank and device.type == "cuda" else ("dropout",)
@@ -159,7 +159,6 @@ def train(
                 if stop:
                     keeper.stopped(at)
     check(_finite(step.params), "a weight became infinite or NaN")
-    step.graphs = None  # a circle, whose memory the next level would wait for the garbage collector to have
     ended = step.moments()
     return Result(steps - start, seconds + time.monotonic() - began, losses, ended, divided, steps - start - step.taken(moments))
 

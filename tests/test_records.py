@@ -135,6 +135,20 @@ def test_standard_pruning_is_no_other_way_to_find(tmp_path):
     ]
 
 
+def test_released_standard_pruning_is_no_other_way_to_find_either(tmp_path):
+    """Its one fall of the learning rate follows from it; not so where masked language modelling never rewinds anyway."""
+    rundirs.run(tmp_path, [0.5], protocol="released", rewind="none")
+    rundirs.run(tmp_path, [0.5], protocol="released", rewind="none", decay="level", seed=2)
+    rundirs.run(tmp_path, [0.5], protocol="released", decay="once", seed=3)
+    rundirs.run(tmp_path, [0.5], "mlm", protocol="released", rewind="none", seed=4)
+    assert sorted((r.seed, r.rewind, r.finding) for r in read_records([tmp_path])) == [
+        (2, "none", "decay level"),
+        (3, "0", "decay once"),
+        (4, "none", "decay once, reset optimizer False"),
+        (57, "none", ""),
+    ]
+
+
 def test_no_run_and_a_damaged_run_are_refused(tmp_path):
     with pytest.raises(UserError, match="no run directory in"):
         read_records([tmp_path])

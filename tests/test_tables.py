@@ -307,6 +307,16 @@ def test_table_3_is_against_rewinding_to_theta_0(tmp_path):
     assert any("REWIND='10% 20% 50%'" in line and "rewinding.sh" in line for line in table.missing)
 
 
+def test_table_3_holds_the_released_standard_pruning(tmp_path):
+    """Of which the learning rate falls otherwise than that of the tickets beside it."""
+    find(tmp_path, CURVE, protocol="released")
+    find(tmp_path, {seed: [0.8, 0.7, 0.7, 0.65] for seed in CURVE}, protocol="released", rewind="none")
+    table = variations.table3(pool(tmp_path))
+    assert table.panels[0].lines[0][3] == "61.0 ± 1.0 (3)"
+    assert table.panels[0].lines[0][-1] == "65.0 ± 0.0 (3, all equal)"
+    assert any("GLUE_FLAGS='--protocol released'" in line or "FLAGS='--protocol released'" in line for line in table.missing)
+
+
 def test_table_3_at_another_sparsity(tmp_path):
     find(tmp_path, {57: [0.8, 0.7, 0.6]})
     find(tmp_path, {57: [0.8, 0.7, 0.65]}, rewind="5%")

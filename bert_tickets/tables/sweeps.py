@@ -37,7 +37,8 @@ def _command(sweep: str, like: Sequence[Path], seeds: Sequence[int], variables: 
     for about in abouts:
         flags.setdefault(_kind(about["config"]["task"]), set()).add(_flags(about["config"], about["differs_from_preset"]))
     step = abouts[0]["config"]["rate"] * 100
-    ways = set().union(*(about["differs_from_preset"] for about in abouts))
+    pairs = [(about["config"], about["differs_from_preset"]) for about in abouts]
+    ways = set().union(*(differs.keys() - settings.set_by_rewind(config, differs) for config, differs in pairs))
     if any(one != shared[0] for one in shared) or any(len(kind) > 1 for kind in flags.values()) or FINDING & ways:
         return None
     percent = float(variables.get("SPARSITY", 0))
