@@ -33,7 +33,8 @@ def encode(net: Net, batch: Batch) -> Tensor:
 
 
 def _layer(layer: Any, hidden: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """`BertLayer`: [1, T, hidden] to the same."""
+    """`BertLayer`: [1, T, hidden] to the same. In half precision query, key and value share one cast, and their gradients are
+    summed in it."""
     own = layer.attention.self
     x = hidden.to(dtype)
     mixed = attend(own.query(x), own.key(x), own.value(x), grid, own.dropout.p if own.training else 0.0)

@@ -15,7 +15,7 @@ from bert_tickets.batches import Share
 
 
 def factors(like: Tensor, p: float, shape: Sequence[int], part: Any = ...) -> Tensor:
-    """What dropout multiplies by: 0 with probability round(p * 2^16) / 2^16, else what keeps the mean. 16 bits a draw.
+    """What dropout multiplies by: 0 with probability round(p * 2^16) / 2^16, else 1 / (1 - that). 16 bits a draw.
 
     Drawn for `shape`, of which `part` is returned, in the dtype of `like`.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +22,31 @@ from bert_tickets.device import empty_cache
 class Recorder:
     """Captures steps on the current CUDA device; one for a run.
 
-    All graphs share one pool of memory, as they never run at the same time. With `required` (`--graphs on`) what cannot be
-    captured ends the run; otherwise it is printed once, and the run goes on eagerly to the same bits.
+    With `required` (`--graphs on`) a step that cannot be captured ends the run; otherwise that is printed once, and the run
+    goes on eagerly to the same bits.
     """
 
     def __init__(self, required: bool) -> None:
         self.required, self.failed = required, False
-        self._pool: Any = None
+        self._place: Any = None
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         """Capture a step: how to replay it, and the tensor that then holds its loss."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            loss = run()
+        if self._place is None:
+            self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool, stream = self._place
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                loss = run()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream current
         return graph.replay, loss
+
+    def renew(self) -> None:
+        """Have the next graphs use a new memory pool and stream: torch does not reuse a pool whose graphs are all gone, and
+        frees the workspaces of a stream with each graph captured on it."""
+        self._place = None
 
     def fail(self, why: str) -> None:
         """Use no more graphs in this run. Raises `UserError` where they are required."""
@@ -47,8 +57,8 @@ class Recorder:
         self.failed = True
 
 
-def recorder(asked: Literal["auto", "on", "off"], device: torch.device, processes: int) -> Recorder | None:
-    """What `--graphs` asks for; None for no graphs. Raises `UserError` where `on` cannot be."""
+def recorder(asked: str, device: torch.device, processes: int) -> Recorder | None:
+    """The recorder for `--graphs`; None for no graphs. Raises `UserError` where `on` is impossible."""
     if asked == "on" and device.type != "cuda":
         raise UserError("--graphs on needs a CUDA device; a CPU has no launches to save")
     if asked == "on" and processes > 1:
@@ -56,32 +66,41 @@ def recorder(asked: Literal["auto", "on", "off"], device: torch.device, processe
     return Recorder(asked == "on") if asked != "off" and device.type == "cuda" and processes == 1 else None
 
 
-class Graphs:
-    """`take`, a step that depends on nothing of the host but shapes, replayed where its bucket is known.
+Take = Callable[[Batch], Tensor]
 
-    `state` lists every tensor that a step reads and writes: weights, moments, the loss scale. A step that raises
-    `torch.OutOfMemoryError` changes nothing.
+
+class Graphs:
+    """Steps whose kernels depend only on tensor shapes, replayed where their bucket is known.
+
+    All graphs share one pool of memory, as they never run at the same time. A step that raises `torch.OutOfMemoryError`
+    changes nothing.
     """
 
-    def __init__(self, take: Callable[[Batch], Tensor], state: Callable[[], list[Tensor]], recorder: Recorder) -> None:
-        self.take, self.state, self.recorder = take, state, recorder
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
         self._met: set[Hashable] = set()
         self._captured: dict[Hashable, tuple[Batch, Callable[[], Any], Tensor]] = {}
+        recorder.renew()
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch, take: Take, state: Callable[[], list[Tensor]]) -> Tensor:
+        """The step `take` on a batch; `state` lists every tensor that it reads and writes, but for the batch."""
         if self.recorder.failed:
-            return self.take(batch)
+            return take(batch)
+        device = batch.starts.device
+        draws = _random_state(device)
         try:
-            return self._step(batch)
+            return self._step(batch, take, state)
         except torch.OutOfMemoryError as error:
-            self._captured.clear()  # what they hold may be what is missing
+            self._forget()  # the graphs may hold the memory that is missing
             if self.recorder.required:
                 raise  # and the batch is taken in parts
-            self.recorder.fail(f"out of memory in a step with CUDA graphs ({first_line(error)})")
-        empty_cache(batch.starts.device)
-        return self.take(batch)
+            why = first_line(error)
+        self.recorder.fail(f"out of memory in a step with CUDA graphs ({why})")
+        empty_cache(device)
+        _set_random_state(device, draws)
+        return take(batch)
 
-    def _step(self, batch: Batch) -> Tensor:
+    def _step(self, batch: Batch, take: Take, state: Callable[[], list[Tensor]]) -> Tensor:
         key = bucket_of(batch)
         if key in self._captured:
             still, replay, loss = self._captured[key]
@@ -91,24 +110,27 @@ class Graphs:
             return loss.clone()  # the next graph may write over it
         if key not in self._met:
             self._met.add(key)
-            return self.take(batch)
-        return self._capture(key, batch)
+            return take(batch)
+        return self._capture(key, batch, take, state())
 
-    def _capture(self, key: Hashable, batch: Batch) -> Tensor:
-        """Capture, replay, set everything back, take the step eagerly, compare. What stands in the end is the eager step."""
-        device = batch.starts.device
-        draws = _random_state(device)
+    def _capture(self, key: Hashable, batch: Batch, take: Take, state: list[Tensor]) -> Tensor:
+        """Capture, replay, restore the state, take the step eagerly, compare. What stands in the end is the eager step."""
+        draws = _random_state(batch.starts.device)
         still: Batch = dataclasses.replace(batch, **{name: tensor.clone() for name, tensor in tensors(batch).items()})  # type: ignore[arg-type]
+        recorded, why = None, ""
         try:
-            replay, loss = self.recorder.record(lambda: self.take(still))
+            recorded = self.recorder.record(lambda: take(still))
         except Exception as error:
-            _set_random_state(device, draws)
+            why = first_line(error)
             if _out_of_memory(error):
-                raise torch.OutOfMemoryError(first_line(error)) from None
-            self._captured.clear()
-            self.recorder.fail(f"a step cannot be captured as a CUDA graph ({first_line(error)})")
-            return self.take(batch)
-        state = self.state()
+                raise torch.OutOfMemoryError(why) from None
+        if recorded is None:  # not in the handler above: its traceback keeps what the capture holds
+            self._forget()
+            self.recorder.fail(f"a step cannot be captured as a CUDA graph ({why})")
+            _end_capture_of_random_numbers(batch.starts.device)
+            _set_random_state(batch.starts.device, draws)
+            return take(batch)
+        replay, loss = recorded
         before = [tensor.clone() for tensor in state]
         try:
             replay()
@@ -116,15 +138,19 @@ class Graphs:
         finally:  # whatever happened: a step that is then taken again must not be taken twice
             with torch.no_grad():
                 torch._foreach_copy_(state, before)
-            _set_random_state(device, draws)
-        eager = self.take(batch)
+            _set_random_state(batch.starts.device, draws)
+        eager = take(batch)
         # as bytes, since an overflowing step's loss may be NaN
         if all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip((*state, eager), replayed, strict=True)):
             self._captured[key] = still, replay, loss
         else:
-            self._captured.clear()
+            self._forget()
             self.recorder.fail("a step captured as a CUDA graph ends in other bits than the eager step")
         return eager
+
+    def _forget(self) -> None:
+        self._captured.clear()
+        self.recorder.renew()
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
@@ -157,3 +183,10 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
+
+
+def _end_capture_of_random_numbers(device: torch.device) -> None:
+    """Before torch 2.13 a failed capture left the generator in it, which then refuses to draw: go on with a copy of its state."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())

@@ -42,7 +42,7 @@ class LossScale:
     """What fp16 losses are multiplied by, so that small gradients do not vanish (Micikevicius et al. 2018).
 
     It halves when gradients overflow and doubles after 2,000 steps without, as `torch.amp.GradScaler`'s, whose constants
-    these are; but AdamW unscales the gradients in its own pass. Two tensors on the device, for which nobody waits.
+    these are; but AdamW unscales the gradients in its own pass. Both tensors stay on the device: a step never synchronises.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -95,11 +95,11 @@ class Step:
         spared = [p for name, p in self.params.items() if name.endswith("bias") or "LayerNorm" in name]
         self.optimizer = torch.optim.AdamW(
             [{"params": decays, "weight_decay": cfg.weight_decay}, {"params": spared, "weight_decay": 0.0}],
-            lr=torch.full((), cfg.lr, device=device) if recorder else cfg.lr,  # a graph reads it where it lies
+            lr=torch.full((), cfg.lr, device=device) if recorder else cfg.lr,  # a captured graph reads the tensor
             eps=cfg.adam_epsilon,
             fused=True,
         )
-        self.graphs = Graphs(self._take, self._state, recorder) if recorder else None
+        self.graphs = Graphs(recorder) if recorder else None
 
     def __call__(self, batch: Batch | Sequence[Batch], lr: float) -> Tensor:
         """One step on a batch, or on the parts that it is divided into, whose gradients are then added up.
@@ -113,7 +113,7 @@ class Step:
             else:
                 group["lr"] = lr
         if self.graphs and len(parts) == 1:
-            return self.graphs(parts[0])
+            return self.graphs(parts[0], self._take, self._state)
         return self._take(*parts)
 
     def _take(self, *parts: Batch) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from captures import step_again
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,19 +77,17 @@ def test_bucketing_changes_neither_loss_nor_gradients(net, lengths, dropout, mon
 
 
 class Again(Recorder):
-    """A stand-in for a capture: the replay runs the step on the batch it was captured with."""
-
     captures = replays = 0
 
     def record(self, run):
         self.captures += 1
-        loss = torch.zeros(())
+        replay, loss = step_again(run)
 
-        def replay():
+        def counted():
             self.replays += 1
-            loss.copy_(run())
+            replay()
 
-        return replay, loss
+        return counted, loss
 
 
 def steps_of(net, store, recorder, precision="fp32"):
@@ -269,6 +268,26 @@ def test_buckets_differ_by_all_that_a_kernel_depends_on():
     assert keys == [(60, (2,), 2, 30, True), (60, (2,), 2, 30, False), (60, (2,), 2, 30, False), (90, (3,), 3, 30, True)]
     names = {"input_ids", "token_type_ids", "position_ids", "rows", "starts", "lens", "labels"}
     assert set(tensors(store.batch(torch.arange(2)))) == names
+
+
+@pytest.mark.cuda
+def test_on_cuda_a_step_that_waits_cannot_be_captured_and_the_run_goes_on(bert_dir, capsys):
+    """A capture that really fails leaves nothing behind that the eager steps after it would meet."""
+    store, found = store_of([20] * 60, "cuda"), []
+    torch.use_deterministic_algorithms(True)
+    for waits in (True, False):
+        net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train().to("cuda")
+        step, batches = steps_of(net, store, Recorder(required=False), "fp16")
+        if not waits:
+            step.graphs = None
+        plain = step.loss
+        step.loss = lambda batch, plain=plain: plain(batch) * (1.0 if plain(batch).item() > 0 else 0.0)
+        found.append((train(step, batches, 6), [p.detach().clone() for p in net.parameters()]))
+        torch.cuda.empty_cache()
+    assert capsys.readouterr().out.count("cannot be captured") == 1
+    (losses, weights), (expected_losses, expected) = found
+    assert torch.equal(losses, expected_losses)
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
 
 
 @pytest.mark.cuda
