@@ -12,7 +12,7 @@ import torch.utils.deterministic as deterministic
 
 from bert_tickets import UserError, first_line
 
-# Parts of the messages with which torch, cuBLAS and oneDNN report a failed allocation, where they do not raise
+# Parts of the messages with which torch, cuBLAS, cuDNN and oneDNN report a failed allocation, where they do not raise
 # `torch.OutOfMemoryError`.
 NO_MEMORY = (
     "DefaultCPUAllocator: ",

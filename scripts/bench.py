@@ -4,8 +4,7 @@
   python scripts/bench.py --model DIR --data-dir glue --tasks cola rte --levers    # each lever off in turn: its share
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # where a step's time goes
   python scripts/bench.py --model bert-base-uncased --tasks mnli --precision fp16 --json bench.json
-  python scripts/bench.py --model bert-base-uncased --tasks mlm --batch-size 16 --max-length 512
-  python scripts/bench.py --model random --tasks mnli                              # BERT-base of random weights, no hub
+  python scripts/bench.py --model random --tasks mlm --batch-size 16 --max-length 512   # BERT-base of random weights
   python scripts/bench.py --count --tasks mnli             # kernels and memory traffic of a step on a GPU; needs none
 
 The released loop is modelled faithfully (loops.py). All loops train the same network at the same sparsity on the same
@@ -17,6 +16,7 @@ between the turns.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -43,9 +43,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tasks", nargs="*", default=["cola", "sst2", "mnli", "rte"], metavar="TASK", help="none: only a level's costs"
     )
-    parser.add_argument(
-        "--model", metavar="TEXT", help=f"a BERT checkpoint, or random (default: {Config.model}; with --count random)"
-    )
+    models = f"a BERT checkpoint, or random (default: {Config.model}; with --count random)"
+    parser.add_argument("--model", metavar="TEXT", help=models)
     parser.add_argument("--data-dir", metavar="DIR", help="real texts in GLUE's layout; otherwise lengths are drawn")
     parser.add_argument("--batch-size", type=int, metavar="N", help="(default: the paper's)")
     parser.add_argument("--max-length", type=int, metavar="N", help="(default: the paper's)")
@@ -54,12 +53,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turn-steps", type=int, default=4, metavar="N", help="steps a turn (default: 4)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp16", "bf16", "fp32"), help="(default: auto)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="(default: auto)")
-    parser.add_argument("--levers", action="store_true", help="measure ours with each lever off, and nothing else")
-    parser.add_argument("--profile", action="store_true", help="show where a step's time goes, and nothing else")
-    parser.add_argument("--count", action="store_true", help="count a step's kernels and bytes by kind, on a pretended GPU")
-    parser.add_argument("--alone", choices=("ours", "released"), help="run this loop alone: its time and peak memory")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--levers", action="store_true", help="measure ours with each lever off, and nothing else")
+    instead.add_argument("--profile", action="store_true", help="show where a step's time goes, and nothing else")
+    instead.add_argument("--count", action="store_true", help="count a step's kernels and bytes on a GPU by kind; needs none")
+    instead.add_argument("--alone", choices=("ours", "released"), help="run this loop alone: its time and peak memory")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(hyphens(None))
+    if args.count and args.device != "auto":
+        parser.error("--device has no effect with --count, which takes a GPU, or pretends that there is one")
     args.model = args.model or ("random" if args.count else Config.model)
     for name in ("turns", "turn_steps", "batch_size", "max_length"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
@@ -104,10 +106,9 @@ def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     graphs = {}
     if "graphs" in seconds:
         graphs = {"steps/s with --graphs": 1 / seconds["graphs"], "share of it with --graphs": share / seconds["graphs"]}
-        for side, words in (("ours", ""), ("graphs", " with --graphs"), ("released", ", released")):
+        for side in ("ours", "graphs", "released"):
             found = clock.kernels_of(sides[side], args.turn_steps, case.device)
-            graphs[f"kernels a step{words}"] = found.count
-            graphs[f"GPU busy, %{words}"] = 100 * found.seconds / seconds[side]
+            graphs |= {f"kernels a step, {side}": found.count, f"GPU busy, %, {side}": 100 * found.seconds / seconds[side]}
     return {
         "real tokens a step": tokens,
         "padded tokens a step": padded,
@@ -240,21 +241,17 @@ def measure_start(args: argparse.Namespace) -> float:
 
 
 def count(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Kernels and gigabytes of one step of ours, by kind (kernels.py), on a pretended GPU."""
+    """Kernels and gigabytes of one step of ours, by kind (kernels.py); where there is no GPU, on a pretended one."""
     import kernels
     import loops
     import pretended
+    import torch
 
-    if why := pretended.why_not():
-        raise UserError(f"--count pretends that there is a GPU, which it cannot here: {why}")
-    with pretended.one_gpu(numbers=False):
-        args.device = "cuda:0"
-        loop = loops.ours(prepare(name, args))
-        loop(0)  # AdamW's moments are made
-        counter = kernels.count_step(lambda: loop(1))
-    figures = {f"{kind}, kernels": float(found.kernels) for kind, found in counter.kinds.items()}
-    figures |= {f"{kind}, GB": found.bytes / 1e9 for kind, found in counter.kinds.items()}
-    return figures | {"together, kernels": counter.total.kernels, "together, GB": counter.total.bytes / 1e9}
+    real = torch.cuda.is_available()
+    if not real and (why := pretended.why_not()):
+        raise UserError(f"--count needs a GPU here: {why}")
+    with contextlib.nullcontext() if real else pretended.one_gpu(numbers=False):
+        return kernels.count_step(loops.ours(prepare(name, args)))
 
 
 def _output(command: list[str], **environment: str) -> str:
@@ -275,13 +272,10 @@ def show(figures: dict[str, dict[str, float]]) -> None:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    if args.alone:
-        print(json.dumps(alone(args)))
-        return
     figures: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
     if args.device != "cpu" and torch.cuda.is_available():
         figures["machine"] = torch.cuda.get_device_name()
-    figures |= {"torch": torch.__version__, "arguments": vars(args)}
+    figures |= {"torch": torch.__version__, "arguments": dict(vars(args))}
     measure = count if args.count else measure_levers if args.levers else profile if args.profile else measure_task
     with tempfile.TemporaryDirectory() as folder:
         if args.model == "random":
@@ -289,6 +283,9 @@ def main(args: argparse.Namespace) -> None:
 
             args.model = folder
             generated.save_bert(Path(folder))
+        if args.alone:
+            print(json.dumps(alone(args)))
+            return
         figures["tasks"] = {name: measure(name, args) for name in args.tasks}
         show(figures["tasks"])
         if measure is measure_task:

@@ -1,11 +1,12 @@
-"""Clocks of bench.py and gpu_check.py: loops in turns, the machine's own rate, what a step's arithmetic and its masking come to,
-and which kernels of a GPU it runs."""
+"""Measurements for bench.py and gpu_check.py: loops in turns, the machine's own rate, FLOPs of a step, the cost of masking, and
+the kernels of a GPU."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,17 @@ def masking_seconds(mask: Mask, device: torch.device) -> float:
         wait(device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[2:])
+
+
+@contextmanager
+def no_waiting(refused: bool = True) -> Iterator[None]:
+    """Within it torch raises an error where the host waits for the GPU; or, within another one, no longer does."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error" if refused else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def wait(device: torch.device) -> None:

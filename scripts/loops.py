@@ -174,6 +174,13 @@ def without_fused_update(case: Case) -> Loop:
     def tensor_by_tensor(params: Any, norm: float, foreach: bool) -> Tensor:
         return clip(params, norm, foreach=False)
 
+    def unscale_and_clip() -> None:  # in half precision, before AdamW and not within
+        for p in step.params.values():
+            if p.grad is not None and step.loss_scale:
+                p.grad.div_(step.loss_scale.factor)
+        clip(step.params.values(), case.cfg.train.max_grad_norm, foreach=False)
+
+    step._clip_in_adamw = unscale_and_clip  # type: ignore[method-assign]
     return _patched(loop, lambda: patch.object(nn.utils, "clip_grad_norm_", tensor_by_tensor))
 
 

@@ -1,6 +1,6 @@
-"""A GPU that is not there: tensors that say they are on `cuda:0` and hold their numbers on the CPU.
+"""A GPU that is not there: tensors that report `cuda:0` and hold their numbers on the CPU.
 
-With them the CUDA path runs whole on a CPU build of torch, and computes; or has shapes alone, to count what it does. It
+With them the whole CUDA path runs without a GPU, and computes; or has shapes alone, to count what it does. It
 refuses what a GPU would: an operator that mixes devices, a CPU generator for a tensor on the GPU, an operator without a
 deterministic version while one is asked for; and, within `no_waiting`, whatever makes the host wait for the device. It cannot
 show speed, a kernel's own errors, or CUDA graphs. Attention is torch's memory-efficient kernel, computed here in float32.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from pretended_kernels import attention_backward, attention_forward, backward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
@@ -151,7 +151,7 @@ def compute(func: Any, args: tuple, kwargs: dict) -> Any:
     if asked:
         kwargs["device"] = torch.device(_place[0] if to_gpu else "cpu")
     if name.startswith(EFFICIENT) and _place[0] == "cpu":
-        out = (_attention_backward if name.endswith("_backward") else _attention_forward)(*_held(args), **_held(kwargs))
+        out = (attention_backward if name.endswith("_backward") else attention_forward)(*_held(args), **_held(kwargs))
     else:
         out = func(*_held(args), **_held(kwargs))
     if not to_gpu:
@@ -179,46 +179,6 @@ def _copy(func: Any, args: tuple, kwargs: dict, to_gpu: bool) -> Any:
     return Pretended(out) if there else out
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor | None, p: float, scale: float, seed: Tensor) -> tuple[Tensor, Tensor]:
-    scores = (q.float() @ k.float().mT) * scale
-    weights = torch.softmax(scores if bias is None else scores + bias, -1)
-    drawn = torch.rand(weights.shape, generator=torch.Generator().manual_seed(int(seed)))
-    return weights, (drawn >= p) / (1 - p)
-
-
-def _attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, _: bool, p: float = 0.0, causal: bool = False, *, scale: float
-) -> tuple[Tensor, ...]:
-    seed = torch.randint(2**31, ())
-    weights, factors = _weights(q, k, bias, p, scale, seed)
-    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)  # [b, L, heads, d] in memory
-    return out.copy_((weights * factors) @ v.float()), torch.zeros(q.shape[:3]), seed, torch.zeros((), dtype=torch.int64)
-
-
-def _attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    seed: Tensor,
-    offset: Tensor,
-    p: float,
-    mask: Any,
-    causal: bool = False,
-    *,
-    scale: float,
-) -> tuple[Tensor | None, ...]:
-    weights, factors = _weights(q, k, bias, p, scale, seed)
-    grad = grad.float()
-    of_weights = (grad @ v.float().mT) * factors
-    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
-    found = of_scores @ k.float(), of_scores.mT @ q.float(), (weights * factors).mT @ grad
-    return *(x.to(q.dtype) for x in found), None
-
-
 def _scaled_dot_product_attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch's choice on CUDA, which a CPU build does not make: its memory-efficient kernel, but in double precision."""
 
@@ -230,8 +190,12 @@ def _scaled_dot_product_attention(plain: Callable[..., Tensor]) -> Callable[...,
         dropout_p: float = 0.0,
         scale: float | None = None,
     ) -> Tensor:
-        if not isinstance(query, Pretended) or query.dtype == torch.float64:
+        if not isinstance(query, Pretended):
             return plain(query, key, value, attn_mask, dropout_p=dropout_p, scale=scale)
+        if query.dtype == torch.float64:
+            return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, False, scale=scale)[
+                0
+            ]
         if torch.is_autocast_enabled("cuda"):
             query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -249,57 +213,13 @@ def _scaled_dot_product_attention(plain: Callable[..., Tensor]) -> Callable[...,
     return attend
 
 
-# ---- backward ----
-
-
-def _backward(loss: Tensor, gradient: None = None, **_: Any) -> None:
-    """`Tensor.backward` without torch's engine, which asks the device for a stream."""
-    assert loss.grad_fn is not None
-    due: Counter[Any] = Counter()
-    seen: set[Any] = set()
-    ahead: list[Any] = [loss.grad_fn]
-    while ahead:  # how many gradients each node waits for
-        node = ahead.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for after, _ in node.next_functions:
-            if after is not None:
-                due[after] += 1
-                ahead.append(after)
-    grads: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    grads[loss.grad_fn][0] = torch.ones_like(loss)
-    ready: list[Any] = [loss.grad_fn]
-    with torch.no_grad():
-        while ready:
-            node = ready.pop()
-            got = grads.pop(node, {})
-            if type(node).__name__ == "AccumulateGrad":
-                p = node.variable
-                p.grad = got[0] if p.grad is None else p.grad + got[0]
-                continue
-            given = [got.get(place) for place in range(len(node._input_metadata))]
-            outs = getattr(node, "apply", node)(*given) if got else [None] * len(node.next_functions)
-            outs = outs if isinstance(outs, (tuple, list)) else (outs,)
-            for (after, place), out in zip(node.next_functions, outs, strict=False):  # no edges for what are no tensors
-                if after is None:
-                    continue
-                if out is not None:
-                    like = after._input_metadata[place]
-                    out = out.sum_to_size(like.shape).to(like.dtype)
-                    grads[after][place] = grads[after][place] + out if place in grads[after] else out
-                due[after] -= 1
-                if not due[after]:
-                    ready.append(after)
-
-
 # ---- the GPU ----
 
 
 def why_not() -> str | None:
     """Why this torch cannot pretend, if it cannot."""
-    if torch.version.cuda is not None:
-        return "torch is built with CUDA"
+    if torch.cuda.is_available():
+        return "there is a real GPU"
     try:
         _guards()
     except (OSError, ValueError, AttributeError):
@@ -317,11 +237,12 @@ def _guards() -> Any:
 def one_gpu(numbers: bool = True) -> Iterator[None]:
     """Within it torch sees one GPU, `cuda:0`, whose tensors are `Pretended`; without `numbers` they have a shape alone.
 
-    A CPU build has no device guard for CUDA: it is lent Meta's, which does nothing.
+    CUDA's device guard, which a CPU build lacks, is Meta's as long, which does nothing.
     """
     guards = _guards()
     _place[0] = "cpu" if numbers else "meta"
-    guards[CUDA] = guards[CUDA] or guards[META]
+    own = guards[CUDA]
+    guards[CUDA] = guards[META]
     says = {
         "is_available": True,
         "is_initialized": True,
@@ -333,6 +254,7 @@ def one_gpu(numbers: bool = True) -> Iterator[None]:
     }
     ignores = ("_lazy_init", "manual_seed_all", "empty_cache")
     with contextlib.ExitStack() as stack:
+        stack.callback(guards.__setitem__, CUDA, own or guards[META])  # tensors may live on
 
         def replace(owner: Any, name: str, value: Any, **more: Any) -> None:
             stack.enter_context(patch.object(owner, name, value, **more))
@@ -349,7 +271,7 @@ def one_gpu(numbers: bool = True) -> Iterator[None]:
         replace(torch._C, "_cuda_setDevice", lambda _: None, create=True)
         replace(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         replace(F, "scaled_dot_product_attention", _scaled_dot_product_attention(F.scaled_dot_product_attention))
-        replace(Tensor, "backward", _backward)
+        replace(Tensor, "backward", backward)
         replace(Tensor, "pin_memory", lambda self: self)
         torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the objects they are, tied ones too
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, False)

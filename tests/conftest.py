@@ -17,6 +17,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as prepare_device does; the first product decides
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bert_tickets-tests-")  # its caches, and ours beside them
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
@@ -25,10 +26,12 @@ import torch
 from campaign import Bench
 from generated import LETTERS, SPECIAL, save_tokenizer
 from paragraphs import content
+from pretended import why_not
 from transformers import BertConfig, BertModel
 from victims import Nursery
 
 ROOT = Path(__file__).parent.parent
+needs_pretending = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
 OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "“quoted”", '"', "the", "a", "was", "is", "and"]
 

@@ -13,10 +13,13 @@ import sys
 import textwrap
 from dataclasses import dataclass, replace
 
+import clock
 import numpy as np
 import pretended
 import pytest
 import torch
+from captures import step_again
+from conftest import needs_pretending
 from test_runs import SCRIPTS
 
 from bert_tickets import UserError
@@ -33,23 +36,11 @@ from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import Mlm
 from bert_tickets.tasks.squad import Squad
 
-needs_pretending = pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
-
-
-@contextlib.contextmanager
-def no_waiting(refused=True):
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error" if refused else "default")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
 
 class Real:
     """The GPU of this machine."""
 
-    one_gpu, no_waiting = contextlib.nullcontext, staticmethod(no_waiting)
+    one_gpu, no_waiting = contextlib.nullcontext, staticmethod(clock.no_waiting)
 
 
 @pytest.fixture(params=[pytest.param("pretended", marks=needs_pretending), pytest.param("real", marks=pytest.mark.cuda)])
@@ -221,28 +212,27 @@ def test_an_evaluation_that_does_not_fit_is_taken_in_smaller_packs(go, monkeypat
 @pytest.mark.parametrize(
     ("script", "words"), [*((script, "--graphs auto") for script in SCRIPTS), ("lt_glue.py", "--graphs on --precision bf16")]
 )
-def test_steps_by_graphs_never_wait_and_end_in_the_eager_bits(go, gpu, monkeypatch, script, words):
+def test_steps_by_graphs_never_wait_and_end_in_the_eager_bits(go, gpu, monkeypatch, capsys, script, words):
     """On a pretended GPU with a stand-in for the capture, as tests/test_graphs.py has it. What verifies a capture may wait."""
     replays, captures, plain, verify = [], [], Recorder.record, Graphs._capture
 
-    def again(self, run):
-        loss = torch.zeros((), device="cuda")
-        return (lambda: loss.copy_(run())), loss
-
     def record(self, run):
-        captures.append(1)
-        replay, loss = (plain if gpu is Real else again)(self, run)
+        captures.append(self._place)
+        replay, loss = plain(self, run) if gpu is Real else step_again(run)
+        self._place = self._place or "here"  # as a real capture notes it
         return (lambda: replays.append(replay())), loss
 
-    def capture(self, key, batch):
+    def capture(self, *args):
         with gpu.no_waiting(False):
-            return verify(self, key, batch)
+            return verify(self, *args)
 
     monkeypatch.setattr(Recorder, "record", record)
     monkeypatch.setattr(Graphs, "_capture", capture)
     found = go(script, f"{words} --max-steps 8 --log-every 1", "graphs")
-    assert len(replays) > len(captures) > 0
-    monkeypatch.setattr(Graphs, "_step", lambda self, batch: self.take(batch))
+    assert "goes on without CUDA graphs" not in capsys.readouterr().out
+    assert captures.count(None) >= 2  # in both levels there is a first one
+    assert len(replays) > len(captures)
+    monkeypatch.setattr(Graphs, "_step", lambda self, batch, take, state: take(batch))
     assert go(script, f"{words} --max-steps 8 --log-every 1", "eager") == found
 
 
@@ -265,7 +255,7 @@ def test_a_run_comes_to_the_same_on_either_device(go, script, calm_bert_dir):
     words = f"--model {calm_bert_dir} --precision fp32"
     there, here = (go(script, words, device, device) for device in ("cuda", "cpu"))
     for a, b in zip(there, here, strict=True):
-        assert np.allclose(a["losses"], b["losses"], rtol=1e-4)
+        assert np.allclose(a["losses"], b["losses"], rtol=1e-3)
         assert a["kept"] == b["kept"]
         assert a["starts_at_sha256"] == b["starts_at_sha256"] or a["level"]  # level 1 has other masks where two weights tie
 
@@ -371,8 +361,8 @@ FAULTS = {
     "outputs that are left on the GPU": Fault("train:evaluate", "found.cpu()", "found", "numpy"),
     "a loss that picks by a mask": Fault(
         "tasks.glue:Glue.loss_of",
-        "F.cross_entropy(logits.float(), labels)",
-        "F.cross_entropy(logits.float()[labels >= 0], labels[labels >= 0])",
+        "F.cross_entropy(logits, labels)",
+        "F.cross_entropy(logits[labels >= 0], labels[labels >= 0])",
         "waits for the device: index",
     ),
     "places of SQuAD's loss on the CPU": Fault(
@@ -390,8 +380,8 @@ FAULTS = {
     ),
     "random numbers of the CPU": Fault(
         "tasks.glue:Glue.loss_of",
-        "logits.float(), labels",
-        "logits.float() + torch.zeros_like(logits).normal_(generator=torch.Generator()), labels",
+        "cross_entropy(logits,",
+        "cross_entropy(logits + torch.zeros_like(logits).normal_(generator=torch.Generator()),",
         "generator",
     ),
     "a sum that is not deterministic": Fault(

@@ -1,5 +1,6 @@
 """The check of a GPU box: whole on a CPU, its checks of steps on a pretended GPU, and what it does about a failure."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import generated
 import gpu_check
 import pretended
 import pytest
+import step_checks
 import torch
-from conftest import ROOT
+from captures import step_again
+from conftest import ROOT, needs_pretending
 
 from bert_tickets.graphs import Recorder
 from bert_tickets.models import load_bert
@@ -24,11 +27,11 @@ def test_on_a_cpu_it_passes_what_needs_no_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + (tmp_path / "out" / "log.txt").read_text()
     found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
     results = {line["check"]: line["result"] for line in found["checks"]}
-    assert list(results) == list(checks.CHECKS)
+    assert list(results) == list(gpu_check.CHECKS)
     assert {name for name, result in results.items() if result == "pass"} == {"run", "steps", "speed", "tasks"}
     assert set(results.values()) == {"pass", "no GPU"}
     assert found["checks"][0]["seconds"] > 0
-    assert f"run        pass     {found['checks'][0]['seconds']:6.1f} s  9 files equal" in done.stdout
+    assert f"run        pass      {found['checks'][0]['seconds']:6.1f} s  9 files equal" in done.stdout
 
 
 @pytest.fixture
@@ -46,24 +49,15 @@ def setting(bert_dir, tmp_path):
 def gpu(monkeypatch):
     """A pretended GPU, on which a capture is the step run again."""
 
-    def record(self, run):
-        loss = torch.zeros((), device="cuda")
-        return (lambda: loss.copy_(run())), loss
-
-    plain = torch.equal
-    monkeypatch.setattr(torch, "equal", lambda a, b: plain(getattr(a, "held", a), getattr(b, "held", b)))
-    monkeypatch.setattr(Recorder, "record", record)
+    monkeypatch.setattr(Recorder, "record", lambda self, run: step_again(run))
     with pretended.one_gpu():
         yield
-
-
-needs_pretending = pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
 
 
 @needs_pretending
 @pytest.mark.parametrize("name", ["steps", "graphs", "masks", "gradients"])
 def test_the_checks_of_steps_pass_on_a_pretended_gpu(setting, gpu, name):
-    assert checks.CHECKS[name](setting)["says"]
+    assert gpu_check.CHECKS[name](setting)["summary"]
 
 
 @needs_pretending
@@ -83,9 +77,9 @@ def test_the_check_of_memory_wants_a_batch_to_be_divided(setting, gpu, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**32))
     if enough:
         with pytest.raises(AssertionError, match="no batch was taken in parts"):
-            checks.memory(setting)
+            step_checks.memory(setting)
     else:
-        assert checks.memory(setting)["GiB limit"] == 1
+        assert step_checks.memory(setting)["GiB limit"] == 1
     assert limits == [1.0, 0.25, 1.0]
 
 
@@ -107,7 +101,7 @@ def test_a_check_fails_where_it_should(setting, gpu, monkeypatch, name, fault, w
     plain = Glue.loss
     monkeypatch.setattr(Glue, "loss", lambda self, net, batch: fault(plain(self, net, batch)))
     with pytest.raises((AssertionError, RuntimeError), match=words):
-        checks.CHECKS[name](setting)
+        gpu_check.CHECKS[name](setting)
 
 
 def test_other_bits_after_a_kill_are_named(setting, monkeypatch, tmp_path):
@@ -130,6 +124,72 @@ def test_other_bits_after_a_kill_are_named(setting, monkeypatch, tmp_path):
 
 # ---- going on after a failure ----
 
+
+def test_each_check_is_written_down_and_a_gpu_in_doubt_ends_the_process(monkeypatch, tmp_path):
+    def fail(words):
+        raise RuntimeError(words)
+
+    def skip(setting):
+        raise checks.Skipped("no pytest")
+
+    monkeypatch.setattr(gpu_check, "CHECKS", {
+        "run": lambda setting: {"summary": "fine", "steps": 3},
+        "tests": skip,
+        "steps": lambda setting: fail("shapes differ\nand more"),
+        "speed": lambda setting: fail("CUDA error: an illegal memory access was encountered"),
+        "masks": lambda setting: {"summary": "never reached"},
+    })  # fmt: skip
+    setting = checks.Setting(tmp_path, "cpu", True)
+    assert gpu_check.run_checks(["run", "tests", "steps", "speed", "masks"], setting)
+    lines = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
+    assert [(line["check"], line["result"], line.get("summary")) for line in lines] == [
+        ("run", "pass", "fine"),
+        ("tests", "no pytest", None),
+        ("steps", "FAIL", "RuntimeError: shapes differ"),
+        ("speed", "FAIL", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+    ]
+    assert lines[0]["figures"] == {"steps": 3}
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "5 passed in 3 s"), (1, "5 passed, 2 errors in 3 s")])
+def test_the_own_tests_pass_only_without_errors(setting, monkeypatch, code, said):
+    calls = []
+
+    def run(words, **_):
+        calls.append(words)
+        return SimpleNamespace(returncode=code, stdout=f"..\n{said}\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    if code:
+        with pytest.raises(AssertionError, match="2 errors"):
+            checks.own_tests(setting)
+    else:
+        assert checks.own_tests(setting) == {"summary": said}
+    assert any("test_cuda_path.py" in word for word in calls[0])
+    assert any("test_step.py" in word for word in calls[0])
+
+
+def test_kernels_are_read_off_torchs_profiler(monkeypatch):
+    """Of its events those on the GPU, but for copies."""
+    import clock
+
+    def event(name, kind, microseconds):
+        return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda: microseconds))
+
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [event("fmha_cutlassF", gpu, 30), event("gemm", gpu, 50), event("gemm", gpu, 50), event("cudaLaunchKernel", cpu, 9)]
+    events += [event("Memcpy HtoD", gpu, 7), event("Memset (Device)", gpu, 7)]
+
+    @contextlib.contextmanager
+    def profile(activities):
+        yield SimpleNamespace(events=lambda: events)
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    found = clock.kernels_of(lambda i: None, 2, torch.device("cpu"))
+    assert (found.count, found.seconds) == (1.5, pytest.approx(65e-6))
+    assert found.of("attention", "fmha") == ["fmha_cutlassF"]
+
+
 STAND_IN = """
 import json, os, sys, time
 lines = open("checks.jsonl", "a")
@@ -138,10 +198,11 @@ for name in sys.argv[1:]:
         os._exit(9)
     if name == "speed":
         time.sleep(60)
-    line = {"check": name, "result": "FAIL" if name == "steps" else "pass", "seconds": 1.0, "why": "broken" * (name == "steps")}
+    broken = name == "steps"
+    line = {"check": name, "result": "FAIL" if broken else "pass", "seconds": 1.0, "summary": "broken" * broken}
     lines.write(json.dumps(line) + "\\n")
     lines.flush()
-    if name == "steps":
+    if broken:
         sys.exit(3)
 """
 
@@ -165,28 +226,35 @@ def test_it_goes_on_after_a_check_that_fails_and_one_whose_process_dies(monkeypa
     assert {name: line["result"] for name, line in found.items()} == {
         "run": "pass", "steps": "FAIL", "masks": "FAIL", "gradients": "pass", "memory": "pass"
     }  # fmt: skip
-    assert "its process ended with 9" in found["masks"]["why"]
+    assert "its process ended with 9" in found["masks"]["summary"]
     assert "broken" in capsys.readouterr().out
 
 
 def test_what_takes_too_long_is_ended_and_the_rest_is_left_out(monkeypatch, tmp_path):
     code, found = run_check(monkeypatch, tmp_path, "--minutes", "0.05", "--only", "run", "speed", "masks")
     assert code == 1
-    assert [found[name]["result"] for name in ("run", "speed", "masks")] == ["pass", "FAIL", "no time"]
-    assert found["speed"]["why"] == "out of time"
+    assert [found[name]["result"] for name in ("run", "speed", "masks")] == ["pass", "no time", "no time"]
+    assert found["speed"]["summary"] == "ended at the limit"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--only", "abacus"], "there is no check abacus"), (["--device", "cuda"], "torch sees no GPU")]
+    ("words", "said"),
+    [
+        (["--only", "abacus"], "there is no check abacus"),
+        (["--device", "cuda"], "torch sees no GPU"),
+        (["--device", "cpu", "--output", "."], "has other files in it"),
+    ],
 )
 def test_a_mistake_is_a_sentence(monkeypatch, tmp_path, capsys, words, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").write_text("kept")
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--output", str(tmp_path / "out"), *words])
     with pytest.raises(SystemExit) as end:
         gpu_check.run_command(gpu_check.main, gpu_check.parse())
     assert end.value.code == 2
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 # ---- what it makes ----

@@ -4,8 +4,9 @@ import pretended
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_pretending
 
-pytestmark = pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
+pytestmark = needs_pretending
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench
-import pretended
 import pytest
+from conftest import needs_pretending
 
 from bert_tickets.demo import DEV_WORDS, TRAIN_WORDS, sentences
 
@@ -101,7 +101,7 @@ def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, g
     assert figures["level"]["mask file, MB"] > 0
 
 
-@pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
+@needs_pretending
 def test_bench_counts_the_kernels_of_a_step_without_a_gpu(monkeypatch, tmp_path, capsys):
     """Of BERT-base in fp16 on 32 examples of MNLI's lengths."""
     monkeypatch.setattr("sys.argv", f"bench.py --count --tasks mnli --json {tmp_path}/c.json".split())
@@ -109,9 +109,9 @@ def test_bench_counts_the_kernels_of_a_step_without_a_gpu(monkeypatch, tmp_path,
     found = json.loads((tmp_path / "c.json").read_text())["tasks"]["mnli"]
     assert found["together, kernels"] == sum(n for kind, n in found.items() if kind.endswith("kernels")) / 2
     assert found["attention, kernels"] == 2 * 12 + 2  # and the loss's softmax
-    assert found["casts, kernels"] <= 210
-    assert 700 < found["together, kernels"] <= 1100
-    assert 10 < found["together, GB"] <= 12.5
+    assert found["casts, kernels"] < 100  # one of the hidden state for query, key and value, one of all weights
+    assert 700 < found["together, kernels"] < 850
+    assert 11 < found["together, GB"] < 12.5
     assert "together, kernels" in capsys.readouterr().out
 
 
@@ -147,12 +147,14 @@ def test_the_released_loop_of_bench_learns_what_ours_learns(monkeypatch, calm_be
         torch.testing.assert_close(p, expected, rtol=0, atol=2e-4, msg=name)
 
 
-def test_bench_takes_each_lever_away(monkeypatch, bert_dir, calm_bert_dir, glue_dir, tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_bench_takes_each_lever_away(monkeypatch, bert_dir, calm_bert_dir, glue_dir, tmp_path, capsys, precision):
     """Every loop runs; and each lever that does not change the arithmetic leaves the training as it is."""
     import loops
 
     words = (
         f"bench.py --tasks rte --model {bert_dir} --data-dir {glue_dir} --batch-size 4 --max-length 48 --turns 1 --turn-steps 1"
+        f" --precision {precision}"
     )
     monkeypatch.setattr(bench, "measure_alone", lambda *_, **more: {"a step, ms": 2.0 if more else 1.0})
     for option in ("--levers", "--profile"):
@@ -164,15 +166,16 @@ def test_bench_takes_each_lever_away(monkeypatch, bert_dir, calm_bert_dir, glue_
     assert "aten::addmm" in shown
 
     given = {"model": str(calm_bert_dir), "data_dir": str(glue_dir), "batch_size": 4, "max_length": 48, "limit_train": 40}
-    case = loops.prepare("rte", given | {"lr": 1e-3}, sparsity=0.5)
+    case = loops.prepare("rte", given | {"lr": 1e-3, "precision": precision}, sparsity=0.5)
     curves = {}
     for name, build in {"ours": loops.ours, **loops.LEVERS}.items():
         loop = build(case)
         curves[name] = [float(loop(i)) for i in range(4)]
     expected = curves.pop("ours")
+    rounding = 1e-5 if precision == "fp32" else 1e-2
     assert curves.pop("packing") != pytest.approx(expected, abs=1e-5)  # its padding is counted as tokens, to cost what they cost
     for name, curve in curves.items():
-        assert curve == pytest.approx(expected, abs=1e-5), name
+        assert curve == pytest.approx(expected, abs=rounding), name
 
 
 def test_the_demos_task_cannot_be_solved_by_the_words_it_trains_on():

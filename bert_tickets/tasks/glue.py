@@ -146,8 +146,9 @@ class Glue:
         return self.loss_of(classify(net, batch), batch.labels)
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Squared error of a similarity score, cross-entropy of classes, in fp32."""
-        return F.mse_loss(logits.float().squeeze(1), labels) if self.regression else F.cross_entropy(logits.float(), labels)
+        """Squared error of a similarity score, cross-entropy of classes, in fp32 at least."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.mse_loss(logits.squeeze(1), labels) if self.regression else F.cross_entropy(logits, labels)
 
     def outputs(self, net: Net, batch: Batch) -> Tensor:
         """The logits, [B, labels]."""
