@@ -91,7 +91,7 @@ class Graphs:
         try:
             return self._step(batch, take, state)
         except torch.OutOfMemoryError as error:
-            self._forget()  # the graphs may hold the memory that is missing
+            self._forget(device)  # the graphs may hold the memory that is missing
             if self.recorder.required:
                 raise  # and the batch is taken in parts
             why = first_line(error)
@@ -125,9 +125,8 @@ class Graphs:
             if _out_of_memory(error):
                 raise torch.OutOfMemoryError(why) from None
         if recorded is None:  # not in the handler above: its traceback keeps what the capture holds
-            self._forget()
+            self._forget(batch.starts.device)
             self.recorder.fail(f"a step cannot be captured as a CUDA graph ({why})")
-            _end_capture_of_random_numbers(batch.starts.device)
             _set_random_state(batch.starts.device, draws)
             return take(batch)
         replay, loss = recorded
@@ -144,13 +143,17 @@ class Graphs:
         if all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip((*state, eager), replayed, strict=True)):
             self._captured[key] = still, replay, loss
         else:
-            self._forget()
+            self._forget(batch.starts.device)
             self.recorder.fail("a step captured as a CUDA graph ends in other bits than the eager step")
         return eager
 
-    def _forget(self) -> None:
+    def _forget(self, device: torch.device) -> None:
+        """Let go of all graphs, and of the capture that may have failed."""
         self._captured.clear()
         self.recorder.renew()
+        if device.type == "cuda":  # before torch 2.13 a failed capture leaves the generator in it, which then refuses to draw
+            generator = torch.cuda.default_generators[device.index or 0]
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
@@ -183,10 +186,3 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
-
-
-def _end_capture_of_random_numbers(device: torch.device) -> None:
-    """Before torch 2.13 a failed capture left the generator in it, which then refuses to draw: go on with a copy of its state."""
-    if device.type == "cuda":
-        generator = torch.cuda.default_generators[device.index or 0]
-        generator.graphsafe_set_state(generator.clone_state())
