@@ -1,12 +1,14 @@
-"""Attention within each example of a packed batch. Only here are the tokens padded; all other arithmetic is on real tokens.
+"""Attention within each example of a packed batch. Only here may tokens be padded; all other arithmetic is on real tokens.
 
-On a GPU all examples are padded to the longest one, whole tokens are gathered once, and torch's fused kernels do the rest. A
-CPU has no fused kernel with dropout, and a padded place costs there what a token costs: examples of like length are padded
-together, head by head, with a backward pass of our own.
+In half precision a GPU that has FlashAttention (Dao 2023) computes on the packed tokens themselves. Otherwise a GPU pads all
+examples to the longest one: whole tokens are gathered once, and torch's fused kernels do the rest. A CPU has no fused kernel with
+dropout, and a padded place costs there what a token costs: examples of like length are padded together, head by head, with a
+backward pass of our own.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,34 @@ def gather(x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Te
 
 
 # ---- on a GPU ----
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Examples end to end, as they are."""
+
+    ends: Tensor  # [b + 2], int32: 0, each example's end, and after the spare tokens, which see one another
+    longest: int  # no example has more tokens
+    heads: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        q, k, v = (x.unflatten(1, (self.heads, -1)) for x in (q, k, v))
+        # Nested tensors lead here too, but by Python's way; torch.nn.attention.varlen has no dropout.
+        kernel = torch.ops.aten._flash_attention_forward
+        out, *_ = kernel(q, k, v, self.ends, self.ends, self.longest, self.longest, p, False, False)
+        return out.flatten(1)
+
+
+def _ragged(batch: Batch, heads: int, dtype: torch.dtype) -> Ragged:
+    tokens = batch.input_ids.shape[1]
+    ends = F.pad(batch.lens.cumsum(0), (1, 1))
+    ends[-1].fill_(tokens)
+    return Ragged(ends.int(), max(batch.longest, 32, tokens // 16), heads)  # of spare tokens there are no more than that
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @dataclass(frozen=True)
@@ -109,7 +139,7 @@ class Blocks:
     padding: Tensor  # [G, 1], True at padding
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-        q, k, v = (x.view(len(self.back), -1) for x in (q, k, v))
+        q, k, v = (x.reshape(len(self.back), -1) for x in (q, k, v))
         if p > 0:
             out = _Attention.apply(q, k, v, self, p, q.shape[1] ** -0.5)
         else:
@@ -214,15 +244,19 @@ def _wide(x: Tensor) -> torch.dtype:
 
 # ---- on either ----
 
-Grid = Padded | Blocks
+Grid = Ragged | Padded | Blocks
 
 
 def layout(batch: Batch, heads: int, dtype: torch.dtype = torch.float32) -> Grid:
     """Where the tokens of a packed batch stand in attention, which computes in `dtype`. Never waits for the device."""
-    return _blocks(batch, heads) if batch.starts.device.type == "cpu" else _padded(batch, heads, dtype)
+    device = batch.starts.device
+    if device.type == "cpu":
+        return _blocks(batch, heads)
+    if dtype in (torch.float16, torch.bfloat16) and _has_flash(device):
+        return _ragged(batch, heads, dtype)
+    return _padded(batch, heads, dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, grid: Grid, p: float) -> Tensor:
     """Attention within each example, with dropout `p`: q, k, v [1, T, hidden], heads side by side, to the same."""
-    q, k, v = (x.view(-1, x.shape[-1]) for x in (q, k, v))
-    return grid.attend(q, k, v, p)[None]
+    return grid.attend(q.squeeze(0), k.squeeze(0), v.squeeze(0), p)[None]

@@ -7,17 +7,20 @@ matrices use is cast to half precision once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_tickets.attention import Grid, attend, gather, layout
 from bert_tickets.batches import Batch
 
 Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
+Joined = tuple[Tensor, Tensor]  # query's, key's and value's weights one below the other, and their biases
 
 
 def encode(net: Net, batch: Batch) -> Tensor:
@@ -26,19 +29,18 @@ def encode(net: Net, batch: Batch) -> Tensor:
     hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     grid = layout(batch, net.config.num_attention_heads, dtype)
-    with cast_weights(bert.encoder, dtype):
+    with cast_weights(bert.encoder, dtype) as joined:
         for layer in bert.encoder.layer:
-            hidden = _layer(layer, hidden, grid, dtype)
+            hidden = _layer(layer, hidden, grid, dtype, joined.get(layer))
     return hidden.view(-1, hidden.shape[-1])
 
 
-def _layer(layer: Any, hidden: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """`BertLayer`: [1, T, hidden] to the same. In half precision query, key and value share one cast, and their gradients are
-    summed in it."""
+def _layer(layer: Any, hidden: Tensor, grid: Grid, dtype: torch.dtype, joined: Joined | None) -> Tensor:
+    """`BertLayer`: [1, T, hidden] to the same. In half precision query, key and value are one matrix product."""
     own = layer.attention.self
     x = hidden.to(dtype)
-    mixed = attend(own.query(x), own.key(x), own.value(x), grid, own.dropout.p if own.training else 0.0)
-    hidden = layer.attention.output(mixed, hidden)
+    q, k, v = F.linear(x, *joined).chunk(3, -1) if joined else (own.query(x), own.key(x), own.value(x))
+    hidden = layer.attention.output(attend(q, k, v, grid, own.dropout.p if own.training else 0.0), hidden)
     return layer.output(layer.intermediate(hidden), hidden)
 
 
@@ -54,45 +56,61 @@ def classify(net: Net, batch: Batch) -> Tensor:
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors of one dtype, and last another dtype, to these tensors in that dtype: one kernel there, one back."""
+    """Tensors of one dtype to another: one kernel there, one back. Last come how many of them stand one below the other in each
+    result, and the other dtype."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, dtype = args
-        ctx.dtype = tensors[0].dtype
-        return _cast(tensors, dtype)
+        *tensors, sizes, dtype = args
+        ctx.sizes, ctx.dtype = sizes, tensors[0].dtype
+        parts, cast = iter(tensors), []
+        for size in sizes:
+            group = [next(parts) for _ in range(size)]
+            cast.append(group[0].new_empty(sum(map(len, group)), *group[0].shape[1:], dtype=dtype))
+        torch._foreach_copy_(_parts(cast, sizes), tensors)
+        return tuple(cast)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_cast(grads, ctx.dtype), None
+        parts = _parts(grads, ctx.sizes)
+        cast = [torch.empty_like(part, dtype=ctx.dtype) for part in parts]
+        torch._foreach_copy_(cast, parts)
+        return *cast, None, None
 
 
-def _cast(tensors: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    cast = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
-    torch._foreach_copy_(cast, tensors)
-    return cast
+def _parts(tensors: Iterable[Tensor], sizes: list[int]) -> list[Tensor]:
+    return [part for tensor, size in zip(tensors, sizes, strict=True) for part in tensor.chunk(size)]
 
 
 @contextmanager
-def cast_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within it, the linear layers of `module` hold their weights and biases in `dtype`, cast all at once.
+def cast_weights(encoder: Any, dtype: torch.dtype) -> Iterator[dict[nn.Module, Joined]]:
+    """Within it, the linear layers of BERT's encoder hold their weights and biases in `dtype`, cast all at once; but those of
+    query, key and value are joined, and returned by layer. Where they have that dtype already, nothing is cast or joined.
 
     Autocast casts each by itself, and each gradient back: for BERT-base 288 kernels a step, and as many autograd nodes.
     The values are the same. The layers' own parameters, which get the gradients, are back in their places at the end.
     """
+    if next(encoder.parameters()).dtype == dtype:
+        yield {}
+        return
+    threes = {layer: [getattr(layer.attention.self, name) for name in ("query", "key", "value")] for layer in encoder.layer}
+    # under torch.nn.utils.prune, which bench.py compares with, a layer's weight is no parameter
+    threes = {layer: three for layer, three in threes.items() if all("weight" in linear._parameters for linear in three)}
+    joined = [[linear._parameters[name] for linear in three] for three in threes.values() for name in ("weight", "bias")]
+    apart = {linear for three in threes.values() for linear in three}
     places = [
-        (linear._parameters, name, weight)
-        for linear in module.modules()
-        if isinstance(linear, nn.Linear)
-        for name, weight in linear._parameters.items()
-        if weight is not None and weight.dtype != dtype
+        (linear._parameters, name, tensor)
+        for linear in encoder.modules()
+        if isinstance(linear, nn.Linear) and linear not in apart
+        for name, tensor in linear._parameters.items()
+        if tensor is not None
     ]
-    if places:
-        cast = _Cast.apply(*(weight for *_, weight in places), dtype)
-        for (parameters, name, _), weight in zip(places, cast, strict=True):
-            parameters[name] = weight
+    groups = [*joined, *([tensor] for *_, tensor in places)]
+    cast = _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype)
+    for (parameters, name, _), tensor in zip(places, cast[len(joined) :], strict=True):
+        parameters[name] = tensor
     try:
-        yield
+        yield dict(zip(threes, zip(cast[: len(joined) : 2], cast[1 : len(joined) : 2], strict=True), strict=True))
     finally:
-        for parameters, name, weight in places:
-            parameters[name] = weight
+        for parameters, name, tensor in places:
+            parameters[name] = tensor

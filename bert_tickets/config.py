@@ -42,7 +42,7 @@ class Training:
     max_grad_norm: float = flag("clip the gradient to this norm", 1.0)
     precision: Literal["auto", "fp16", "bf16", "fp32"] = flag("auto: fp16 on CUDA, fp32 on a CPU", "auto")
     tf32: bool = flag("CUDA, fp32: matrix products in TensorFloat-32, faster and of 10 bits of mantissa", False)
-    graphs: Literal["auto", "on", "off"] = flag("CUDA: replay steps as CUDA graphs; auto: eagerly where that fails", "off")
+    graphs: Literal["auto", "on", "off"] = flag("CUDA: replay steps as CUDA graphs; auto: eagerly where that fails", "auto")
     seed: int = flag("fixes the head, the order of the examples, dropout and random weights", 57)
     log_every: int = flag("read the loss every so many steps; the windows of the loss curve", 50)
     save_minutes: float = flag("write a checkpoint every so many minutes", 10.0, identity=False)

@@ -20,7 +20,7 @@ CHUNK, BLOCKS = 65_536, 320  # numbers a block, blocks a launch, of torch's mult
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # a launch, by the number of lists
 
 KINDS = {  # an operator belongs to the first kind of which a word is in its name
-    "attention": ("scaled_dot_product", "softmax_backward_data", "_safe_softmax", "bmm", "_softmax"),
+    "attention": ("flash_attention", "scaled_dot_product", "softmax_backward_data", "_safe_softmax", "bmm", "_softmax"),
     "matrix products": ("mm",),
     "AdamW": ("_fused_adam",),
     "masks, norm, clip, scale": ("_foreach_norm", "_foreach_mul", "_foreach_add", "_foreach_sub", "_amp", "clamp", "linalg"),

@@ -3,7 +3,8 @@
 With them the whole CUDA path runs without a GPU, and computes; or has shapes alone, to count what it does. It
 refuses what a GPU would: an operator that mixes devices, a CPU generator for a tensor on the GPU, an operator without a
 deterministic version while one is asked for; and, within `no_waiting`, whatever makes the host wait for the device. It cannot
-show speed, a kernel's own errors, or CUDA graphs. Attention is torch's memory-efficient kernel, computed here in float32.
+show speed, a kernel's own errors, or CUDA graphs. Attention is FlashAttention or torch's memory-efficient kernel, computed in
+float32.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from pretended_kernels import attention_backward, attention_forward, backward
+from pretended_kernels import KERNELS, backward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
@@ -150,10 +152,8 @@ def compute(func: Any, args: tuple, kwargs: dict) -> Any:
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     if asked:
         kwargs["device"] = torch.device(_place[0] if to_gpu else "cpu")
-    if name.startswith(EFFICIENT) and _place[0] == "cpu":
-        out = (attention_backward if name.endswith("_backward") else attention_forward)(*_held(args), **_held(kwargs))
-    else:
-        out = func(*_held(args), **_held(kwargs))
+    kernel = KERNELS.get(name, func) if _place[0] == "cpu" else func
+    out = kernel(*_held(args), **_held(kwargs))
     if not to_gpu:
         return out
     out = _map(Tensor, Pretended, out)
@@ -249,6 +249,7 @@ def one_gpu(numbers: bool = True) -> Iterator[None]:
         "device_count": 1,
         "current_device": 0,
         "get_device_name": "a pretended GPU",
+        "get_device_capability": (9, 0),
         "is_bf16_supported": True,
         "is_current_stream_capturing": False,
     }
@@ -266,8 +267,11 @@ def one_gpu(numbers: bool = True) -> Iterator[None]:
         replace(torch.cuda, "synchronize", lambda *_: _wait("synchronize"))
         replace(torch.cuda, "set_sync_debug_mode", lambda mode: _waiting_refused.__setitem__(0, mode in ("error", 2)))
         replace(torch.cuda, "get_sync_debug_mode", lambda: 2 if _waiting_refused[0] else 0)
+        generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+        replace(torch.cuda, "default_generators", (generator,))
         replace(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         replace(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state))
+        replace(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         replace(torch._C, "_cuda_setDevice", lambda _: None, create=True)
         replace(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         replace(F, "scaled_dot_product_attention", _scaled_dot_product_attention(F.scaled_dot_product_attention))

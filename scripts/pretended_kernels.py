@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# ---- attention, as torch's memory-efficient kernel: its operator's arguments and results ----
+# ---- attention: the arguments and results of the operators of torch's two fused kernels ----
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor | None, p: float, scale: float, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,7 +19,17 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None, p: float, scale: float, 
     return weights, (drawn >= p) / (1 - p)
 
 
-def attention_forward(
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: float, scale: float, seed: Tensor
+) -> tuple[Tensor, ...]:
+    weights, factors = _weights(q, k, bias, p, scale, seed)
+    grad = grad.float()
+    of_weights = (grad @ v.float().mT) * factors
+    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
+    return of_scores @ k.float(), of_scores.mT @ q.float(), (weights * factors).mT @ grad
+
+
+def efficient_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, _: bool, p: float = 0.0, causal: bool = False, *, scale: float
 ) -> tuple[Tensor, ...]:
     seed = torch.randint(2**31, ())
@@ -27,7 +38,7 @@ def attention_forward(
     return out.copy_((weights * factors) @ v.float()), torch.zeros(q.shape[:3]), seed, torch.zeros((), dtype=torch.int64)
 
 
-def attention_backward(
+def efficient_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -43,12 +54,70 @@ def attention_backward(
     *,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    weights, factors = _weights(q, k, bias, p, scale, seed)
-    grad = grad.float()
-    of_weights = (grad @ v.float().mT) * factors
-    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
-    found = of_scores @ k.float(), of_scores.mT @ q.float(), (weights * factors).mT @ grad
-    return *(x.to(q.dtype) for x in found), None
+    return *(x.to(q.dtype) for x in _gradients(grad, q, k, v, bias, p, scale, seed)), None
+
+
+def _examples(ends: Tensor, *tensors: Tensor) -> list[list[Tensor]]:
+    """Of each tensor [T, heads, d] its examples, [heads, L, d]."""
+    return [[x[a:b].transpose(0, 1) for x in tensors] for a, b in pairwise(ends.tolist())]
+
+
+def flash_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    _: Tensor,
+    longest: int,
+    same: int,
+    p: float,
+    causal: bool,
+    debug: bool,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    assert ends[0] == 0, "the first token is of no example"
+    assert ends[-1] == len(q), "not every token is of an example"
+    assert int(ends.diff().max()) <= longest, "an example is longer than the longest"
+    seed, out = torch.randint(2**31, ()), torch.empty_like(q, memory_format=torch.contiguous_format)
+    for number, (query, key, value, into) in enumerate(_examples(ends, q, k, v, out)):
+        weights, factors = _weights(query, key, None, p, scale or q.shape[2] ** -0.5, seed + number)
+        into.copy_((weights * factors) @ value.float())
+    return out, torch.zeros(q.shape[1], len(q)), seed, torch.zeros(()), torch.zeros(())
+
+
+def flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ends: Tensor,
+    _: Tensor,
+    longest: int,
+    same: int,
+    p: float,
+    causal: bool,
+    seed: Tensor,
+    unused: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    for number, (upstream, query, key, value, *into) in enumerate(_examples(ends, grad, q, k, v, *found)):
+        gradients = _gradients(upstream, query, key, value, None, p, scale or q.shape[2] ** -0.5, seed + number)
+        for place, gradient in zip(into, gradients, strict=True):
+            place.copy_(gradient)
+    return tuple(found)
+
+
+KERNELS = {
+    "_scaled_dot_product_efficient_attention": efficient_forward,
+    "_scaled_dot_product_efficient_attention_backward": efficient_backward,
+    "_flash_attention_forward": flash_forward,
+    "_flash_attention_backward": flash_backward,
+}
 
 
 # ---- backward ----

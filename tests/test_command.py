@@ -59,7 +59,7 @@ GIVEN = {  # a value for every flag of lt_glue.py, none of them its default
     "weight_decay": 0.01,
     "adam_epsilon": 1e-6,
     "max_grad_norm": 0.5,
-    "graphs": "auto",
+    "graphs": "off",
     "tf32": True,
     "precision": "bf16",
     "seed": 1,

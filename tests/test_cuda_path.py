@@ -6,11 +6,13 @@ On a pretended GPU, and on a real one where there is one (`-m cuda`).
 import __future__
 
 import contextlib
+import copy
 import importlib
 import inspect
 import json
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import clock
@@ -21,10 +23,12 @@ import torch
 from captures import step_again
 from conftest import needs_pretending
 from test_runs import SCRIPTS
+from transformers import BertConfig, BertForMaskedLM
 
-from bert_tickets import UserError
-from bert_tickets.batches import Batches
+from bert_tickets import UserError, attention
+from bert_tickets.batches import Batches, TokenStore, seeded
 from bert_tickets.command import parse
+from bert_tickets.corpus import Corpus
 from bert_tickets.device import prepare_device
 from bert_tickets.graphs import Graphs, Recorder
 from bert_tickets.history import results, run_dir
@@ -33,8 +37,9 @@ from bert_tickets.models import load_bert, prunable
 from bert_tickets.prune import magnitude, prune
 from bert_tickets.step import Step
 from bert_tickets.tasks.glue import Glue
-from bert_tickets.tasks.mlm import Mlm
+from bert_tickets.tasks.mlm import Mlm, mask_tokens
 from bert_tickets.tasks.squad import Squad
+from bert_tickets.tokens import Tokens
 
 
 class Real:
@@ -77,7 +82,33 @@ def watched(monkeypatch, gpu):
 
 
 @pytest.fixture
-def go(commands, tmp_path, monkeypatch, gpu, watched):
+def captured(monkeypatch, gpu):
+    """The captures and replays of CUDA graphs, counted. On a pretended GPU a stand-in takes the step again, as in
+    tests/test_graphs.py. What verifies a capture may wait."""
+    counts, plain, verify = Counter(), Recorder.record, Graphs._capture
+
+    def record(self, run):
+        counts["first captures" if self._place is None else "captures"] += 1
+        replay, loss = plain(self, run) if gpu is Real else step_again(run)
+        self._place = self._place or "here"  # as a real capture notes it
+
+        def counted():
+            counts["replays"] += 1
+            replay()
+
+        return counted, loss
+
+    def capture(self, *args):
+        with gpu.no_waiting(False):
+            return verify(self, *args)
+
+    monkeypatch.setattr(Recorder, "record", record)
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    return counts
+
+
+@pytest.fixture
+def go(commands, tmp_path, monkeypatch, gpu, watched, captured):
     """Run a script on the GPU, or on the CPU, in a folder of the test's; its results."""
 
     def run(script, words="", folder="here", device="auto"):
@@ -210,28 +241,13 @@ def test_an_evaluation_that_does_not_fit_is_taken_in_smaller_packs(go, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("script", "words"), [*((script, "--graphs auto") for script in SCRIPTS), ("lt_glue.py", "--graphs on --precision bf16")]
+    ("script", "words"), [*((script, "") for script in SCRIPTS), ("lt_glue.py", "--graphs on --precision bf16")]
 )
-def test_steps_by_graphs_never_wait_and_end_in_the_eager_bits(go, gpu, monkeypatch, capsys, script, words):
-    """On a pretended GPU with a stand-in for the capture, as tests/test_graphs.py has it. What verifies a capture may wait."""
-    replays, captures, plain, verify = [], [], Recorder.record, Graphs._capture
-
-    def record(self, run):
-        captures.append(self._place)
-        replay, loss = plain(self, run) if gpu is Real else step_again(run)
-        self._place = self._place or "here"  # as a real capture notes it
-        return (lambda: replays.append(replay())), loss
-
-    def capture(self, *args):
-        with gpu.no_waiting(False):
-            return verify(self, *args)
-
-    monkeypatch.setattr(Recorder, "record", record)
-    monkeypatch.setattr(Graphs, "_capture", capture)
+def test_steps_by_graphs_never_wait_and_end_in_the_eager_bits(go, captured, monkeypatch, capsys, script, words):
     found = go(script, f"{words} --max-steps 8 --log-every 1", "graphs")
     assert "goes on without CUDA graphs" not in capsys.readouterr().out
-    assert captures.count(None) >= 2  # in both levels there is a first one
-    assert len(replays) > len(captures)
+    assert captured["first captures"] == 2  # one a level
+    assert captured["replays"] > captured["captures"] + 2
     monkeypatch.setattr(Graphs, "_step", lambda self, batch, take, state: take(batch))
     assert go(script, f"{words} --max-steps 8 --log-every 1", "eager") == found
 
@@ -241,7 +257,7 @@ def test_a_level_waits_no_more_often_for_more_steps(go):
     waits = []
     for steps in (4, 12):
         pretended.waited.clear()
-        go("lt_glue.py", f"--levels 1 --max-steps {steps} --log-every 100", f"{steps}")
+        go("lt_glue.py", f"--graphs off --levels 1 --max-steps {steps} --log-every 100", f"{steps}")
         waits.append(len(pretended.waited))
     assert waits[0] == waits[1]
 
@@ -265,11 +281,6 @@ LENGTHS = {"ragged": [3, 17, 9, 40, 33, 8], "even": [24] * 6}
 
 def batch_of(script, shape, net, device):
     """A batch of generated tokens for a task."""
-    from bert_tickets.batches import TokenStore, seeded
-    from bert_tickets.corpus import Corpus
-    from bert_tickets.tasks.mlm import mask_tokens
-    from bert_tickets.tokens import Tokens
-
     rng, lengths = np.random.default_rng(0), LENGTHS[shape]
     vocabulary = net.config.vocab_size
     if script == "lt_pretrain.py" and shape == "even":
@@ -309,6 +320,52 @@ def test_both_branches_compute_the_same_in_double_precision(gpu, calm_bert_dir, 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def attended(lay_out, batch, heads, device):
+    """Attention and its gradients, of tokens that are none of a bucketed batch's spare ones."""
+    tokens, generator = batch.input_ids.shape[1], torch.Generator().manual_seed(0)
+    drawn = [torch.randn(tokens, heads * 8, generator=generator) for _ in range(4)]
+    drawn[3][tokens - batch.spare :] = 0
+    *inputs, upstream = (x.to(device, torch.float16).requires_grad_() for x in drawn)
+    out = lay_out(batch, heads, torch.float16).attend(*inputs, 0.0)
+    (out.float() * upstream.detach().float()).sum().backward()
+    found = [x.detach().float().cpu() for x in (out, *(x.grad for x in inputs))]
+    assert not any(gradient[tokens - batch.spare :].any() for gradient in found[1:])
+    return [x[: tokens - batch.spare] for x in found]
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+@pytest.mark.parametrize("lengths", [[3, 17, 9, 40, 33, 8], [24] * 6, [9], [128] * 70 + [5]])
+def test_attention_on_packed_tokens_is_that_on_padded_ones(gpu, lengths, bucketed):
+    """To half precision; of the last lengths the spare tokens are more than the longest example has."""
+    ids = [[5] * length for length in lengths]
+    with gpu.one_gpu():
+        device = torch.device("cuda", 0)
+        store = TokenStore(Tokens.of(ids, ids), np.zeros(len(ids), int), device)
+        batch = store.batch(torch.arange(len(ids)), bucketed=bucketed)
+        found, expected = (attended(lay_out, batch, 2, device) for lay_out in (attention._ragged, attention._padded))
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("vocabulary", [104, 101])
+def test_words_that_are_none_change_no_loss_and_get_no_gradient(gpu, vocabulary):
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    net = BertForMaskedLM(config)
+    expected = computed("lt_pretrain.py", "ragged", copy.deepcopy(net), torch.device("cpu"))
+    with gpu.one_gpu(), torch.autocast("cuda", torch.float16):
+        found = computed("lt_pretrain.py", "ragged", net, torch.device("cuda", 0))
+    torch.testing.assert_close(found[1:], expected[1:], rtol=0.02, atol=2e-3)
+
+
 def test_masks_chosen_on_the_gpu_are_the_cpus(gpu, bert_dir):
     weights = {name: p.detach() for name, p in prunable(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]).items()}
     for scope in ("global", "tensor"):
@@ -339,7 +396,16 @@ FAULTS = {
     ),
     "a network that stays on the CPU": Fault("lottery:prepare", "net.to(device)", "net", "same device"),
     "a number of the step that is waited for": Fault("step:Step._update", "return loss", "loss.item(); return loss", "waits"),
-    "an index of the CPU": Fault("attention:_padded", "torch.arange(width, device=device)", "torch.arange(width)", "same device"),
+    "an index of the CPU": Fault(
+        "attention:_padded",
+        "torch.arange(width, device=device)",
+        "torch.arange(width)",
+        "same device",
+        "lt_glue.py --precision fp32",
+    ),
+    "spare tokens that are of no example": Fault(
+        "attention:_ragged", "ends[-1].fill_(tokens)", "ends[-1].copy_(ends[-2])", "not every token"
+    ),
     "a blocking copy of the batch": Fault(
         "batches:TokenStore.batch", "ship(examples, device)", "examples.to(device)", "blocking copy"
     ),
@@ -414,5 +480,5 @@ def plant(monkeypatch, fault):
 def test_a_fault_is_found(go, monkeypatch, name):
     script, _, words = FAULTS[name].command.partition(" ")
     plant(monkeypatch, FAULTS[name])
-    with pytest.raises((RuntimeError, ValueError), match=FAULTS[name].ends):
+    with pytest.raises((RuntimeError, ValueError, AssertionError), match=FAULTS[name].ends):
         go(script, words)
