@@ -27,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tasks", nargs="*", default=["cola", "sst2", "mnli", "rte"], metavar="TASK", help="none: only a level's costs"
-    )
+    parser.add_argument("--tasks", nargs="+", default=["cola", "sst2", "mnli", "rte"], metavar="TASK")
     models = f"a BERT checkpoint, or random (default: {Config.model}; with --count random)"
     parser.add_argument("--model", metavar="TEXT", help=models)
     parser.add_argument("--data-dir", metavar="DIR", help="real texts in GLUE's layout; otherwise lengths are drawn")
@@ -57,6 +57,7 @@ def parse() -> argparse.Namespace:
     instead.add_argument("--levers", action="store_true", help="measure ours with each lever off, and nothing else")
     instead.add_argument("--profile", action="store_true", help="show where a step's time goes, and nothing else")
     instead.add_argument("--count", action="store_true", help="count a step's kernels and bytes on a GPU by kind; needs none")
+    instead.add_argument("--level", action="store_true", help="measure what a level costs beside its steps, and nothing else")
     instead.add_argument("--alone", choices=("ours", "released"), help="run this loop alone: its time and peak memory")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(hyphens(None))
@@ -92,40 +93,35 @@ def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     import loops
 
     case = prepare(name, args)
-    sides = {side: getattr(loops, side)(case) for side in ("ours", "dense", "released")}
-    if case.device.type == "cuda":
-        sides["graphs"] = loops.with_graphs(case)
+    on_gpu = case.device.type == "cuda"
+    builds = {"ours": loops.ours, "graphs": loops.with_graphs, "released": loops.released, "dense": loops.dense}
+    sides, memory = {}, {}
+    for side in [side for side in builds if on_gpu or side != "graphs"]:
+        sides[side], memory[side] = clock.built(partial(builds[side], case), case.device)
+    if not on_gpu:
+        memory = {side: measure_alone(name, side, args)["peak memory, MiB"] * 2**20 for side in ("ours", "released")}
     rates = [clock.machine_rate(case.precision, case.device)]
     seconds = clock.take_turns(sides, args.turns, args.turn_steps, case.device)
     rates.append(clock.machine_rate(case.precision, case.device))
+    rate, best = statistics.mean(rates), "graphs" if on_gpu else "ours"
     batch_size = case.cfg.train.batch_size
-    padded = batch_size * case.cfg.max_length
-    tokens = float(case.store.lengths.mean()) * batch_size
+    tokens, padded = float(case.store.lengths.mean()) * batch_size, batch_size * case.cfg.max_length
     predicted = 0.15 * (case.store.lengths - 2).sum() if name == "mlm" else 0.0
-    share = clock.arithmetic(case.net, case.store.lengths, predicted) / len(case.store) * batch_size / statistics.mean(rates)
-    graphs = {}
-    if "graphs" in seconds:
-        graphs = {"steps/s with --graphs": 1 / seconds["graphs"], "share of it with --graphs": share / seconds["graphs"]}
-        for side in ("ours", "graphs", "released"):
+    flops = clock.arithmetic(case.net, case.store.lengths, predicted) / len(case.store) * batch_size
+    figures = {"real tokens a step": tokens, "padded tokens a step": padded, "machine TFLOP/s": rate / 1e12}
+    for side in memory:
+        figures |= {f"{side}: steps/s": 1 / seconds[side], f"{side}: real tokens/s": tokens / seconds[side]}
+        figures |= {f"{side}: % of the machine's rate": 100 * flops / seconds[side] / rate}
+        if on_gpu:
             found = clock.kernels_of(sides[side], args.turn_steps, case.device)
-            graphs |= {f"kernels a step, {side}": found.count, f"GPU busy, %, {side}": 100 * found.seconds / seconds[side]}
-    return {
-        "real tokens a step": tokens,
-        "padded tokens a step": padded,
-        "steps/s": 1 / seconds["ours"],
-        **graphs,
-        "released steps/s": 1 / seconds["released"],
-        "times faster": seconds["released"] / seconds["ours"],
-        "real tokens/s": tokens / seconds["ours"],
-        "released real tokens/s": tokens / seconds["released"],
+            figures |= {f"{side}: kernels a step": found.count, f"{side}: GPU busy, %": 100 * found.seconds / seconds[side]}
+        figures[f"{side}: peak memory, MiB"] = memory[side] / 2**20
+    figures |= {f"released over {side}, times": seconds["released"] / seconds[side] for side in memory if side != "released"}
+    masking = clock.masking_seconds(case.mask, case.device)
+    return figures | {
         "released padded tokens/s": padded / seconds["released"],
-        "machine GFLOP/s": statistics.mean(rates) / 1e9,
-        "share of it": share / seconds["ours"],
-        "released share of it": share / seconds["released"],
         "masked over dense, %": 100 * (seconds["ours"] / seconds["dense"] - 1),
-        "masking alone, %": 100 * clock.masking_seconds(case.mask, case.device) / seconds["ours"],
-        "peak memory, MiB": measure_alone(name, "ours", args)["peak memory, MiB"],
-        "released peak memory, MiB": measure_alone(name, "released", args)["peak memory, MiB"],
+        "masking alone, %": 100 * masking / seconds[best],
     }
 
 
@@ -173,27 +169,25 @@ def measure_levers(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def profile(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds a step of the costliest operations, by their own time on the device (on a CPU, by their own time)."""
+    """Milliseconds a step of the costliest kernels, by graphs; on a CPU of the costliest operations, by their own time."""
     import clock
     import loops
     import torch
 
     case = prepare(name, args)
-    loop = loops.ours(case)
-    for i in range(args.turn_steps):
-        loop(i)
-    kinds = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = case.device.type == "cuda"
-    with torch.profiler.profile(activities=kinds + [torch.profiler.ProfilerActivity.CUDA] * on_gpu) as found:
-        began = time.perf_counter()
-        for i in range(args.turn_steps, 2 * args.turn_steps):
-            loop(i)
-        clock.wait(case.device)
-        figures = {"a step, ms": 1000 * (time.perf_counter() - began) / args.turn_steps}
-    own = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in found.key_averages()}
-    for key in sorted(own, key=lambda key: -own[key])[:16]:
-        figures[key[:60]] = own[key] / 1000 / args.turn_steps
-    return figures
+    loop = loops.with_graphs(case) if on_gpu else loops.ours(case)
+    figures = {"a step, ms": 1000 * clock.take_turns({"": loop}, args.turns, args.turn_steps, case.device)[""]}
+    own: dict[str, float] = defaultdict(float)
+    if on_gpu:
+        for kernel, seconds in clock.kernels_of(loop, args.turn_steps, case.device).names.items():
+            own[clock.short(kernel)] += 1000 * seconds
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            for i in range(args.turn_steps):
+                loop(i)
+        own.update({event.key: event.self_cpu_time_total / 1000 / args.turn_steps for event in found.key_averages()})
+    return figures | dict(sorted(own.items(), key=lambda item: -item[1])[:24])
 
 
 def measure_level(model: str) -> dict[str, float]:
@@ -226,7 +220,7 @@ def measure_level(model: str) -> dict[str, float]:
 
 def measure_start(args: argparse.Namespace) -> float:
     """Seconds of a whole process that loads model and data, takes one step and writes its level."""
-    if args.data_dir is None or not args.tasks:
+    if args.data_dir is None:
         return math.nan
     with tempfile.TemporaryDirectory() as folder:
         words = f"--levels 1 --max-steps 1 --limit-eval 8 --device {args.device} --output-dir {folder}"
@@ -264,9 +258,9 @@ def _output(command: list[str], **environment: str) -> str:
 def show(figures: dict[str, dict[str, float]]) -> None:
     """A column a task."""
     rows = list(dict.fromkeys(row for column in figures.values() for row in column))
-    print(" " * 40, *(f"{task:>10}" for task in figures))
+    print(" " * 60, *(f"{task:>10}" for task in figures))
     for row in rows:
-        print(f"{row[-40:]:>40}", *(f"{column[row]:10.4g}" if row in column else " " * 10 for column in figures.values()))
+        print(f"{row[:60]:>60}", *(f"{column[row]:10.4g}" if row in column else " " * 10 for column in figures.values()))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -286,11 +280,10 @@ def main(args: argparse.Namespace) -> None:
         if args.alone:
             print(json.dumps(alone(args)))
             return
-        figures["tasks"] = {name: measure(name, args) for name in args.tasks}
-        show(figures["tasks"])
-        if measure is measure_task:
+        figures["tasks"] = {} if args.level else {name: measure(name, args) for name in args.tasks}
+        if args.level:
             figures["level"] = measure_level(args.model) | {"one-step run from a warm cache, s": measure_start(args)}
-            show({"": figures["level"]})
+        show(figures["tasks"] or {"": figures["level"]})
     print(f"{figures['machine']}, torch {figures['torch']}")
     if args.json:
         write_json(Path(args.json), json.loads(json.dumps(figures).replace("NaN", "null")))

@@ -3,6 +3,8 @@ the kernels of a GPU."""
 
 from __future__ import annotations
 
+import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,8 @@ import torch
 from bert_tickets.bert import Net
 from bert_tickets.mask import Mask
 from bert_tickets.models import prunable
+
+Loop = Callable[[int], Any]  # takes one step, by number
 
 
 def machine_rate(precision: str, device: torch.device) -> float:
@@ -47,7 +51,7 @@ def arithmetic(net: Net, lengths: np.ndarray, predicted: float = 0) -> float:
     return 6 * (weights * lengths.sum() + head * predicted) + attention
 
 
-def take_turns(loops: dict[str, Callable[[int], Any]], turns: int, steps: int, device: torch.device) -> dict[str, float]:
+def take_turns(loops: dict[str, Loop], turns: int, steps: int, device: torch.device) -> dict[str, float]:
     """Median seconds a step of each loop. The first turn is a warm-up and does not count; who begins a turn changes."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
@@ -63,6 +67,20 @@ def take_turns(loops: dict[str, Callable[[int], Any]], turns: int, steps: int, d
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def built(build: Callable[[], Loop], device: torch.device) -> tuple[Loop, float]:
+    """A loop after three steps, and how many bytes of the GPU torch has taken for it at most; on a CPU 0."""
+    if device.type != "cuda":
+        return build(), 0.0
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    loop = build()
+    for i in range(3):
+        loop(i)
+    return loop, torch.cuda.max_memory_reserved(device) - before
+
+
 @dataclass(frozen=True)
 class Kernels:
     """What a GPU ran in one step."""
@@ -76,10 +94,10 @@ class Kernels:
         return sorted(name for name in self.names if any(word in name.lower() for word in words))
 
 
-def kernels_of(loop: Callable[[int], Any], steps: int, device: torch.device) -> Kernels:
+def kernels_of(loop: Loop, steps: int, device: torch.device) -> Kernels:
     """The kernels of a loop on a GPU, by torch's profiler, copies and fills left out."""
     wait(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as found:
         for i in range(steps):
             loop(i)
         wait(device)
@@ -90,6 +108,11 @@ def kernels_of(loop: Callable[[int], Any], steps: int, device: torch.device) -> 
             names[event.name] = names.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6 / steps
             count += 1
     return Kernels(count / steps, sum(names.values()), names)
+
+
+def short(kernel: str) -> str:
+    """A kernel's name without its namespaces and what follows its first arguments."""
+    return re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", kernel)[:60]
 
 
 def masking_seconds(mask: Mask, device: torch.device) -> float:

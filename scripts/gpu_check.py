@@ -5,7 +5,7 @@ run in the order of their worth and go on after a failure, in a new process wher
 gpu_check.json and the log beside it in --output; the exit code is 1 unless every check passed or was skipped.
 
   bash scripts/gpu_check.sh                        at most 8 minutes
-  bash scripts/gpu_check.sh --quick                at most 2 minutes: fewer steps and tests, and no graphs among the speeds
+  bash scripts/gpu_check.sh --quick                at most 2 minutes: fewer steps and tests
   bash scripts/gpu_check.sh --device cpu --quick   what needs no GPU, with a small network
 """
 

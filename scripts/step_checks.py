@@ -72,7 +72,7 @@ def speed(setting: Setting) -> Figures:
     turns, turn_steps = setting.count(5, 3, 2), setting.count(10, 6, 2)
     case = setting.case("auto", turn_steps * (turns + 1))
     sides = {"eager": loops.ours(case), "released": loops.released(case)}
-    if setting.on_gpu and not setting.quick:
+    if setting.on_gpu:
         sides["graphs"] = loops.with_graphs(case)
     seconds = clock.take_turns(sides, turns, turn_steps, setting.device)
     rate = clock.machine_rate(case.precision, setting.device)

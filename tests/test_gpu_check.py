@@ -181,7 +181,7 @@ def test_kernels_are_read_off_torchs_profiler(monkeypatch):
     events += [event("Memcpy HtoD", gpu, 7), event("Memset (Device)", gpu, 7)]
 
     @contextlib.contextmanager
-    def profile(activities):
+    def profile(activities, acc_events):
         yield SimpleNamespace(events=lambda: events)
 
     monkeypatch.setattr(torch.profiler, "profile", profile)
