@@ -16,6 +16,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, required=True, metavar="X", help="share of the weights to remove")
     parser.add_argument("--output", required=True, metavar="FILE", help="the mask file to write")
     parser.add_argument("--method", choices=("magnitude", "random"), default="magnitude", help="(default: magnitude)")
+    scope = "rank all matrices together, or each by itself (default: global)"
+    parser.add_argument("--scope", choices=("global", "tensor"), default="global", help=scope)
     parser.add_argument("--model", default=Config.model, metavar="TEXT", help="a BERT checkpoint (default: bert-base-uncased)")
     parser.add_argument("--init", default="pretrained", metavar="TEXT", help="pretrained, random, or a file of weights to rank")
     parser.add_argument("--seed", type=int, default=Training.seed, metavar="N", help="of random masks and weights (default: 57)")
@@ -29,7 +31,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def facts(args: argparse.Namespace) -> dict[str, str]:
     """What the file says of how its mask was made; the share removed is its density."""
-    return {"base_model": args.model, "method": f"oneshot {args.method}", "init": args.init, "seed": str(args.seed)}
+    method = {"method": f"oneshot {args.method}", "scope": args.scope}
+    return {"base_model": args.model, **method, "init": args.init, "seed": str(args.seed)}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -37,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     from bert_tickets.models import load_bert
 
     net, _ = load_bert(args.model, "classifier", args.init, args.seed)
-    mask = oneshot(net, args.rate, args.method, args.seed)
+    mask = oneshot(net, args.rate, args.method, args.seed, args.scope)
     mask.write(args.output, **facts(args))
     print(f"{args.output}: {mask.sparsity:.1%} of {mask.total:,} weights removed by {args.method}")
 

@@ -21,7 +21,7 @@ from bert_tickets.graphs import Recorder, recorder
 from bert_tickets.levels import Level
 from bert_tickets.mask import Mask
 from bert_tickets.models import digest, encoder_weights, prunable, rewind, snapshot
-from bert_tickets.prune import magnitude, prune, random_scores
+from bert_tickets.prune import Scope, magnitude, prune, random_scores
 from bert_tickets.ranks import joined
 from bert_tickets.report import print_levels
 from bert_tickets.runs import Run
@@ -100,11 +100,11 @@ def finetune(setup: Setup, run: Run, mask: Mask) -> None:
         fit(setup, run, 0, mask, mask)
 
 
-def oneshot(net: Net, rate: float, method: str, seed: int) -> Mask:
+def oneshot(net: Net, rate: float, method: str, seed: int, scope: Scope = "global") -> Mask:
     """Remove `rate` of the prunable weights at once: by the magnitude of the untrained weights, or at random."""
     weights = prunable(net)
     scores = magnitude(weights) if method == "magnitude" else random_scores(weights, seeded(seed, "random mask"))
-    return prune(Mask.ones(weights), scores, rate)
+    return prune(Mask.ones(weights), scores, rate, scope)
 
 
 def fit(

@@ -257,6 +257,17 @@ def test_a_mask_of_another_architecture_names_the_tensor(run_glue, bert_dir):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_a_oneshot_mask_of_tensor_scope_takes_the_share_of_every_matrix(bert_dir, method):
+    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
+    mask = oneshot(net, 0.4, method, 1, "tensor")
+    assert all(int((~kept).sum()) == round(0.4 * kept.numel()) for kept in mask.values())
+    if method == "magnitude":
+        weights = prunable(net)
+        for name, kept in mask.items():
+            assert weights[name][kept].abs().min() >= weights[name][~kept].abs().max()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
 def test_oneshot_masks(bert_dir, method):
     net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
     mask = oneshot(net, 0.4, method, 1)
