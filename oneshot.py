@@ -31,8 +31,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def facts(args: argparse.Namespace) -> dict[str, str]:
     """What the file says of how its mask was made; the share removed is its density."""
-    method = {"method": f"oneshot {args.method}", "scope": args.scope}
-    return {"base_model": args.model, **method, "init": args.init, "seed": str(args.seed)}
+    method = f"oneshot {args.method}" + " by tensor" * (args.scope == "tensor")
+    return {"base_model": args.model, "method": method, "init": args.init, "seed": str(args.seed)}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Attention within each example of a packed batch. Only here may tokens be padded; all other arithmetic is on real tokens.
+"""Attention within each example of a packed batch. Only here are examples padded; all other arithmetic is on packed tokens.
 
 In half precision a GPU that has FlashAttention (Dao 2023) computes on the packed tokens themselves. Otherwise a GPU pads all
 examples to the longest one: whole tokens are gathered once, and torch's fused kernels do the rest. A CPU has no fused kernel with
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_tickets import dropout
-from bert_tickets.batches import Batch
+from bert_tickets.batches import Batch, most_spare
 
 ALIKE = 0.75  # on a CPU, examples whose lengths differ by no more than this share are padded together
 
@@ -51,7 +51,7 @@ def gather(x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Te
 class Ragged:
     """Examples end to end, as they are."""
 
-    ends: Tensor  # [b + 2], int32: 0, each example's end, and after the spare tokens, which see one another
+    ends: Tensor  # [b + 2], int32: 0, each example's end, and T: the spare tokens are one more example
     longest: int  # no example has more tokens
     heads: int
 
@@ -63,16 +63,18 @@ class Ragged:
         return out.flatten(1)
 
 
-def _ragged(batch: Batch, heads: int, dtype: torch.dtype) -> Ragged:
+def _ragged(batch: Batch, heads: int) -> Ragged:
     tokens = batch.input_ids.shape[1]
     ends = F.pad(batch.lens.cumsum(0), (1, 1))
     ends[-1].fill_(tokens)
-    return Ragged(ends.int(), max(batch.longest, 32, tokens // 16), heads)  # of spare tokens there are no more than that
+    return Ragged(ends.int(), max(batch.longest, most_spare(tokens)), heads)  # by shapes alone: a captured step keeps it
 
 
 @functools.cache
-def _has_flash(device: torch.device) -> bool:
-    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+def _has_flash(device: torch.device, head_size: int) -> bool:
+    """Whether FlashAttention's kernel takes heads of this size there, in half precision."""
+    built = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return built and head_size % 8 == 0 and head_size <= 256
 
 
 @dataclass(frozen=True)
@@ -247,13 +249,13 @@ def _wide(x: Tensor) -> torch.dtype:
 Grid = Ragged | Padded | Blocks
 
 
-def layout(batch: Batch, heads: int, dtype: torch.dtype = torch.float32) -> Grid:
+def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype) -> Grid:
     """Where the tokens of a packed batch stand in attention, which computes in `dtype`. Never waits for the device."""
     device = batch.starts.device
     if device.type == "cpu":
         return _blocks(batch, heads)
-    if dtype in (torch.float16, torch.bfloat16) and _has_flash(device):
-        return _ragged(batch, heads, dtype)
+    if dtype in (torch.float16, torch.bfloat16) and _has_flash(device, head_size):
+        return _ragged(batch, heads)
     return _padded(batch, heads, dtype)
 
 

@@ -69,7 +69,8 @@ class Batch:
     """B examples of T tokens together, none of more than L. Index tensors are int64, on the device.
 
     In a bucketed batch T and L are rounded up, so that a few shapes serve all: the last `spare` tokens belong to no
-    example, stand where attention pads the shortest one, and neither change a result nor take a gradient.
+    example, stand where attention pads the shortest one or are one more example there, and neither change a result nor
+    take a gradient.
     """
 
     input_ids: Tensor  # [1, T]
@@ -130,7 +131,8 @@ class TokenStore:
         spare = 0
         if bucketed:
             longest = min(_round_up(longest, 32), self._longest)
-            spare = min(_round_up(tokens, max(32, (1 << tokens.bit_length()) // 32)), len(lengths) * longest) - tokens
+            unit = max(32, (1 << tokens.bit_length()) // 32)  # at most a 16th of the tokens, as `most_spare` says
+            spare = min(_round_up(tokens, unit), len(lengths) * longest) - tokens
             rows = F.pad(rows, (0, spare), value=int(lengths.argmin()))
             position = F.pad(position, (0, spare), value=longest - 1)
             source = F.pad(source, (0, spare))
@@ -161,6 +163,11 @@ def by_length(store: Store, max_tokens: int, ranks: Ranks = ALONE) -> Iterator[t
             indices = torch.from_numpy(order[start : start + rows])
             yield indices, store.batch(indices)
         start, number = start + rows, number + 1
+
+
+def most_spare(tokens: int) -> int:
+    """Of a bucketed batch's T tokens no more are spare."""
+    return max(32, tokens // 16)
 
 
 def _round_up(number: int, unit: int) -> int:

@@ -28,7 +28,8 @@ def encode(net: Net, batch: Batch) -> Tensor:
     bert, device = net.bert, batch.starts.device.type
     hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    grid = layout(batch, net.config.num_attention_heads, dtype)
+    heads = net.config.num_attention_heads
+    grid = layout(batch, heads, net.config.hidden_size // heads, dtype)
     with cast_weights(bert.encoder, dtype) as joined:
         for layer in bert.encoder.layer:
             hidden = _layer(layer, hidden, grid, dtype, joined.get(layer))
@@ -56,8 +57,8 @@ def classify(net: Net, batch: Batch) -> Tensor:
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors of one dtype to another: one kernel there, one back. Last come how many of them stand one below the other in each
-    result, and the other dtype."""
+    """Tensors of one dtype to another, all by one call there and one back. Last come how many of them each result joins, one
+    below the other, and the other dtype."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -103,7 +104,6 @@ def cast_weights(encoder: Any, dtype: torch.dtype) -> Iterator[dict[nn.Module, J
         for linear in encoder.modules()
         if isinstance(linear, nn.Linear) and linear not in apart
         for name, tensor in linear._parameters.items()
-        if tensor is not None
     ]
     groups = [*joined, *([tensor] for *_, tensor in places)]
     cast = _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype)

@@ -3,6 +3,7 @@
   python scripts/bench.py --model DIR --data-dir glue --tasks cola sst2 mnli rte
   python scripts/bench.py --model DIR --data-dir glue --tasks cola rte --levers    # each lever off in turn: its share
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # where a step's time goes
+  python scripts/bench.py --model DIR --data-dir glue --level                      # what a level costs beside its steps
   python scripts/bench.py --model bert-base-uncased --tasks mnli --precision fp16 --json bench.json
   python scripts/bench.py --model random --tasks mlm --batch-size 16 --max-length 512   # BERT-base of random weights
   python scripts/bench.py --count --tasks mnli             # kernels and memory traffic of a step on a GPU; needs none
@@ -95,13 +96,13 @@ def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     case = prepare(name, args)
     on_gpu = case.device.type == "cuda"
     best = "graphs" if on_gpu else "ours"
-    builds = {"ours": loops.ours, "graphs": loops.with_graphs, "released": loops.released}
+    ours = {"eager": loops.ours, "graphs": loops.with_graphs} if on_gpu else {"ours": loops.ours}
     sides, memory = {}, {}
-    for side in [side for side in builds if on_gpu or side != "graphs"]:
-        sides[side], memory[side] = clock.built(partial(builds[side], case), case.device)
-    sides["dense"] = builds[best](loops.dense(case))
-    if not on_gpu:
-        memory = {side: measure_alone(name, side, args)["peak memory, MiB"] * 2**20 for side in ("ours", "released")}
+    for side, build in {**ours, "released": loops.released}.items():
+        sides[side], memory[side] = clock.built(partial(build, case), case.device)
+        if not on_gpu:
+            memory[side] = measure_alone(name, side, args)["peak memory, MiB"]
+    sides["dense"] = ours[best](loops.dense(case))
     rates = [clock.machine_rate(case.precision, case.device)]
     seconds = clock.take_turns(sides, args.turns, args.turn_steps, case.device)
     rates.append(clock.machine_rate(case.precision, case.device))
@@ -117,7 +118,7 @@ def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
         if on_gpu:
             found = clock.kernels_of(sides[side], args.turn_steps, case.device)
             figures |= {f"{side}: kernels a step": found.count, f"{side}: GPU busy, %": 100 * found.seconds / seconds[side]}
-        figures[f"{side}: peak memory, MiB"] = memory[side] / 2**20
+        figures[f"{side}: peak memory, MiB"] = memory[side]
     figures |= {f"released over {side}, times": seconds["released"] / seconds[side] for side in memory if side != "released"}
     masking = clock.masking_seconds(case.mask, case.device)
     return figures | {

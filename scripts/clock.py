@@ -68,7 +68,7 @@ def take_turns(loops: dict[str, Loop], turns: int, steps: int, device: torch.dev
 
 
 def built(build: Callable[[], Loop], device: torch.device) -> tuple[Loop, float]:
-    """A loop after three steps, and how many bytes of the GPU torch has taken for it at most; on a CPU 0."""
+    """A loop after three steps, and how many MiB of the GPU torch has reserved for it at most; on a CPU 0."""
     if device.type != "cuda":
         return build(), 0.0
     gc.collect()
@@ -78,7 +78,7 @@ def built(build: Callable[[], Loop], device: torch.device) -> tuple[Loop, float]
     loop = build()
     for i in range(3):
         loop(i)
-    return loop, torch.cuda.max_memory_reserved(device) - before
+    return loop, (torch.cuda.max_memory_reserved(device) - before) / 2**20
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Kernels:
 def kernels_of(loop: Loop, steps: int, device: torch.device) -> Kernels:
     """The kernels of a loop on a GPU, by torch's profiler, copies and fills left out."""
     wait(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as found:
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as found:  # without it torch 2.11 warns
         for i in range(steps):
             loop(i)
         wait(device)
@@ -111,7 +112,7 @@ def kernels_of(loop: Loop, steps: int, device: torch.device) -> Kernels:
 
 
 def short(kernel: str) -> str:
-    """A kernel's name without its namespaces and what follows its first arguments."""
+    """The first 60 characters of a kernel's name without its namespaces."""
     return re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", kernel)[:60]
 
 

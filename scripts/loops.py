@@ -19,6 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.utils.prune as torch_prune
+from clock import Loop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -39,8 +40,6 @@ from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import MASKED, RANDOM, SHARE, Mlm
 from bert_tickets.tasks.squad import Squad
 from bert_tickets.tokens import Tokens
-
-Loop = Callable[[int], Any]
 
 # To draw lengths from where no data are given: mean tokens of a training example at most 128 long, and the spread (standard
 # deviation of the logarithm). Measured with BERT's uncased vocabulary on the published CoLA and RTE, on the first 9,000 of

@@ -1,4 +1,4 @@
-"""What pretended.py does not leave to torch's CPU kernels: attention as by the GPU's fused kernel, and the backward pass."""
+"""What pretended.py does not leave to torch's CPU kernels: attention as by the GPU's fused kernels, and the backward pass."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def flash_forward(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
+    assert q.shape[2] % 8 == 0, "its heads are of a size that FlashAttention does not take"
     assert ends[0] == 0, "the first token is of no example"
     assert ends[-1] == len(q), "not every token is of an example"
     assert int(ends.diff().max()) <= longest, "an example is longer than the longest"

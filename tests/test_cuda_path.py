@@ -36,6 +36,7 @@ from bert_tickets.mask import Mask
 from bert_tickets.models import load_bert, prunable
 from bert_tickets.prune import magnitude, prune
 from bert_tickets.step import Step
+from bert_tickets.tasks import mlm
 from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import Mlm, mask_tokens
 from bert_tickets.tasks.squad import Squad
@@ -320,13 +321,13 @@ def test_both_branches_compute_the_same_in_double_precision(gpu, calm_bert_dir, 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def attended(lay_out, batch, heads, device):
-    """Attention and its gradients, of tokens that are none of a bucketed batch's spare ones."""
+def attended(lay_out, batch, device):
+    """Attention of two heads of size 8 and its gradients, of tokens that are none of a bucketed batch's spare ones."""
     tokens, generator = batch.input_ids.shape[1], torch.Generator().manual_seed(0)
-    drawn = [torch.randn(tokens, heads * 8, generator=generator) for _ in range(4)]
+    drawn = [torch.randn(tokens, 16, generator=generator) for _ in range(4)]
     drawn[3][tokens - batch.spare :] = 0
     *inputs, upstream = (x.to(device, torch.float16).requires_grad_() for x in drawn)
-    out = lay_out(batch, heads, torch.float16).attend(*inputs, 0.0)
+    out = lay_out(batch).attend(*inputs, 0.0)
     (out.float() * upstream.detach().float()).sum().backward()
     found = [x.detach().float().cpu() for x in (out, *(x.grad for x in inputs))]
     assert not any(gradient[tokens - batch.spare :].any() for gradient in found[1:])
@@ -334,20 +335,51 @@ def attended(lay_out, batch, heads, device):
 
 
 @pytest.mark.parametrize("bucketed", [False, True])
-@pytest.mark.parametrize("lengths", [[3, 17, 9, 40, 33, 8], [24] * 6, [9], [128] * 70 + [5]])
+@pytest.mark.parametrize("lengths", [[3, 17, 9, 40, 33, 8], [24] * 6, [9], [60] * 72 + [64], [10] + [3] * 8])
 def test_attention_on_packed_tokens_is_that_on_padded_ones(gpu, lengths, bucketed):
-    """To half precision; of the last lengths the spare tokens are more than the longest example has."""
+    """To half precision; of the last two, bucketed, more tokens are spare than the longest example has."""
     ids = [[5] * length for length in lengths]
     with gpu.one_gpu():
         device = torch.device("cuda", 0)
         store = TokenStore(Tokens.of(ids, ids), np.zeros(len(ids), int), device)
         batch = store.batch(torch.arange(len(ids)), bucketed=bucketed)
-        found, expected = (attended(lay_out, batch, 2, device) for lay_out in (attention._ragged, attention._padded))
+        found = attended(lambda batch: attention._ragged(batch, 2), batch, device)
+        expected = attended(lambda batch: attention._padded(batch, 2, torch.float16), batch, device)
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
 
 
+def test_dropout_on_packed_tokens_is_drawn_and_is_the_same_in_the_backward_pass(gpu):
+    """Of examples of one token, out = v * factor, and the gradient of v is upstream * factor."""
+    with gpu.one_gpu():
+        device = torch.device("cuda", 0)
+        store = TokenStore(Tokens.of([[5]] * 500, [[0]] * 500), np.zeros(500, int), device)
+        grid = attention._ragged(store.batch(torch.arange(500)), 2)
+        q, k = torch.randn(2, 500, 16).to(device, torch.float16).unbind(0)
+        v = torch.ones(500, 16, device=device, dtype=torch.float16, requires_grad=True)
+        out = grid.attend(q, k, v, 0.25)
+        out.sum().backward()
+        assert torch.equal(out.detach().cpu(), v.grad.cpu())
+        assert 0.2 < float((out.cpu() == 0).float().mean()) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "expected"),
+    [
+        (8, torch.float16, attention.Ragged),
+        (64, torch.bfloat16, attention.Ragged),
+        (64, torch.float32, attention.Padded),
+        (26, torch.float16, attention.Padded),
+        (264, torch.float16, attention.Padded),
+    ],
+)
+def test_what_flash_attention_does_not_take_is_padded(gpu, head_size, dtype, expected):
+    with gpu.one_gpu():
+        store = TokenStore(Tokens.of([[5] * 3], [[0] * 3]), np.zeros(1, int), torch.device("cuda", 0))
+        assert type(attention.layout(store.batch(torch.arange(1)), 2, head_size, dtype)) is expected
+
+
 @pytest.mark.parametrize("vocabulary", [104, 101])
-def test_words_that_are_none_change_no_loss_and_get_no_gradient(gpu, vocabulary):
+def test_a_padded_vocabulary_changes_neither_loss_nor_gradients(gpu, vocabulary):
     config = BertConfig(
         vocab_size=vocabulary,
         hidden_size=16,
@@ -363,6 +395,7 @@ def test_words_that_are_none_change_no_loss_and_get_no_gradient(gpu, vocabulary)
     expected = computed("lt_pretrain.py", "ragged", copy.deepcopy(net), torch.device("cpu"))
     with gpu.one_gpu(), torch.autocast("cuda", torch.float16):
         found = computed("lt_pretrain.py", "ragged", net, torch.device("cuda", 0))
+        assert mlm._scores(net, torch.zeros(3, 16, device="cuda")).shape == (3, 104)
     torch.testing.assert_close(found[1:], expected[1:], rtol=0.02, atol=2e-3)
 
 

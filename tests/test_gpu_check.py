@@ -188,6 +188,7 @@ def test_kernels_are_read_off_torchs_profiler(monkeypatch):
     found = clock.kernels_of(lambda i: None, 2, torch.device("cpu"))
     assert (found.count, found.seconds) == (1.5, pytest.approx(65e-6))
     assert found.of("attention", "fmha") == ["fmha_cutlassF"]
+    assert clock.short("void at::native::(anonymous namespace)::gemm<c10::Half, 4>(int)") == "gemm<Half, 4>(int)"
 
 
 STAND_IN = """

@@ -307,17 +307,26 @@ def made(script, line: str) -> None:
 ONESHOT = "python oneshot.py --rate 0.3 --method random --seed 1 --model {model} --output m"
 
 
-def test_a_mask_is_done_if_its_file_says_the_same_settings(bert_dir, tmp_path, monkeypatch):
-    line = ONESHOT.format(model=bert_dir)
+def test_a_mask_of_global_scope_says_nothing_of_it():
+    """So that the masks of earlier versions count as made."""
+    facts = oneshot.facts(oneshot.parse(["--rate", "0.5", "--output", "m"]))
+    assert facts == {"base_model": "bert-base-uncased", "method": "oneshot magnitude", "init": "pretrained", "seed": "57"}
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_mask_is_done_if_its_file_says_the_same_settings(bert_dir, tmp_path, monkeypatch, scope):
+    words = ONESHOT if scope == "global" else ONESHOT.replace("--rate", "--scope tensor --rate")
+    line = words.format(model=bert_dir)
     (job,) = planned(line)
     assert not is_done(job, target(job))
     made(oneshot, line)
     assert is_done(job, target(job))
-    for other in ("--rate 0.31", "--rate 0.3001", "--method magnitude", "--seed 2", "--init random", "--model another"):
+    also = "--scope tensor" if scope == "global" else "--scope global"
+    for other in (also, "--rate 0.31", "--rate 0.3001", "--method magnitude", "--seed 2", "--init random", "--model another"):
         (differs,) = planned(f"{line} {other}")
         assert not is_done(differs, target(differs)), other
     monkeypatch.chdir(bert_dir.parent)
-    (relative,) = planned(f"{ONESHOT.format(model='./bert0')[:-1]}{tmp_path}/m".replace("bert0", bert_dir.name))
+    (relative,) = planned(f"{words.format(model='./bert0')[:-1]}{tmp_path}/m".replace("bert0", bert_dir.name))
     assert is_done(relative, target(relative))
 
 

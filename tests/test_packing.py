@@ -1,5 +1,6 @@
 """A packed batch is the padded batch without the padding: same logits, same loss, same gradients, same examples."""
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertConfig, BertForSequenceClassification
 
 from bert_tickets.attention import ALIKE, _Attention, alike, layout
 from bert_tickets.batches import Batches, TokenStore, by_length, order, seeded
@@ -85,7 +87,7 @@ def test_attention_with_dropout_and_its_gradients_equal_the_definition(lengths, 
     q, k, v, upstream = torch.randn(4, sum(lengths) * heads, width, dtype=torch.float64)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.manual_seed(seed)
-    out = _Attention.apply(*inputs, layout(batch, heads), p, scale)
+    out = _Attention.apply(*inputs, layout(batch, heads, width, torch.float64), p, scale)
     out.backward(upstream)
 
     torch.manual_seed(seed)
@@ -110,7 +112,7 @@ def test_attention_with_dropout_and_its_gradients_equal_the_definition(lengths, 
 @settings(max_examples=60, deadline=None)
 def test_the_grid_of_attention_holds_every_token_once_and_pads_only_like_with_like(lengths):
     batch, heads = store_of(lengths).batch(torch.arange(len(lengths))), 2
-    grid = layout(batch, heads)
+    grid = layout(batch, heads, 4, torch.float32)
     assert len(grid.back.unique()) == len(grid.back) == sum(lengths) * heads
     assert torch.equal(grid.there[grid.back], torch.arange(sum(lengths) * heads))
     assert int((~grid.padding).sum()) == sum(lengths) * heads
@@ -120,6 +122,36 @@ def test_the_grid_of_attention_holds_every_token_once_and_pads_only_like_with_li
         assert block.shortest >= ALIKE * block.shape[2]
         shown = example[block.of(grid.there[:, None]).squeeze(-1)]
         assert (shown == shown[:, :1, :1]).all()  # also padding shows its own example
+
+
+def test_query_key_and_value_joined_are_the_separate_products(monkeypatch):
+    """In bf16, where they are joined, in loss and gradients; of weights large enough that attention is not uniform."""
+    torch.manual_seed(0)
+    net = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=100,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            initializer_range=0.2,
+        )
+    ).eval()
+    store = store_of([9, 30, 4, 22])
+    batch, found = store.batch(torch.arange(4)), []
+    for joined in (True, False):
+        if not joined:
+            monkeypatch.setattr("bert_tickets.bert.cast_weights", lambda encoder, dtype: contextlib.nullcontext({}))
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(classify(net, batch), batch.labels % 2)
+        loss.backward()
+        found.append((loss.item(), {name: p.grad.clone() for name, p in net.named_parameters()}))
+    (loss, gradients), (expected, separate) = found
+    assert loss == pytest.approx(expected, rel=1e-3)
+    for name, gradient in gradients.items():
+        if not name.endswith("key.bias"):  # it has no effect: its gradient is rounding
+            assert (gradient - separate[name]).norm() < 0.03 * separate[name].norm(), name
 
 
 def test_a_padded_batch_may_be_given_to_the_network_as_well(net):

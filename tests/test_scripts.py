@@ -98,6 +98,20 @@ def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, g
         assert task["ours: % of the machine's rate"] > 0
 
 
+@pytest.mark.cuda
+def test_bench_on_a_gpu_measures_eager_steps_graphs_and_the_released_loop(monkeypatch, bert_dir, tmp_path):
+    words = f"bench.py --model {bert_dir} --tasks mnli --batch-size 4 --max-length 48 --turns 1 --turn-steps 2 --json {tmp_path}/b.json"
+    monkeypatch.setattr("sys.argv", words.split())
+    bench.main(bench.parse())
+    found = json.loads((tmp_path / "b.json").read_text())["tasks"]["mnli"]
+    for side in ("eager", "graphs", "released"):
+        for figure in ("steps/s", "kernels a step", "GPU busy, %", "peak memory, MiB"):
+            assert found[f"{side}: {figure}"] > 0
+    monkeypatch.setattr("sys.argv", [*words.split(), "--profile"])
+    bench.main(bench.parse())
+    assert any("FusedOptimizer" in kernel for kernel in json.loads((tmp_path / "b.json").read_text())["tasks"]["mnli"])
+
+
 def test_bench_measures_what_a_level_costs(monkeypatch, bert_dir, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", f"bench.py --level --model {bert_dir} --json {tmp_path}/b.json".split())
     bench.main(bench.parse())

@@ -262,9 +262,10 @@ def _is_made(job: Job, file: Path) -> bool:
         with safe_open(file, framework="numpy") as opened:  # also holds the file's length against its header
             metadata = opened.metadata() or {}
         said = metadata | json.loads(metadata.get("facts", "{}"))
-        if job.rate is not None:  # the same share is removed, to the weight
-            total = sum(math.prod(shape) for shape in json.loads(said["shapes"]).values())
-            if round((1 - float(said["density"])) * total) != round(job.rate * total):
+        if job.rate is not None:  # the same share is removed: of all together, or of each matrix, to the weight
+            sizes = [math.prod(shape) for shape in json.loads(said["shapes"]).values()]
+            sizes = sizes if str(said["method"]).endswith("by tensor") else [sum(sizes)]
+            if round((1 - float(said["density"])) * sum(sizes)) != sum(round(job.rate * size) for size in sizes):
                 return False
         return all(key in said and _alike(said[key], value) for key, value in job.facts.items())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -156,8 +156,8 @@ def _chosen(net: Net, batch: Batch) -> Tensor:
 
 
 def _scores(net: Net, hidden: Tensor) -> Tensor:
-    """The scores of the vocabulary, [M, at least as many]: in half precision on a GPU, whose matrix products are three times
-    faster by eights, some of no word follow, which are -inf."""
+    """The scores of the vocabulary: [M, words]. In half precision on a GPU its size is padded to a multiple of 8, as fast
+    matrix products ask there; scores of padding are -inf."""
     device, decoder = hidden.device.type, net.cls.predictions.decoder
     more = -decoder.out_features % 8 if device == "cuda" and torch.is_autocast_enabled(device) else 0
     if not more:
