@@ -100,7 +100,8 @@ def test_bench_measures_both_loops_on_the_same_examples(monkeypatch, bert_dir, g
 
 @pytest.mark.cuda
 def test_bench_on_a_gpu_measures_eager_steps_graphs_and_the_released_loop(monkeypatch, bert_dir, tmp_path):
-    words = f"bench.py --model {bert_dir} --tasks mnli --batch-size 4 --max-length 48 --turns 1 --turn-steps 2 --json {tmp_path}/b.json"
+    words = f"bench.py --model {bert_dir} --tasks mnli --batch-size 4 --max-length 48 --turns 1 --turn-steps 2"
+    words += f" --json {tmp_path}/b.json"
     monkeypatch.setattr("sys.argv", words.split())
     bench.main(bench.parse())
     found = json.loads((tmp_path / "b.json").read_text())["tasks"]["mnli"]
