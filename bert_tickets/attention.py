@@ -57,7 +57,7 @@ class Ragged:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
         q, k, v = (x.unflatten(1, (self.heads, -1)) for x in (q, k, v))
-        # Nested tensors lead here too, but by Python's way; torch.nn.attention.varlen has no dropout.
+        # torch's nested tensors call this kernel too, through slow dispatch in Python; torch.nn.attention.varlen has no dropout
         kernel = torch.ops.aten._flash_attention_forward
         out, *_ = kernel(q, k, v, self.ends, self.ends, self.longest, self.longest, p, False, False)
         return out.flatten(1)

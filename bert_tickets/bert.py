@@ -94,11 +94,11 @@ def cast_weights(encoder: Any, dtype: torch.dtype) -> Iterator[dict[nn.Module, J
     if next(encoder.parameters()).dtype == dtype:
         yield {}
         return
-    threes = {layer: [getattr(layer.attention.self, name) for name in ("query", "key", "value")] for layer in encoder.layer}
+    projections = {layer: [getattr(layer.attention.self, name) for name in ("query", "key", "value")] for layer in encoder.layer}
     # under torch.nn.utils.prune, which bench.py compares with, a layer's weight is no parameter
-    threes = {layer: three for layer, three in threes.items() if all("weight" in linear._parameters for linear in three)}
-    joined = [[linear._parameters[name] for linear in three] for three in threes.values() for name in ("weight", "bias")]
-    apart = {linear for three in threes.values() for linear in three}
+    projections = {layer: three for layer, three in projections.items() if all("weight" in x._parameters for x in three)}
+    joined = [[linear._parameters[name] for linear in three] for three in projections.values() for name in ("weight", "bias")]
+    apart = {linear for three in projections.values() for linear in three}
     places = [
         (linear._parameters, name, tensor)
         for linear in encoder.modules()
@@ -110,7 +110,7 @@ def cast_weights(encoder: Any, dtype: torch.dtype) -> Iterator[dict[nn.Module, J
     for (parameters, name, _), tensor in zip(places, cast[len(joined) :], strict=True):
         parameters[name] = tensor
     try:
-        yield dict(zip(threes, zip(cast[: len(joined) : 2], cast[1 : len(joined) : 2], strict=True), strict=True))
+        yield dict(zip(projections, zip(cast[: len(joined) : 2], cast[1 : len(joined) : 2], strict=True), strict=True))
     finally:
         for parameters, name, tensor in places:
             parameters[name] = tensor
