@@ -5,24 +5,7 @@ python lt_pretrain.py --data-dir text/                 text/en.train and text/en
 python lt_pretrain.py --mask mask.safetensors          train that ticket once
 """
 
-from bert_tickets.command import parse, run_command
-from bert_tickets.config import Config
-from bert_tickets.report import print_finished, print_plan
-
-PRESET = "mlm"
-
-
-def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        print_plan(cfg, PRESET)
-        return
-    if print_finished(cfg, PRESET):
-        return
-    from bert_tickets.lottery import run_task
-    from bert_tickets.tasks.mlm import Mlm
-
-    run_task(Mlm(), cfg, PRESET)
-
+from bert_tickets.methods.main import main
 
 if __name__ == "__main__":
-    run_command(main, parse(PRESET, __doc__))
+    main("mlm", __doc__)

@@ -7,7 +7,7 @@ python oneshot.py --rate 0.5 --method random --seed 1 --output masks/random_50.s
 import argparse
 from collections.abc import Sequence
 
-from bert_tickets.command import hyphens, run_command
+from bert_tickets.cli import hyphens, run_command
 from bert_tickets.config import Config, Training
 
 
@@ -36,8 +36,8 @@ def facts(args: argparse.Namespace) -> dict[str, str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    from bert_tickets.lottery import oneshot
-    from bert_tickets.models import load_bert
+    from bert_tickets.methods.oneshot import oneshot
+    from bert_tickets.modeling.loading import load_bert
 
     net, _ = load_bert(args.model, "classifier", args.init, args.seed)
     mask = oneshot(net, args.rate, args.method, args.seed, args.scope)

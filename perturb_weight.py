@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_tickets.command import hyphens, run_command
+from bert_tickets.cli import hyphens, run_command
 from bert_tickets.config import Config, Training
 
 SHUFFLES = "entries: within each matrix (theta_0''); layers: whole; matrices: by layer without biases and LayerNorms, as released"
@@ -41,8 +41,8 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.files import write_tensors
-    from bert_tickets.models import encoder_weights, load_bert
-    from bert_tickets.perturb import perturb
+    from bert_tickets.methods.perturb import perturb
+    from bert_tickets.modeling.loading import encoder_weights, load_bert
 
     net, _ = load_bert(args.model, "classifier", "pretrained", args.seed)
     weights, drawn = perturb(encoder_weights(net), args.shuffle or "noise", args.noise, args.seed)

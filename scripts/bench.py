@@ -33,9 +33,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bert_tickets import UserError
-from bert_tickets.command import hyphens, run_command
+from bert_tickets.cli import hyphens, run_command
 from bert_tickets.config import Config, preset_values, tasks
+from bert_tickets.errors import UserError
 from bert_tickets.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(name: str, args: argparse.Namespace) -> Any:
-    import loops
+    from bert_tickets.bench import baselines as loops
 
     ready = (*loops.LENGTHS, *loops.WHOLE)
     if name not in (*tasks("glue"), *ready) or (args.data_dir is None and name not in ready):
@@ -90,8 +90,8 @@ def prepare(name: str, args: argparse.Namespace) -> Any:
 
 def measure_task(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Ours, dense and masked, beside the released loop on one task."""
-    import clock
-    import loops
+    from bert_tickets.bench import baselines as loops
+    from bert_tickets.bench import timing as clock
 
     case = prepare(name, args)
     on_gpu = case.device.type == "cuda"
@@ -139,9 +139,10 @@ def measure_alone(name: str, side: str, args: argparse.Namespace, **environment:
 
 def alone(args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds a step, and MiB at most in use by this process (on CUDA, of the GPU's memory)."""
-    import clock
-    import loops
     import torch
+
+    from bert_tickets.bench import baselines as loops
+    from bert_tickets.bench import timing as clock
 
     case = prepare(args.tasks[0], args)
     seconds = clock.take_turns({args.alone: getattr(loops, args.alone)(case)}, args.turns, args.turn_steps, case.device)
@@ -155,8 +156,8 @@ def alone(args: argparse.Namespace) -> dict[str, float]:
 
 def measure_levers(name: str, args: argparse.Namespace) -> dict[str, float]:
     """How much longer a step takes with each lever off, %."""
-    import clock
-    import loops
+    from bert_tickets.bench import baselines as loops
+    from bert_tickets.bench import timing as clock
 
     case = prepare(name, args)
     sides = {"all on": loops.ours(case)} | {lever: build(case) for lever, build in loops.LEVERS.items()}
@@ -173,9 +174,10 @@ def measure_levers(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 def profile(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds a step of the costliest kernels, by graphs; on a CPU of the costliest operations, by their own time."""
-    import clock
-    import loops
     import torch
+
+    from bert_tickets.bench import baselines as loops
+    from bert_tickets.bench import timing as clock
 
     case = prepare(name, args)
     on_gpu = case.device.type == "cuda"
@@ -197,9 +199,10 @@ def measure_level(model: str) -> dict[str, float]:
     """What a level costs beside its training: choosing the mask, writing it, writing a checkpoint. Medians of three."""
     from bert_tickets.config import Training
     from bert_tickets.files import write_tensors
-    from bert_tickets.mask import Mask
-    from bert_tickets.models import load_bert, prunable
-    from bert_tickets.prune import magnitude, prune
+    from bert_tickets.masking.mask import Mask
+    from bert_tickets.masking.prune import magnitude, prune
+    from bert_tickets.modeling.loading import load_bert
+    from bert_tickets.modeling.parameters import prunable
 
     net, _ = load_bert(model, "classifier", "pretrained", Training.seed)
     weights = prunable(net)
@@ -239,10 +242,11 @@ def measure_start(args: argparse.Namespace) -> float:
 
 def count(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Kernels and gigabytes of one step of ours, by kind (kernels.py); where there is no GPU, on a pretended one."""
-    import kernels
-    import loops
-    import pretended
     import torch
+
+    from bert_tickets.bench import baselines as loops
+    from bert_tickets.bench import fake_cuda as pretended
+    from bert_tickets.bench import kernels
 
     real = torch.cuda.is_available()
     if not real and (why := pretended.why_not()):
@@ -276,7 +280,7 @@ def main(args: argparse.Namespace) -> None:
     measure = count if args.count else measure_levers if args.levers else profile if args.profile else measure_task
     with tempfile.TemporaryDirectory() as folder:
         if args.model == "random":
-            import generated
+            from bert_tickets.bench import tiny_bert as generated
 
             args.model = folder
             generated.save_bert(Path(folder))

@@ -18,7 +18,7 @@ found = hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes()).hexdigest()
 sys.exit(0 if found == expected else f"{sys.argv[1]} is not the published file: sha256 {found}")
 END
 
-$python -m bert_tickets.demo --output runs/demo/data
+$python -m bert_tickets.data.demo --output runs/demo/data
 run=($python lt_glue.py --task sst2 --model "$model" --data-dir runs/demo/data --lr 1e-4 --output-dir runs/demo)
 
 echo; echo "== tickets by iterative magnitude pruning =="

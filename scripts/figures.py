@@ -8,7 +8,7 @@
   python scripts/figures.py densities runs --sparsity 70 --output densities.png       # what is left of each layer
 
 Takes run directories, or folders that hold them. Runs that differ in nothing but their seed are one line or one cell: their
-mean, with the standard deviation of single runs. Masks that are in no run compare by python -m bert_tickets.compare.
+mean, with the standard deviation of single runs. Masks that are in no run compare by python -m bert_tickets.masking.similarity.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
-from bert_tickets import UserError, compare
-from bert_tickets.command import hyphens, run_command
-from bert_tickets.figures import curves, heatmap
-from bert_tickets.figures.pictures import need_matplotlib, picture_file
-from bert_tickets.report import table
-from bert_tickets.tables import published
+from bert_tickets.cli import hyphens, run_command
+from bert_tickets.errors import UserError
+from bert_tickets.masking import similarity as compare
+from bert_tickets.report.pictures import need_matplotlib, picture_file
+from bert_tickets.runs.summary import curves, heatmap, published, table
 
 if TYPE_CHECKING:
-    from bert_tickets.records import Record
+    from bert_tickets.report.results import LevelResult
 
-BySeed = Mapping[int, "Record"]
+BySeed = Mapping[int, "LevelResult"]
 DENSE = "dense network"
 
 
@@ -41,13 +40,13 @@ def tell(values: Sequence[float], form: str = ".2f") -> str:
     return f"{mean(values):{form}}{spread}" if values else "-"
 
 
-def tell_doubts(records: Iterable[Record]) -> None:
+def tell_doubts(records: Iterable[LevelResult]) -> None:
     """Print what is left out of means, and what runs say against values that are in them, which a star marks."""
     records = list(records)
     if count := sum(record.value is None for record in records):
         print(f"{count} value(s) are undefined (a correlation of constant predictions or labels) and left out of the means")
     for record in records:
-        for doubt in record.doubts:
+        for doubt in record.warnings:
             print(f"* {record.run}, level {record.level}: {doubt}")
 
 
@@ -59,13 +58,13 @@ def tell_seeds(counts: Iterable[int]) -> str:
     return f"mean ± standard deviation of {found[0]}{f' to {found[-1]}' if len(found) > 1 else ''} seeds"
 
 
-def own_tickets(records: Sequence[Record], sparsity: float) -> dict[str, BySeed]:
+def own_tickets(records: Sequence[LevelResult], sparsity: float) -> dict[str, BySeed]:
     """What IMP found from the pre-trained weights: task -> seed -> the level that removes `sparsity` percent.
 
     Raises `UserError` where there is none, or a task's were found in two ways.
     """
-    from bert_tickets.figures.series import in_order, percent
-    from bert_tickets.records import IMP, PRETRAINED, by_seed
+    from bert_tickets.report.results import IMP, PRETRAINED, by_seed
+    from bert_tickets.report.series import in_order, percent
 
     found = [r for r in records if (r.ticket, r.weights, r.rewind) == (IMP, PRETRAINED, "0")]
     there = [r for r in found if percent(r) == sparsity]
@@ -83,8 +82,8 @@ def own_tickets(records: Sequence[Record], sparsity: float) -> dict[str, BySeed]
 # ---- metric over sparsity ----
 
 
-def draw_curves(records: Sequence[Record], args: argparse.Namespace) -> None:
-    from bert_tickets.figures.series import UNITS, read_curves, read_doubted
+def draw_curves(records: Sequence[LevelResult], args: argparse.Namespace) -> None:
+    from bert_tickets.report.series import UNITS, read_curves, read_doubted
 
     units = {record.task: UNITS.get(record.metric, f"{record.metric} × 100") for record in records}
     panels, found, doubted = [], read_curves(records), read_doubted(records)
@@ -109,9 +108,9 @@ def draw_curves(records: Sequence[Record], args: argparse.Namespace) -> None:
 # ---- transfer ----
 
 
-def draw_transfer(records: Sequence[Record], args: argparse.Namespace) -> None:
-    from bert_tickets.figures.series import in_order, is_doubted, percent, points
-    from bert_tickets.records import ONESHOT, PRETRAINED, RANDOM, by_seed, dense, need_one_setting
+def draw_transfer(records: Sequence[LevelResult], args: argparse.Namespace) -> None:
+    from bert_tickets.report.results import ONESHOT, PRETRAINED, RANDOM, by_seed, dense, need_one_setting
+    from bert_tickets.report.series import in_order, is_doubted, percent, points
 
     own = own_tickets(records, args.sparsity)
     given = [r for r in records if (percent(r), r.weights, r.level) == (args.sparsity, PRETRAINED, 0) and r.ticket != r.task]
@@ -164,7 +163,7 @@ def _difference(seeds: BySeed, less: Sequence[float], base: Sequence[float], dou
 # ---- masks: overlap and densities ----
 
 
-def draw_overlap(records: Sequence[Record], args: argparse.Namespace) -> None:
+def draw_overlap(records: Sequence[LevelResult], args: argparse.Namespace) -> None:
     own = own_tickets(records, args.sparsity)
     tickets = [(task, seed) for task, seeds in own.items() for seed in seeds]
     if len(tickets) < 2:
@@ -200,7 +199,7 @@ def _range(values: Sequence[float]) -> str:
     return " to ".join(ends)
 
 
-def draw_densities(records: Sequence[Record], args: argparse.Namespace) -> None:
+def draw_densities(records: Sequence[LevelResult], args: argparse.Namespace) -> None:
     panels, names = [], []
     own = own_tickets(records, args.sparsity)
     for task, seeds in own.items():
@@ -243,7 +242,7 @@ COMMANDS = {"curves": draw_curves, "transfer": draw_transfer, "overlap": draw_ov
 
 def main(args: argparse.Namespace) -> None:
     need_matplotlib()  # met before anything is read
-    from bert_tickets.records import need_one_subject, read_failures, read_records
+    from bert_tickets.report.results import need_one_subject, read_failures, read_records
 
     records = read_records(args.runs)
     need_one_subject(records)

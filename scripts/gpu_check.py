@@ -25,11 +25,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import checks
-import step_checks
-
-from bert_tickets import UserError, first_line
-from bert_tickets.command import hyphens, run_command
+from bert_tickets.bench import checks, step_checks
+from bert_tickets.cli import hyphens, run_command
+from bert_tickets.errors import UserError, first_line
 from bert_tickets.files import write_json
 
 CHECKS = {  # in the order of their worth

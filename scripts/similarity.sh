@@ -14,4 +14,4 @@ for seed in $SEEDS; do
   done
 done
 
-finally "$PYTHON" -m bert_tickets.compare "${masks[@]}" --level $((SPARSITY / STEP)) --output "$OUTPUT/similarity_$SPARSITY.png"
+finally "$PYTHON" -m bert_tickets.masking.similarity "${masks[@]}" --level $((SPARSITY / STEP)) --output "$OUTPUT/similarity_$SPARSITY.png"

@@ -31,10 +31,10 @@ sys.path.insert(0, str(ROOT))  # oneshot.py and perturb_weight.py are scripts, n
 
 import oneshot
 import perturb_weight
-from bert_tickets import Stopped, UserError, first_line
-from bert_tickets.command import hyphens, run_command
+from bert_tickets.cli import hyphens, run_command
+from bert_tickets.errors import Stopped, UserError, first_line
 from bert_tickets.sweep.jobs import Job, Line, plan, read_lines
-from bert_tickets.sweep.schedule import LOSSES, Ended, Sweep
+from bert_tickets.sweep.runner import LOSSES, Ended, Sweep
 from bert_tickets.sweep.view import View, report
 
 MAKERS = {"oneshot.py": oneshot, "perturb_weight.py": perturb_weight}

@@ -21,12 +21,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_tickets import UserError
-from bert_tickets.command import hyphens, run_command
+from bert_tickets.cli import hyphens, run_command
+from bert_tickets.errors import UserError
 
 if TYPE_CHECKING:
-    from bert_tickets.tables.entries import Pool
-    from bert_tickets.tables.layout import Table
+    from bert_tickets.report.cells import Pool
+    from bert_tickets.report.layout import Table
 
 TABLES = {  # each with the sweep that makes its runs
     "2": "table2",
@@ -60,9 +60,9 @@ def parse() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.files import write
-    from bert_tickets.records import read_failures, read_records, under
-    from bert_tickets.tables import layout
-    from bert_tickets.tables.entries import choose
+    from bert_tickets.report.cells import choose
+    from bert_tickets.report.results import read_failures, read_records, under
+    from bert_tickets.runs.summary import layout
 
     records, failures = read_records(args.runs), read_failures(args.runs)
     if args.setting is not None:
@@ -93,7 +93,9 @@ def main(args: argparse.Namespace) -> None:
 
 def build(name: str, pool: Pool, sparsity: float | None) -> Table | None:
     """A table; None where there are no runs for it."""
-    from bert_tickets.tables import transfers, variations, winning
+    from bert_tickets.runs.summary import matching as winning
+    from bert_tickets.runs.summary import rewinding as variations
+    from bert_tickets.runs.summary import transfers
 
     match name:
         case "2":

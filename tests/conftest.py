@@ -23,12 +23,11 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch
-from campaign import Bench
-from generated import LETTERS, SPECIAL, save_tokenizer
 from paragraphs import content
-from pretended import why_not
 from transformers import BertConfig, BertModel
-from victims import Nursery
+
+from bert_tickets.bench.fake_cuda import why_not
+from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
 needs_pretending = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -212,13 +211,6 @@ def commands(bert_dir: Path, glue_dir: Path, squad_dir: Path, corpus_dir: Path) 
         "lt_pretrain.py": f"--data-dir {corpus_dir} --max-length 16 --batch-size 8 --max-steps 6 --limit-eval 9",
     }
     return {script: f"{line} --model {bert_dir} --lr 1e-3 --log-every 2".split() for script, line in words.items()}
-
-
-@pytest.fixture(scope="session")
-def bench(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Where the campaigns of faults run the training scripts."""
-    with Nursery() as nursery:
-        yield Bench(nursery, commands, tmp_path_factory.mktemp("faults"))
 
 
 DEPRECATED = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"  # as pyproject.toml has it

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bert_tickets.batches import Batches
 from bert_tickets.config import Config, build, tasks
-from bert_tickets.mask import Mask
-from bert_tickets.models import prunable
-from bert_tickets.prune import magnitude, prune
-from bert_tickets.step import Step
+from bert_tickets.data.batches import Batches
+from bert_tickets.masking.mask import Mask
+from bert_tickets.masking.prune import magnitude, prune
+from bert_tickets.modeling.parameters import prunable
 from bert_tickets.tasks import Task
 from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import Mlm
 from bert_tickets.tasks.squad import Squad
+from bert_tickets.training.step import Step
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 STEPS = 10
@@ -42,7 +42,7 @@ def losses(task: Task, cfg: Config, *, packed: bool) -> list[float]:
     net, tokenizer = task.load_net(cfg)
     store, _ = task.load_data(cfg, tokenizer, torch.device("cpu"))
     seed = cfg.train.seed
-    batches = Batches(store, cfg.train.batch_size, seed, alter=lambda batch, step: task.alter(batch, step, seed))
+    batches = Batches(store, cfg.train.batch_size, seed, augment_batch=lambda batch, step: task.augment_batch(batch, step, seed))
     mask = prune(Mask.ones(prunable(net)), magnitude(prunable(net)), 0.3)
     mask.apply(prunable(net))
     if not packed:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from bert_tickets.config import build, flat, identity, run_name
-from bert_tickets.files import read_facts, write_json, write_sealed, write_tensors
-from bert_tickets.mask import Mask
+from bert_tickets.files import read_facts, write_checksummed, write_json, write_tensors
+from bert_tickets.masking.mask import Mask
 
 WEIGHTS = 1000
 METRICS = {"cola": "matthews", "stsb": "pearson", "squad": "f1"}
@@ -39,11 +39,11 @@ def weights(path: Path, perturbed: str) -> Path:
 
 
 def run(
-    place: Path, values: Sequence[float | None], task: str = "sst2", seed: int = 57, doubts: Sequence[str] = (), **given: Any
+    place: Path, values: Sequence[float | None], task: str = "sst2", seed: int = 57, warnings: Sequence[str] = (), **given: Any
 ) -> Path:
     """A run of `task` under `place` whose levels score these values; with `mask` a given ticket, of one level.
 
-    Its levels are as many as the values unless `levels` says more. `doubts` are of the last one. `given` are the flags.
+    Its levels are as many as the values unless `levels` says more. `warnings` are of the last one. `given` are the flags.
     """
     preset = task if task in ("squad", "mlm") else "glue"
     if "mask" not in given:
@@ -68,14 +68,14 @@ def run(
         mask.write(folder / f"level_{level:02d}" / "mask.safetensors", **info)
         metric = METRICS.get(task, "accuracy")
         line = {"level": level, "task": task, "metric": metric, "metrics": {metric: value}, "sparsity": mask.sparsity}
-        said = list(doubts) if level == len(values) - 1 else []
-        write_json(folder / f"level_{level:02d}" / "metrics.json", line | {"mask_sha256": mask.sha256(), "doubts": said})
+        said = list(warnings) if level == len(values) - 1 else []
+        write_json(folder / f"level_{level:02d}" / "metrics.json", line | {"mask_sha256": mask.sha256(), "warnings": said})
     return folder
 
 
 def fail(folder: Path, level: int, why: str) -> None:
     """Have a run say that this level of it came to no result."""
-    write_sealed(folder / "failure.json", {"run": None, "level": level, "ended": why})
+    write_checksummed(folder / "failure.json", {"run": None, "level": level, "ended": why})
 
 
 def mask_of(folder: Path, level: int) -> Path:

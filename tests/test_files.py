@@ -12,22 +12,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_tickets import Busy, Refused, UserError
+from bert_tickets.errors import Busy, Refused, UserError, in_words
 from bert_tickets.files import (
     HEADER,
     OBJECT,
     check,
+    read_checksummed,
     read_facts,
     read_info,
     read_json,
-    read_sealed,
     read_tensors,
     take_lock,
     write,
-    write_sealed,
+    write_checksummed,
     write_tensors,
 )
-from bert_tickets.refusal import in_words
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
@@ -101,7 +100,7 @@ def test_an_object_that_is_too_large_for_a_run_is_refused_unread(tmp_path):
     with (tmp_path / "run.json").open("wb") as file:
         file.truncate(OBJECT + 1)
     with pytest.raises(UserError, match="of its 67,108,865 bytes at most 67,108,864 can be a run's"):
-        read_sealed(tmp_path / "run.json")
+        read_checksummed(tmp_path / "run.json")
 
 
 def test_files_of_older_versions_are_read(tmp_path):
@@ -110,7 +109,7 @@ def test_files_of_older_versions_are_read(tmp_path):
     save_file(TENSORS, tmp_path / "t")
     assert torch.equal(read_tensors(tmp_path / "t")["a"], TENSORS["a"])
     (tmp_path / "j").write_text('{"a": 1}')
-    assert read_sealed(tmp_path / "j") == {"a": 1}
+    assert read_checksummed(tmp_path / "j") == {"a": 1}
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=9)
@@ -119,23 +118,23 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_
 @SAME_FOLDER
 @given(st.dictionaries(st.text().filter(lambda key: key != "checksum"), JSON))
 def test_a_sealed_object_comes_back(tmp_path, value):
-    write_sealed(tmp_path / "j", value)
-    assert read_sealed(tmp_path / "j") == value
+    write_checksummed(tmp_path / "j", value)
+    assert read_checksummed(tmp_path / "j") == value
 
 
 @pytest.mark.parametrize("change", [{"a": 2}, {"b": 1}, {"checksum": "0" * 64}])
 def test_a_sealed_object_that_was_edited_is_refused(tmp_path, change):
-    write_sealed(tmp_path / "j", {"a": 1})
+    write_checksummed(tmp_path / "j", {"a": 1})
     (tmp_path / "j").write_text(json.dumps(json.loads((tmp_path / "j").read_text()) | change))
     with pytest.raises(UserError, match="damaged or was edited"):
-        read_sealed(tmp_path / "j")
+        read_checksummed(tmp_path / "j")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "null", "{", '{"a": NaN', "\udcff"])
 def test_what_is_no_object_is_refused(tmp_path, text):
     (tmp_path / "j").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="damaged"):
-        read_sealed(tmp_path / "j")
+        read_checksummed(tmp_path / "j")
 
 
 # ---- what the file system refuses ----
@@ -166,7 +165,7 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_busy(tmp_path, monkeypatch)
         take_lock(tmp_path / "lock")
 
 
-@pytest.mark.parametrize("read", [read_json, read_sealed, check, read_facts, read_tensors])
+@pytest.mark.parametrize("read", [read_json, read_checksummed, check, read_facts, read_tensors])
 def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, read):
     write_tensors(tmp_path / "t", TENSORS)
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from bert_tickets import UserError
-from bert_tickets.command import parse
+from bert_tickets.cli import parse
 from bert_tickets.config import FIELDS, Config, flat
-from bert_tickets.history import is_settled, levels_done, levels_of, run_dir
+from bert_tickets.errors import UserError
+from bert_tickets.runs.directory import is_settled, levels_done, levels_of, run_dir
 
 TRAINING = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}  # script: its preset
 QUOTED = re.compile(r"""'[^']*'|"(\\.|[^"\\])*"|\\.""", re.DOTALL)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from bert_tickets.sweep.jobs import Job, progress
-from bert_tickets.sweep.schedule import Sweep, duration
+from bert_tickets.sweep.runner import Sweep, duration
 
 HEARTBEAT = 60.0  # seconds between lines, where nobody watches a terminal
 REDRAW = 1.0

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bert_tickets.batches import Batch, Store
-from bert_tickets.bert import Net
 from bert_tickets.config import Config
+from bert_tickets.data.batches import Store
+from bert_tickets.modeling.bert import Net
+from bert_tickets.modeling.packing import Batch
 
 
 class Task(Protocol):
@@ -33,7 +34,7 @@ class Task(Protocol):
         """The training set and the evaluation sets by name, limited as `cfg` says."""
         ...
 
-    def alter(self, batch: Batch, step: int, seed: int) -> Batch:
+    def augment_batch(self, batch: Batch, step: int, seed: int) -> Batch:
         """The training batch of a step, changed as the task draws it anew each time; most tasks change nothing."""
         ...
 
@@ -41,18 +42,29 @@ class Task(Protocol):
         """The mean loss of a packed batch, a scalar. Never waits for the device."""
         ...
 
-    def outputs(self, net: Net, batch: Batch) -> Tensor:
+    def predict(self, net: Net, batch: Batch) -> Tensor:
         """What evaluation keeps of a packed batch: [rows, ...]."""
         ...
 
-    def score(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> dict[str, float]:
+    def compute_metrics(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> dict[str, float]:
         """Metrics from each evaluation set's outputs, in the set's order."""
         ...
 
-    def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> list[str]:
+    def warnings(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> list[str]:
         """What the metrics do not say of a network that learned nothing: the same answer to everything, or worse than chance."""
         ...
 
-    def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: dict[str, float]) -> str:
+    def compare_with_evaluate(
+        self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: dict[str, float]
+    ) -> str:
         """Hold `ours` against another implementation of the metrics; a line to print."""
         ...
+
+
+def create(name: str) -> Task:
+    """The adapter of a task."""
+    from bert_tickets.tasks.glue import Glue
+    from bert_tickets.tasks.mlm import Mlm
+    from bert_tickets.tasks.squad import Squad
+
+    return {"squad": Squad, "mlm": Mlm}[name]() if name in ("squad", "mlm") else Glue(name)

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_tickets import UserError
-from bert_tickets.batches import Batch, Store, seeded, ship
-from bert_tickets.bert import Net, encode
 from bert_tickets.config import Config
-from bert_tickets.corpus import Corpus, load_corpus
-from bert_tickets.doubts import unread
-from bert_tickets.models import load_bert
-from bert_tickets.texts import find_texts
+from bert_tickets.data.batches import Store
+from bert_tickets.data.mlm_dataset import Corpus, load_corpus
+from bert_tickets.data.text_source import find_texts
+from bert_tickets.errors import UserError
+from bert_tickets.modeling.bert import Net, encode
+from bert_tickets.modeling.loading import load_bert
+from bert_tickets.modeling.packing import Batch, ship
+from bert_tickets.seeds import seeded
+from bert_tickets.tasks.sanity import unread
 
 SHARE = 0.15  # of the tokens are to be predicted
 MASKED, RANDOM = 0.8, 0.1  # of these show [MASK], or a random token; the others show themselves
@@ -35,7 +37,7 @@ class Mlm:
     rows: Literal["any"] = "any"
     mask_id: int
     vocabulary: int
-    noted: Sequence[str] = ()  # what the texts say against every score
+    data_warnings: Sequence[str] = ()  # what the texts say against every score
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         return load_bert(cfg.model, "mlm", cfg.init, cfg.train.seed)
@@ -52,10 +54,14 @@ class Mlm:
             f"knowing these ones' frequencies alone loses {held_out.unigram_entropy:.3f} nats a token"
         )
         same = ["the validation text is the training text"] if texts["train"].key == texts["validation"].key else []
-        self.noted = [*same, *unread(train.first(), tokenizer, "train"), *unread(held_out.first(), tokenizer, "validation")]
+        self.data_warnings = [
+            *same,
+            *unread(train.first(), tokenizer, "train"),
+            *unread(held_out.first(), tokenizer, "validation"),
+        ]
         return train, {"validation": held_out}
 
-    def alter(self, batch: Batch, step: int, seed: int) -> Batch:
+    def augment_batch(self, batch: Batch, step: int, seed: int) -> Batch:
         """A training batch with the masks of its step. On CUDA all batches of one size have one shape, for CUDA graphs."""
         even = batch.input_ids.device.type == "cuda"
         return mask_tokens(batch, [seeded(seed, "masks", step)], self.mask_id, self.vocabulary, even=even)
@@ -71,7 +77,7 @@ class Mlm:
         total = F.cross_entropy(scores.to(_wide(scores)), batch.labels, reduction="sum", ignore_index=NONE)
         return total / (batch.labels != NONE).sum().clamp(min=1)  # a batch of a few tokens may have none that is masked
 
-    def outputs(self, net: Net, batch: Batch) -> Tensor:
+    def predict(self, net: Net, batch: Batch) -> Tensor:
         """Of each masked token the negative log-likelihood in nats, and 1 where it scores highest, else 0: [M, 2]."""
         hidden, rows = _chosen(net, batch), []
         with torch.autocast(hidden.device.type, enabled=False):  # half-precision scores tie, and the lower index then wins
@@ -81,7 +87,7 @@ class Mlm:
                 rows.append(torch.stack([F.cross_entropy(scores, labels, reduction="none"), hits.to(scores.dtype)], 1))
         return torch.cat(rows)
 
-    def score(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> dict[str, float]:
+    def compute_metrics(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> dict[str, float]:
         """Accuracy (Table 2's), the mean loss in nats and its exponential, from `outputs` in any order."""
         (values,) = outputs.values()
         if not len(values):
@@ -91,14 +97,16 @@ class Mlm:
         loss, accuracy = values.mean(axis=0, dtype=np.float64).tolist()
         return {"accuracy": accuracy, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
-    def doubts(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> list[str]:
+    def warnings(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> list[str]:
         """Whether the loss is above what knowing the tokens' frequencies alone loses. And what the texts themselves say."""
         ((name, store),) = stores.items()
-        loss, known = self.score(outputs, stores)["loss"], getattr(store, "unigram_entropy", math.inf)
+        loss, known = self.compute_metrics(outputs, stores)["loss"], getattr(store, "unigram_entropy", math.inf)
         above = f"loss {loss:.3f} on {name} is above {known:.3f}, which knowing no context gives"
-        return [*self.noted, *[above] * (loss > known)]
+        return [*self.data_warnings, *[above] * (loss > known)]
 
-    def check(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: Mapping[str, float]) -> str:
+    def compare_with_evaluate(
+        self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: Mapping[str, float]
+    ) -> str:
         return "metrics not compared with evaluate, which has none for masked tokens"
 
 
@@ -112,14 +120,14 @@ def mask_tokens(
     ask nothing of the tokens, so that nobody waits for the device. `even` adds places without a label, as many as give every
     batch of T tokens the same number (all but one in 10^9).
     """
-    groups = np.array_split(batch.lengths if batch.share is None else batch.share.lengths, len(generators))
+    groups = np.array_split(batch.lengths if batch.shard is None else batch.shard.lengths, len(generators))
     draws = [_draw(lengths, generator, mask_id, vocabulary) for lengths, generator in zip(groups, generators, strict=True)]
     chosen, shown = (torch.cat(parts) for parts in zip(*draws, strict=True))
     weight = batch.weight
-    if batch.share is not None:  # drawn for all, as one process would
-        every, part = int(chosen.sum()), batch.share.tokens
+    if batch.shard is not None:  # drawn for the whole batch, as one process would
+        total, part = int(chosen.sum()), batch.shard.tokens
         chosen, shown = chosen[part], shown[part]
-        weight = int(chosen.sum()) / max(1, every) if weight else 0.0  # the mean is over masked tokens, not examples
+        weight = int(chosen.sum()) / max(1, total) if weight else 0.0  # the mean is over masked tokens, not examples
     places = chosen.nonzero()[:, 0]
     count, ids = len(places), batch.input_ids
     if even:

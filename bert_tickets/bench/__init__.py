@@ -1,0 +1,1 @@
+"""Speed and correctness on a device, beside the released loop."""

@@ -1,0 +1,168 @@
+"""The command line of the scripts: flags from the dataclasses of `config`, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import os
+import resource
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
+
+from bert_tickets.config import TASKS, Config, Training, build, fields_of, methods, preset_values, settings_class
+from bert_tickets.errors import Busy, Stopped, UserError
+
+FORMATTER = argparse.RawDescriptionHelpFormatter
+
+
+def parse(kind: str, description: str | None, argv: Sequence[str] | None = None) -> Config:
+    """The command line of the training script for a kind of task as a `Config`. Exits with 2 and a line for a user's mistake.
+
+    `--method` decides which flags there are; `--mask` alone means `--method transfer`.
+    """
+    words = hyphens(argv)
+    method = method_of(words)
+    parser = new_parser(
+        description, epilog=f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another"
+    )
+    try:
+        if method not in methods(kind):
+            raise UserError(f"there is no method {method} for this script; the methods are {', '.join(methods(kind))}")
+        for name, f in flags(kind, method).items():
+            _add_flag(parser, name, f, method, kind)
+        known, unknown = parser.parse_known_args(words)
+        if unknown:
+            raise UserError(_unknown(unknown[0], kind, method))
+        given = vars(known) | {"method": method}
+        if "task" not in given and len(TASKS[kind]) > 1:
+            raise UserError(f"--task is needed, one of {', '.join(TASKS[kind])}")
+        given["task"] = given.get("task", TASKS[kind][0]).lower().replace("-", "")
+        if given["task"] not in TASKS[kind]:
+            raise UserError(f"there is no task {given['task']!r}; the tasks are {', '.join(TASKS[kind])}")
+        return build(given)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def method_of(words: Sequence[str]) -> str:
+    """The method that a command line asks for."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--method" or word.startswith("--method="):
+            return word.partition("=")[2] or following
+    return "transfer" if any(word.partition("=")[0] == "--mask" for word in words) else Config.method
+
+
+def flags(kind: str, method: str) -> dict[str, dataclasses.Field]:
+    """The fields that are flags of a script: `--task` only where there is a choice, and no other kind's."""
+    absent = {"task"} if len(TASKS[kind]) == 1 else set()
+    return {n: f for n, f in fields_of(method).items() if n not in absent and f.metadata["kind"] in (None, kind)}
+
+
+def _unknown(word: str, kind: str, method: str) -> str:
+    name = word.split("=")[0].removeprefix("--").replace("-", "_")
+    owners = [other for other in methods(kind) if other != method and name in flags(kind, other)]
+    if word.startswith("--") and owners:
+        return f"{word} belongs to --method {' or '.join(owners)}, and this is --method {method}"
+    return f"unrecognized argument {word}"
+
+
+def new_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that returns only what was given, so that a preset can supply the rest."""
+    options: dict[str, Any] = {"formatter_class": FORMATTER, "argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+    return argparse.ArgumentParser(description=description, epilog=epilog, **options)
+
+
+def hyphens(argv: Sequence[str] | None = None) -> list[str]:
+    """The command line with `--batch_size` written `--batch-size`: both are accepted."""
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, value = word.partition("=")
+        words.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return words
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, f: dataclasses.Field, method: str, kind: str) -> None:
+    options: dict[str, Any] = {"dest": name, "help": f.metadata["help"].replace("%", "%%")}
+    hint = _types(method)[name]
+    kinds = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
+    if typing.get_origin(hint) is Literal:
+        options["choices"] = kinds
+    elif bool in kinds:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"type": kinds[0], "metavar": {str: "TEXT", int: "N", float: "X"}[kinds[0]]}
+    default = preset_values(method, kind, "paper").get(name, f.default)
+    if name == "task":
+        options |= {"metavar": "TASK", "help": f"one of {', '.join(TASKS[kind])}"}
+    elif name == "method":
+        options |= {"metavar": "NAME", "help": options["help"] + f" (one of {', '.join(methods(kind))}; here: {method})"}
+    elif default not in (None, False, dataclasses.MISSING):
+        options["help"] += f" (default: {default})"
+    options["required"] = f.default is dataclasses.MISSING and name != "task"
+    parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def _types(method: str) -> dict[str, Any]:
+    return typing.get_type_hints(Config) | typing.get_type_hints(Training) | typing.get_type_hints(settings_class(method))
+
+
+# ---- the process ----
+
+
+def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
+    """Run a script's `main` and exit: 2 and a line for a user's mistake or a refusal of the system, 75 where another process
+    holds the run, 128 + signal when stopped."""
+    keep_freed_memory()
+    code, message = 0, ""
+    try:
+        main(*arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        code, message = (os.EX_TEMPFAIL if isinstance(error, Busy) else 2), f"error: {error}"
+    except Stopped as stop:
+        code, message = stop.code, str(stop)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    except BrokenPipeError:  # the reader of `... | head` has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the interpreter's last flush fail
+        code = 141
+    except OSError as error:
+        code, message = 2, f"error: {error}. Files that were complete before are intact; the same command can be given again."
+    if message:
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes that torchrun started. WORLD_SIZE alone does not say so: some clusters set it
+    for every program."""
+    return "LOCAL_RANK" in os.environ and environment_number("WORLD_SIZE") > 1
+
+
+def environment_number(variable: str) -> int:
+    """A number that torchrun sets in the environment; 1 where it is unset. Raises `UserError` for anything else."""
+    text = os.environ.get(variable) or "1"
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"the variable {variable} is {text!r}, where torchrun sets a number: unset it, or start by torchrun")
+    return int(text)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next allocation. No result depends on it.
+
+    By default it returns every large tensor to the system at once, and a training step on a CPU then spends up to a seventh of
+    its time on page faults. The user's own MALLOC_ variables, and a limit on the process's memory, have precedence.
+    """
+    trim_threshold, mmap_max = -1, -4  # names of malloc.h
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if limited or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)  # large blocks from the heap as well
+        mallopt(trim_threshold, -1)  # and the heap never shrinks

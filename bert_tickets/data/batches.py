@@ -1,0 +1,174 @@
+"""Examples as one ragged store of tokens on the device, and packed batches cut from it.
+
+A packed batch is the batch's examples end to end, without a padding token: `input_ids[1, T]`. Which examples make a batch
+is a function of (seed, epoch, step) alone; so a run resumes from a step number, and packing changes no batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert_tickets.data.token_cache import Tokens
+from bert_tickets.modeling.packing import Batch, Shard, ship
+from bert_tickets.seeds import seeded
+
+
+class Store(Protocol):
+    """A set of examples on a device, of which batches are cut."""
+
+    sha256: str  # of the content
+    device: torch.device
+    lengths: np.ndarray  # [n], int64: tokens of each example
+
+    def __len__(self) -> int: ...
+    def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch: ...
+
+
+class TokenStore:
+    """A set of tokenised examples with labels ([n, ...], class indices, places or floats), resident on a device."""
+
+    def __init__(self, tokens: Tokens, labels: np.ndarray, device: torch.device | str = "cpu") -> None:
+        if len(labels) != len(tokens.lengths):
+            raise ValueError(f"{len(labels)} labels for {len(tokens.lengths)} examples")
+        self.sha256 = hashlib.sha256(tokens.sha256().encode() + labels.tobytes()).hexdigest()
+        self.device = torch.device(device)
+        self._longest = int(tokens.lengths.max(initial=0))
+        self.lengths = tokens.lengths  # on the host as well, to know a batch's shape without asking the device
+        self.labels = torch.from_numpy(labels).to(device)
+        self._ids = torch.from_numpy(tokens.ids).to(device)
+        self._types = torch.from_numpy(tokens.types).to(device)
+        self._lengths = torch.from_numpy(tokens.lengths).to(device)
+        self._offsets = torch.from_numpy(np.cumsum(tokens.lengths) - tokens.lengths).to(device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch:
+        """The examples of these indices ([B], int64, on the CPU), packed in their order. Never waits for the device."""
+        lengths, device = self.lengths[examples.numpy()], self.device
+        tokens, longest = int(lengths.sum()), int(lengths.max())
+        examples = ship(examples, device)
+        lens = self._lengths[examples]
+        starts = lens.cumsum(0) - lens
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=device), lens, output_size=tokens)
+        position = torch.arange(tokens, device=device) - starts[rows]
+        source = self._offsets[examples][rows] + position
+        padding = 0
+        if bucketed:
+            longest = min(_round_up(longest, 32), self._longest)
+            unit = max(32, (1 << tokens.bit_length()) // 32)  # at most a 16th of the tokens, see `packing.max_padding`
+            padding = min(_round_up(tokens, unit), len(lengths) * longest) - tokens
+            rows = F.pad(rows, (0, padding), value=int(lengths.argmin()))
+            position = F.pad(position, (0, padding), value=longest - 1)
+            source = F.pad(source, (0, padding))
+        return Batch(
+            input_ids=self._ids[source].long()[None],
+            token_type_ids=self._types[source].long()[None],
+            position_ids=position[None],
+            rows=rows,
+            starts=starts,
+            lens=lens,
+            labels=self.labels[examples],
+            lengths=lengths,
+            longest=longest,
+            padding=padding,
+        )
+
+
+def by_length(store: Store, max_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Batch]]:
+    """Every example once, the longest first, in packs of at most `max_tokens` padded tokens: (indices, batch).
+
+    Several processes take the packs in turn.
+    """
+    order = np.argsort(-store.lengths, kind="stable")
+    start = number = 0
+    while start < len(order):
+        rows = max(1, max_tokens // int(store.lengths[order[start]]))
+        if number % world_size == rank:
+            indices = torch.from_numpy(order[start : start + rows])
+            yield indices, store.batch(indices)
+        start, number = start + rows, number + 1
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def order(count: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of `count` examples in which an epoch sees them ([count], int64, CPU)."""
+    return torch.randperm(count, generator=seeded(seed, "order", epoch))
+
+
+Augment = Callable[[Batch, int], Batch]  # a batch and its step to what the step sees
+
+
+class Batches:
+    """The training batches of a level, by step: a cursor that can be set anywhere at no cost.
+
+    Each batch is divided among `world_size` processes, and by each of them into `grad_accum` parts: every example is in one part,
+    and parts have about as many tokens.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        batch_size: int,
+        seed: int,
+        *,
+        bucketed: bool = False,
+        augment_batch: Augment = lambda batch, step: batch,
+        grad_accum: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.store, self.batch_size, self.seed, self.bucketed = store, batch_size, seed, bucketed
+        self.augment_batch = augment_batch
+        self.grad_accum, self.rank, self.world_size = grad_accum, rank, world_size
+        self.per_epoch = math.ceil(len(store) / batch_size)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step, where this process takes it in one part."""
+        (batch,) = self.parts(step)
+        return batch
+
+    def parts(self, step: int) -> list[Batch]:
+        """The parts of a step's batch that this process takes, one after another."""
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, order(len(self.store), self.seed, epoch)
+        examples = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        shards = self.world_size * self.grad_accum
+        if shards == 1:
+            return [self.augment_batch(self.store.batch(examples, bucketed=self.bucketed), step)]
+        first = self.rank * self.grad_accum
+        return [self.augment_batch(self._shard(examples, n, shards), step) for n in range(first, first + self.grad_accum)]
+
+    def _shard(self, examples: Tensor, number: int, shards: int) -> Batch:
+        """One of the shards of the examples. An empty one is the first example at no weight: all processes must take the step."""
+        shard = shard_of(self.store.lengths[examples.numpy()], number, shards)
+        weight = (shard.last - shard.first) / len(examples)
+        if not weight:
+            shard = replace(shard, first=0, last=1)
+        batch = self.store.batch(examples[shard.first : shard.last], bucketed=self.bucketed)
+        return replace(batch, shard=shard, weight=weight)
+
+
+def shard_of(lengths: np.ndarray, number: int, shards: int) -> Shard:
+    """The examples whose middle tokens lie in the number-th of `shards` equal parts of all tokens.
+
+    Each example is in one shard. A shard may be empty, where one example has most of the tokens or there are few.
+    """
+    middles = lengths.cumsum() - lengths / 2
+    bounds = [lengths.sum() * part / shards for part in (number, number + 1)]
+    first, last = np.searchsorted(middles, bounds).tolist()
+    return Shard(lengths, first, last)

@@ -1,0 +1,35 @@
+"""The errors that a user sees as one line; anything else that escapes is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What was asked for cannot be done; the message says what happened and what to do. Scripts print it and exit with code 2."""
+
+
+class Damaged(UserError):
+    """A file does not match its checksum, or belongs to another run."""
+
+
+class Diverged(UserError):
+    """The loss or a weight is not finite, or fp16 gradients overflow at every scale: the level has no result."""
+
+
+class Busy(UserError):
+    """Another process holds the run directory. Scripts exit with code 75 (EX_TEMPFAIL): try again later."""
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C, raised after everything was saved. `code` is the process's exit status.
+
+    Like `KeyboardInterrupt` not an `Exception`, so that no library catches it.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message (at most 200 characters), or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

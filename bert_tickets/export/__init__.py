@@ -1,0 +1,1 @@
+"""Tickets as Hugging Face folders."""

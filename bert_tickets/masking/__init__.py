@@ -1,0 +1,1 @@
+"""Masks, and how they are chosen and compared."""

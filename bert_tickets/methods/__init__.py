@@ -1,0 +1,14 @@
+"""Methods that find or train tickets, one file each.
+
+A method `name` is a file `name.py` here and a preset `presets/name.toml`. The file has
+
+- `Settings`, a frozen dataclass of the method's own flags (`config.flag`). It may have `levels`, the number of levels of a run
+  (otherwise one); `plan()`, the lines that --dry-run prints; and `check_given(names)`, which raises for flags without effect.
+- `run(session, settings)`, which calls `session.train_level(level, mask)` for each level that is not finished.
+
+`oneshot` and `perturb` are not methods but what the scripts of these names compute; `main` is the training scripts' program.
+"""
+
+import pkgutil
+
+__path__ = pkgutil.extend_path(__path__, __name__)  # as for the package itself

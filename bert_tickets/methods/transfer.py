@@ -1,0 +1,52 @@
+"""Train a given ticket once on a task: TRANSFER(source, target) of Chen et al. 2020, and the rows of Table 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bert_tickets.config import flag
+from bert_tickets.errors import UserError
+
+if TYPE_CHECKING:
+    from bert_tickets.masking.mask import Mask
+    from bert_tickets.runs.session import Session
+
+
+def run(session: Session, s: Settings) -> None:
+    """f(m * theta, gamma), trained once: theta as --init says, gamma drawn by the seed."""
+    from bert_tickets.masking.mask import Mask
+
+    if session.finished(0):
+        return
+    params = dict(session.net.named_parameters())
+    mask = Mask.load(s.mask)
+    mask.check_fits(params, "the model", partly=True)
+    mask.apply(params)
+    session.train_level(0, mask.to(session.batches.store.device), warnings=list(_warnings(mask, session)))
+
+
+def _warnings(mask: Mask, session: Session) -> Iterator[str]:
+    from bert_tickets.modeling.parameters import prunable
+
+    base, model = mask.info.get("base_model"), session.cfg.model
+    if base not in (None, model):
+        yield f"the mask was found on {base}, and trains {model}: are they the same weights?"
+    if dense := prunable(session.net).keys() - mask.keys():
+        yield f"the mask does not cover {len(dense)} of the model's matrices, {min(dense)} among them: they stay dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of `--method transfer`."""
+
+    mask: str = flag("the ticket to train: a mask file, or a released mask.pt")
+
+    def __post_init__(self) -> None:
+        if not self.mask.strip():
+            raise UserError("--mask is empty; is a shell variable unset?")
+
+    def plan(self) -> list[str]:
+        """What --dry-run prints."""
+        return [f"train the ticket {self.mask} once"]

@@ -1,0 +1,1 @@
+"""BERT: checkpoints in, the packed forward pass."""

@@ -1,0 +1,254 @@
+"""Attention within each example of a packed batch. Only here are examples padded; all other arithmetic is on packed tokens.
+
+In half precision a GPU that has FlashAttention (Dao 2023) computes on the packed tokens themselves. Otherwise a GPU pads all
+examples to the longest one: whole tokens are gathered once, and torch's fused kernels do the rest. A CPU has no fused kernel with
+dropout, and a padded place costs there what a token costs: examples of like length are padded together, head by head, with a
+backward pass of our own.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert_tickets.modeling import dropout
+from bert_tickets.modeling.packing import Batch, max_padding
+
+ALIKE = 0.75  # on a CPU, examples whose lengths differ by no more than this share are padded together
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Tensor:
+        ctx.inverse, ctx.none = inverse, none
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad.index_select(0, ctx.inverse)
+        return (grad if ctx.none is None else grad.masked_fill_(ctx.none, 0)), None, None, None
+
+
+def gather(x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Tensor:
+    """`x[index]`, of rows, whose backward pass is a gather too and not a sum over indices.
+
+    `inverse` says where each row of x is in the result; rows that are not there, or there a second time as padding that
+    takes no gradient, are True in `none` ([rows of x, 1]).
+    """
+    return _Gather.apply(x, index, inverse, none)
+
+
+# ---- on a GPU ----
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Examples end to end, as they are."""
+
+    ends: Tensor  # [b + 2], int32: 0, each example's end, and T: the spare tokens are one more example
+    longest: int  # no example has more tokens
+    heads: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        q, k, v = (x.unflatten(1, (self.heads, -1)) for x in (q, k, v))
+        # torch's nested tensors call this kernel too, through slow dispatch in Python; torch.nn.attention.varlen has no dropout
+        kernel = torch.ops.aten._flash_attention_forward
+        out, *_ = kernel(q, k, v, self.ends, self.ends, self.longest, self.longest, p, False, False)
+        return out.flatten(1)
+
+
+def _ragged(batch: Batch, heads: int) -> Ragged:
+    tokens = batch.input_ids.shape[1]
+    ends = F.pad(batch.lens.cumsum(0), (1, 1))
+    ends[-1].fill_(tokens)
+    return Ragged(ends.int(), max(batch.longest, max_padding(tokens)), heads)  # by shapes alone: a captured step keeps it
+
+
+@functools.cache
+def _has_flash(device: torch.device, head_size: int) -> bool:
+    """Whether FlashAttention's kernel takes heads of this size there, in half precision."""
+    built = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return built and head_size % 8 == 0 and head_size <= 256
+
+
+@dataclass(frozen=True)
+class Padded:
+    """b examples padded to L tokens: b * L places. Where all have L tokens, the places are the tokens."""
+
+    shape: tuple[int, int]  # b, L
+    heads: int
+    there: Tensor  # [b * L], the token that a place shows; padding shows a token of its own example
+    back: Tensor  # [T], each token's place
+    padding: Tensor  # [b * L, 1], True at padding
+    bias: Tensor | None  # [b, 1, 1, L], what is added to the scores: 0 at tokens, -inf at padding
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        ragged = self.bias is not None
+        if ragged:
+            q, k, v = (gather(x, self.there, self.back, None) for x in (q, k, v))
+        q, k, v = (x.view(*self.shape, self.heads, -1).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, self.bias, dropout_p=p)
+        out = out.transpose(1, 2).reshape(len(self.there), -1)
+        return gather(out, self.back, self.there, self.padding) if ragged else out
+
+
+def _padded(batch: Batch, heads: int, dtype: torch.dtype) -> Padded:
+    b, longest, device = len(batch.lengths), batch.longest, batch.starts.device
+    width = -(-longest // 8) * 8  # torch's kernel wants the rows of the bias aligned, or it is copied in every layer
+    place, lens = torch.arange(width, device=device), batch.lens[:, None]
+    padding = place >= lens  # [b, width]
+    bias = torch.zeros(b, width, dtype=dtype, device=device).masked_fill_(padding, float("-inf"))[:, None, None, :longest]
+    there = batch.starts[:, None] + torch.minimum(place[:longest], lens - 1)
+    back = batch.rows * longest + batch.position_ids[0]
+    full = not batch.padding and len(back) == b * longest  # by shapes alone: a captured step serves batches of other lengths
+    return Padded((b, longest), heads, there.flatten(), back, padding[:, :longest].reshape(-1, 1), None if full else bias)
+
+
+# ---- on a CPU ----
+
+
+@dataclass(frozen=True)
+class Block:
+    """b examples padded to L tokens: b * heads * L rows of the grid, from `start` on."""
+
+    start: int
+    shape: tuple[int, int, int]  # b, heads, L
+    shortest: int  # no example has fewer tokens
+    real: Tensor  # [b, 1, 1, L], True at tokens
+
+    def of(self, grid: Tensor) -> Tensor:
+        """This block of a grid [G, d], as a view [b, heads, L, d]."""
+        b, heads, longest = self.shape
+        return grid[self.start : self.start + b * heads * longest].view(b, heads, longest, grid.shape[-1])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A grid of G places: each head of each token, padded block by block. One gather leads there, one back."""
+
+    blocks: list[Block]
+    heads: int
+    there: Tensor  # [G], which of the T * heads rows a place shows; padding shows a token of its own example
+    back: Tensor  # [T * heads], each row's place
+    padding: Tensor  # [G, 1], True at padding
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        q, k, v = (x.reshape(len(self.back), -1) for x in (q, k, v))
+        if p > 0:
+            out = _Attention.apply(q, k, v, self, p, q.shape[1] ** -0.5)
+        else:
+            q, k, v = (gather(x, self.there, self.back, None) for x in (q, k, v))
+            parts = []
+            for block in self.blocks:
+                mask = block.real if block.shortest < block.shape[2] else None
+                part = F.scaled_dot_product_attention(block.of(q), block.of(k), block.of(v), mask)
+                parts.append(part.reshape(-1, q.shape[1]))
+            out = gather(torch.cat(parts), self.back, self.there, self.padding)
+        return out.view(len(self.back) // self.heads, -1)
+
+
+def _blocks(batch: Batch, heads: int) -> Blocks:
+    """Examples of similar length share a block; in a bucketed batch there is one."""
+    grouped = not batch.padding
+    groups: list[Any] = alike(batch.lengths) if grouped else [slice(None)]
+    base, width, head = torch.empty_like(batch.starts), torch.empty_like(batch.starts), torch.arange(heads)
+    blocks, there, padding, start = [], [], [], 0
+    for rows in groups:
+        lengths, first, lens = batch.lengths[rows], batch.starts[rows], batch.lens[rows, None]
+        longest = int(lengths.max()) if grouped else batch.longest
+        position = torch.arange(longest)
+        real = (position < lens)[:, None]  # [b, 1, L]
+        token = first[:, None] + torch.minimum(position, lens - 1)
+        there.append((token[:, None] * heads + head[:, None]).flatten())
+        padding.append((~real).expand(-1, heads, -1).flatten())
+        shortest = int(lengths.min())
+        if not grouped and shortest < longest:
+            shortest = 0  # a captured step serves batches of other lengths
+        blocks.append(Block(start, (len(lengths), heads, longest), shortest, real[:, :, None]))
+        base[rows] = start + torch.arange(len(lengths)) * heads * longest
+        width[rows] = longest
+        start += len(lengths) * heads * longest
+    back = base[batch.rows][:, None] + head * width[batch.rows][:, None] + batch.position_ids[0][:, None]
+    return Blocks(blocks, heads, torch.cat(there), back.flatten(), torch.cat(padding)[:, None])
+
+
+def alike(lengths: np.ndarray) -> list[np.ndarray]:
+    """The examples, longest first, cut into groups of like length."""
+    order = np.argsort(-lengths, kind="stable")
+    groups, start = [], 0
+    for at in range(1, len(order) + 1):
+        if at == len(order) or lengths[order[at]] < ALIKE * lengths[order[start]]:
+            groups.append(order[start:at])
+            start = at
+    return groups
+
+
+class _Attention(torch.autograd.Function):
+    """Attention with dropout on a CPU, where torch has no fused kernel for it: q, k, v [T * heads, d] to the same."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: Blocks, p: float, scale: float) -> Tensor:
+        ctx.grid, ctx.scale = grid, scale
+        q, k, v = (x.index_select(0, grid.there) for x in (q, k, v))
+        q.mul_(scale)
+        out, saved = torch.empty_like(q), []
+        with torch.autocast("cpu", enabled=False):
+            for block in grid.blocks:
+                scores = (block.of(q) @ block.of(k).mT).to(_wide(q))
+                if block.shortest < block.shape[2]:
+                    scores[..., block.shortest :].masked_fill_(~block.real[..., block.shortest :], float("-inf"))
+                weights = torch.softmax(scores, -1, out=scores)
+                dropped = weights * dropout.factors(weights, p)
+                torch.matmul(dropped.to(v.dtype), block.of(v), out=block.of(out))
+                saved += [weights, dropped]
+        ctx.save_for_backward(q, k, v, out, *saved)
+        return out.index_select(0, grid.back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *saved = ctx.saved_tensors
+        grid = ctx.grid
+        grad = grad.index_select(0, grid.there).masked_fill_(grid.padding, 0)
+        into = [torch.empty_like(q) for _ in range(3)]
+        # d(softmax) wants sum(weights * d(weights)) of each row, which is sum(out * grad)
+        totals = (out.to(_wide(q)) * grad).sum(-1, keepdim=True)
+        for block, weights, dropped in zip(grid.blocks, saved[::2], saved[1::2], strict=True):
+            dq, dk, dv = map(block.of, into)
+            g = block.of(grad)
+            torch.matmul(dropped.to(g.dtype).mT, g, out=dv)
+            scores = (g @ block.of(v).mT).to(weights.dtype).mul_(dropped).addcmul_(weights, block.of(totals), value=-1)
+            scores = scores.to(g.dtype)
+            torch.matmul(scores, block.of(k), out=dq)
+            torch.matmul(scores.mT, block.of(q), out=dk)
+        into[0].mul_(ctx.scale)
+        return *(x.index_select(0, grid.back) for x in into), None, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)  # softmax in half precision loses what it sums
+
+
+# ---- on either ----
+
+Grid = Ragged | Padded | Blocks
+
+
+def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype) -> Grid:
+    """Where the tokens of a packed batch stand in attention, which computes in `dtype`. Never waits for the device."""
+    device = batch.starts.device
+    if device.type == "cpu":
+        return _blocks(batch, heads)
+    if dtype in (torch.float16, torch.bfloat16) and _has_flash(device, head_size):
+        return _ragged(batch, heads)
+    return _padded(batch, heads, dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, grid: Grid, p: float) -> Tensor:
+    """Attention within each example, with dropout `p`: q, k, v [1, T, hidden], heads side by side, to the same."""
+    return grid.attend(q.squeeze(0), k.squeeze(0), v.squeeze(0), p)[None]

@@ -1,0 +1,116 @@
+"""BERT's forward pass on packed batches.
+
+The network is Hugging Face's own, with its own parameter names and modules; nothing of it is wrapped or hooked. Written
+out here is only how a layer is put together, so that the tokens of a batch lie end to end, and a value that several
+matrices use is cast to half precision once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_tickets.modeling.attention import Grid, attend, gather, layout
+from bert_tickets.modeling.packing import Batch
+
+Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
+Joined = tuple[Tensor, Tensor]  # query's, key's and value's weights one below the other, and their biases
+
+
+def encode(net: Net, batch: Batch) -> Tensor:
+    """The encoder's last hidden states of a packed batch: [T, hidden]. Equal to the padded model's."""
+    bert, device = net.bert, batch.starts.device.type
+    hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    heads = net.config.num_attention_heads
+    grid = layout(batch, heads, net.config.hidden_size // heads, dtype)
+    with cast_weights(bert.encoder, dtype) as joined:
+        for layer in bert.encoder.layer:
+            hidden = _layer(layer, hidden, grid, dtype, joined.get(layer))
+    return hidden.view(-1, hidden.shape[-1])
+
+
+def _layer(layer: Any, hidden: Tensor, grid: Grid, dtype: torch.dtype, joined: Joined | None) -> Tensor:
+    """`BertLayer`: [1, T, hidden] to the same. In half precision query, key and value are one matrix product."""
+    own = layer.attention.self
+    x = hidden.to(dtype)
+    q, k, v = F.linear(x, *joined).chunk(3, -1) if joined else (own.query(x), own.key(x), own.value(x))
+    hidden = layer.attention.output(attend(q, k, v, grid, own.dropout.p if own.training else 0.0), hidden)
+    return layer.output(layer.intermediate(hidden), hidden)
+
+
+def classify(net: Net, batch: Batch) -> Tensor:
+    """The logits of a sequence classifier on a packed batch: [B, labels]. Equal to the padded model's."""
+    first = gather(encode(net, batch), batch.starts, batch.rows, batch.position_ids[0, :, None] > 0)
+    pooled = net.dropout(net.bert.pooler(first[:, None]))
+    with torch.autocast(pooled.device.type, enabled=False):  # half-precision logits tie, and argmax then picks class 0
+        return net.classifier(pooled.to(net.classifier.weight.dtype))
+
+
+# ---- weights in half precision ----
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors of one dtype to another, all by one call there and one back. Last come how many of them each result joins, one
+    below the other, and the other dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, sizes, dtype = args
+        ctx.sizes, ctx.dtype = sizes, tensors[0].dtype
+        parts, cast = iter(tensors), []
+        for size in sizes:
+            group = [next(parts) for _ in range(size)]
+            cast.append(group[0].new_empty(sum(map(len, group)), *group[0].shape[1:], dtype=dtype))
+        torch._foreach_copy_(_parts(cast, sizes), tensors)
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = _parts(grads, ctx.sizes)
+        cast = [torch.empty_like(part, dtype=ctx.dtype) for part in parts]
+        torch._foreach_copy_(cast, parts)
+        return *cast, None, None
+
+
+def _parts(tensors: Iterable[Tensor], sizes: list[int]) -> list[Tensor]:
+    return [part for tensor, size in zip(tensors, sizes, strict=True) for part in tensor.chunk(size)]
+
+
+@contextmanager
+def cast_weights(encoder: Any, dtype: torch.dtype) -> Iterator[dict[nn.Module, Joined]]:
+    """Within it, the linear layers of BERT's encoder hold their weights and biases in `dtype`, cast all at once; but those of
+    query, key and value are joined, and returned by layer. Where they have that dtype already, nothing is cast or joined.
+
+    Autocast casts each by itself, and each gradient back: for BERT-base 288 kernels a step, and as many autograd nodes.
+    The values are the same. The layers' own parameters, which get the gradients, are back in their places at the end.
+    """
+    if next(encoder.parameters()).dtype == dtype:
+        yield {}
+        return
+    projections = {layer: [getattr(layer.attention.self, name) for name in ("query", "key", "value")] for layer in encoder.layer}
+    # under torch.nn.utils.prune, which bench.py compares with, a layer's weight is no parameter
+    projections = {layer: three for layer, three in projections.items() if all("weight" in x._parameters for x in three)}
+    joined = [[linear._parameters[name] for linear in three] for three in projections.values() for name in ("weight", "bias")]
+    apart = {linear for three in projections.values() for linear in three}
+    places = [
+        (linear._parameters, name, tensor)
+        for linear in encoder.modules()
+        if isinstance(linear, nn.Linear) and linear not in apart
+        for name, tensor in linear._parameters.items()
+    ]
+    groups = [*joined, *([tensor] for *_, tensor in places)]
+    cast = _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype)
+    for (parameters, name, _), tensor in zip(places, cast[len(joined) :], strict=True):
+        parameters[name] = tensor
+    try:
+        yield dict(zip(projections, zip(cast[: len(joined) : 2], cast[1 : len(joined) : 2], strict=True), strict=True))
+    finally:
+        for parameters, name, tensor in places:
+            parameters[name] = tensor

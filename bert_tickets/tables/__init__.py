@@ -1,1 +1,0 @@
-"""The paper's tables made of finished runs: the entries, the criteria and tests, what is published, how it is written."""

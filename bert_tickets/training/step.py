@@ -1,0 +1,206 @@
+"""One optimisation step of a masked network. Every trick of speed and every rule of exactness of a step lives here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bert_tickets.config import Training
+from bert_tickets.errors import UserError
+from bert_tickets.masking.mask import Mask
+from bert_tickets.modeling.packing import Batch
+from bert_tickets.training.cuda_graphs import Graphs, Recorder
+from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
+
+Loss = Callable[[Batch], Tensor]  # a packed batch to its mean loss, a scalar
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+
+
+def precision_of(asked: str, device: torch.device) -> str:
+    """`auto` as what it stands for: fp16 on CUDA, fp32 elsewhere."""
+    if asked == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; give --precision fp16")
+    return asked
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context of forward passes; fp32 has none."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+
+
+class LossScale:
+    """What fp16 losses are multiplied by, so that small gradients do not vanish (Micikevicius et al. 2018).
+
+    It halves when gradients overflow and doubles after 2,000 steps without, as `torch.amp.GradScaler`'s, whose constants
+    these are; but AdamW unscales the gradients in its own pass. Both tensors stay on the device: a step never synchronises.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.factor = torch.full((), 2.0**16, device=device)
+        self.clean = torch.zeros((), dtype=torch.int32, device=device)  # steps since it changed
+
+    def update(self, overflowed: Tensor) -> None:
+        """Count a step; `overflowed` is 1.0 or 0.0."""
+        torch._amp_update_scale_(self.factor, self.clean, overflowed, 2.0, 0.5, 2000)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.factor.item(), "_growth_tracker": self.clean.item()}  # GradScaler's names
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.factor.fill_(state["scale"])
+        self.clean.fill_(state["_growth_tracker"])
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW}
+
+
+class Step:
+    """Forward, backward, mask the gradients, clip, optimizer. Calling it takes one step and returns the loss, on the device.
+
+    `params` are the tensors to train, by name; those the mask names must be zero already where it prunes. Their gradients are
+    multiplied by the mask after the backward pass and before unscaling and clipping, as `torch.nn.utils.prune` computes it (in
+    fp32 bit for bit): no pruned gradient reaches the norm or Adam's moments. Where several processes divide a batch, their
+    gradients are summed first, and all take the same step. With a `recorder` and one process, steps are replayed as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: Mapping[str, Tensor],
+        cfg: Training,
+        mask: Mask | None,
+        device: torch.device,
+        recorder: Recorder | None = None,
+        group: ProcessGroup = SINGLE_PROCESS,
+        optimizer: str = "adamw",
+    ) -> None:
+        self.group = group
+        self.loss, self.params, self.cfg, self.device = loss, dict(params), cfg, device
+        self.precision = precision_of(cfg.precision, device)
+        self.loss_scale = LossScale(device) if self.precision == "fp16" else None
+        self.masks = {  # in the gradients' own dtype, so that one fused product masks them; all-true ones do nothing
+            name: kept.to(device, params[name].dtype)
+            for name, kept in (mask or {}).items()
+            if name in params and not kept.all()  # a frozen tensor is zero where the mask says, and stays so
+        }
+        no_decay = [name.endswith("bias") or "LayerNorm" in name for name in self.params]
+        groups = [
+            {
+                "params": [p for p, without in zip(self.params.values(), no_decay, strict=True) if without == group],
+                "weight_decay": 0.0 if group else cfg.weight_decay,
+            }
+            for group in (False, True)
+        ]
+        self.optimizer = OPTIMIZERS[optimizer](
+            groups,
+            lr=torch.full((), cfg.lr, device=device) if recorder else cfg.lr,  # a captured graph reads the tensor
+            eps=cfg.adam_epsilon,
+            fused=True,
+        )
+        self.graphs = Graphs(recorder) if recorder else None
+
+    def __call__(self, batch: Batch | Sequence[Batch], lr: float) -> Tensor:
+        """One step on a batch, or on the parts that it is divided into, whose gradients are added up."""
+        parts = [batch] if isinstance(batch, Batch) else list(batch)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self.graphs and len(parts) == 1:
+            return self.graphs(parts[0], self._train_step, self._state)
+        return self._train_step(*parts)
+
+    def _train_step(self, *parts: Batch) -> Tensor:
+        try:
+            losses = [self._backward(part) for part in parts]
+            return self._update(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+        finally:  # also after an error: the next step begins without gradients
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, part: Batch) -> Tensor:
+        """Add the gradients of one part of the batch to the parameters'; returns its part of the mean loss."""
+        with autocast(self.precision, self.device):
+            loss = self.loss(part)
+        if part.shard is not None:
+            loss = loss * part.weight  # the sum over the parts is the mean of the batch
+        (loss * self.loss_scale.factor if self.loss_scale else loss).backward()
+        return loss.detach()
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Sum over the processes, mask, clip, take the step; returns the loss of the whole batch."""
+        if self.group.world_size > 1:
+            self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
+        if self.masks:
+            torch._foreach_mul_(list(self._grads(self.masks)), list(self.masks.values()))
+        if self.precision == "fp32":
+            nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
+        else:
+            self._clip_in_adamw()
+        if self.graphs and self.device.type == "cuda":  # torch warns of capturable outside of a capture
+            for group in self.optimizer.param_groups:
+                group["capturable"] = torch.cuda.is_current_stream_capturing()
+        self.optimizer.step()
+        return loss
+
+    def _clip_in_adamw(self) -> None:
+        """Have AdamW divide the gradients by the loss scale and by what clips them, in its own pass over them.
+
+        This saves two passes; the result is the same to rounding, and to the bit where nothing is clipped. Where fp16
+        gradients overflowed, so does their norm: AdamW then changes nothing, and the loss scale is halved.
+        """
+        norm = nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None], foreach=True)
+        scale, optimizer = self.loss_scale, self.optimizer
+        unscaled = norm / scale.factor if scale else norm
+        divisor = ((unscaled + 1e-6) / self.cfg.max_grad_norm).clamp(min=1)
+        optimizer.grad_scale = scale.factor * divisor if scale else divisor  # type: ignore[attr-defined]
+        if scale:
+            optimizer.found_inf = overflowed = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            scale.update(overflowed)
+
+    def _grads(self, names: Iterable[str]) -> Iterator[Tensor]:
+        for name in names:
+            grad = self.params[name].grad
+            assert grad is not None, f"{name} is masked and takes no part in the loss"
+            yield grad
+
+    def _state(self) -> list[Tensor]:
+        """Every tensor that a step changes, but for its loss."""
+        moments = [state[moment] for state in self.optimizer.state.values() for moment in MOMENTS]
+        scale = [self.loss_scale.factor, self.loss_scale.clean] if self.loss_scale else []
+        return [*self.params.values(), *moments, *scale]
+
+    # ---- what a checkpoint holds ----
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's state as `<moment>/<parameter name>`; empty before the first step."""
+        return {
+            f"{moment}/{name}": self.optimizer.state[p][moment]
+            for name, p in self.params.items()
+            if p in self.optimizer.state
+            for moment in MOMENTS
+        }
+
+    def taken(self, before: Mapping[str, Tensor] | None = None) -> int:
+        """How many steps changed the weights: AdamW's count, less that of the moments `before`. Waits for the device."""
+        begun = max((int(tensor) for name, tensor in (before or {}).items() if name.startswith("step/")), default=0)
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0) - begun
+
+    @torch.no_grad()
+    def set_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """The inverse of `moments`. What the mask removes gets none: a moment left there would move a pruned weight."""
+        for name, p in self.params.items():
+            if f"step/{name}" in moments:
+                state = {moment: moments[f"{moment}/{name}"].to(self.device, copy=True) for moment in MOMENTS}
+                for moment in MOMENTS[:2]:
+                    if name in self.masks:
+                        state[moment].mul_(self.masks[name])
+                self.optimizer.state[p] = state

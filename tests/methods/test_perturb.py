@@ -1,0 +1,264 @@
+"""Perturbed weights: what moves, what stays, what is added; and that the file goes where --init goes."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+import oneshot
+import perturb_weight
+from bert_tickets.cli import run_command
+from bert_tickets.errors import UserError
+from bert_tickets.files import read_facts
+from bert_tickets.masking.mask import Mask
+from bert_tickets.masking.prune import magnitude, prune
+from bert_tickets.methods.perturb import layer_order, noised, perturb, shuffled_entries, shuffled_layers, spread
+from bert_tickets.modeling.parameters import PRUNABLE
+
+HOWS = ("layers", "matrices", "entries", "noise")
+CONFIG = BertConfig(
+    vocab_size=30, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, max_position_embeddings=16
+)
+
+
+def small_bert() -> BertModel:
+    """Four layers, of which no tensor equals another's."""
+    net = BertModel(CONFIG).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0.3, 0.2, generator=generator)
+    return net
+
+
+@pytest.fixture(scope="module")
+def net() -> BertModel:
+    return small_bert()
+
+
+@pytest.fixture
+def theta(net) -> dict[str, Tensor]:
+    return {"bert." + name: p for name, p in net.named_parameters()}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def matrices(theta: dict[str, Tensor]) -> list[str]:
+    return [name for name in theta if PRUNABLE.fullmatch(name)]
+
+
+def changed(theta: dict[str, Tensor], perturbed: dict[str, Tensor]) -> set[str]:
+    assert list(theta) == list(perturbed)
+    return {name for name in theta if not torch.equal(theta[name], perturbed[name])}
+
+
+# ---- entries ----
+
+
+def test_entries_are_shuffled_within_each_matrix_and_nothing_else_moves(theta):
+    shuffled = shuffled_entries(theta, seeded(1))
+    assert len(matrices(theta)) == 4 * 6 + 1
+    assert changed(theta, shuffled) == set(matrices(theta))
+    for name in matrices(theta):
+        assert torch.equal(theta[name].flatten().sort().values, shuffled[name].flatten().sort().values), name
+        stays = (theta[name] == shuffled[name]).float().mean()
+        assert stays < 0.02, name  # one of n entries is expected to stay
+
+
+def test_each_matrix_is_shuffled_in_an_order_of_its_own(theta):
+    places = {name: torch.arange(theta[name].numel()).view(theta[name].shape) for name in matrices(theta)}
+    orders = [order.flatten().tolist() for order in shuffled_entries(places, seeded(1)).values()]
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+# ---- layers ----
+
+
+def test_a_layer_moves_whole(theta):
+    order = layer_order(theta, seeded(3))
+    moved = shuffled_layers(theta, order)
+    assert sorted(order) == [0, 1, 2, 3] != order
+    for name, tensor in moved.items():
+        for layer, source in enumerate(order):
+            name = name.replace(f".layer.{layer}.", f".layer.<{source}>.")
+        assert torch.equal(tensor, theta[name.replace("<", "").replace(">", "")]), name
+    assert {name for name in theta if ".layer." not in name}.isdisjoint(changed(theta, moved))
+
+
+def test_moved_layers_are_the_network_with_its_layers_in_that_order(net, theta):
+    order = [2, 0, 3, 1]
+    ids = torch.arange(12).view(2, 6)
+    by_weights, by_modules = copy.deepcopy(net), copy.deepcopy(net)
+    by_weights.load_state_dict({name.removeprefix("bert."): t for name, t in shuffled_layers(theta, order).items()}, strict=False)
+    by_modules.encoder.layer = torch.nn.ModuleList([net.encoder.layer[i] for i in order])
+    with torch.no_grad():
+        plain, *both = (model(ids).pooler_output for model in (net, by_weights, by_modules))
+    assert torch.equal(*both)
+    assert not torch.equal(plain, both[0])
+
+
+def test_matrices_alone_move_as_in_the_released_code(theta):
+    order = [2, 0, 3, 1]
+    moved, whole = shuffled_layers(theta, order, whole=False), shuffled_layers(theta, order)
+    in_layers = {name for name in matrices(theta) if ".layer." in name}
+    assert changed(theta, moved) == in_layers
+    assert all(torch.equal(moved[name], whole[name]) for name in in_layers)
+
+
+def test_both_ways_to_move_draw_the_same_order(theta):
+    assert perturb(theta, "layers", 0, 5)[1]["order"] == perturb(theta, "matrices", 0, 5)[1]["order"]
+
+
+def test_the_order_is_never_the_one_there_is_and_every_other_occurs():
+    three = {f"bert.encoder.layer.{i}.output.dense.weight": torch.zeros(1) for i in range(3)}
+    orders = {tuple(layer_order(three, seeded(seed))) for seed in range(100)}
+    assert orders == {(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+
+
+def test_one_layer_cannot_be_shuffled():
+    with pytest.raises(UserError, match="one layer"):
+        layer_order({"bert.encoder.layer.0.output.dense.weight": torch.zeros(1)}, seeded(0))
+
+
+# ---- noise ----
+
+
+def test_noise_is_normal_of_the_deviation_asked_for_and_only_on_matrices(theta):
+    deviation = 0.05
+    noisy = noised(theta, deviation, seeded(2))
+    assert changed(theta, noisy) == set(matrices(theta))
+    noise = torch.cat([(noisy[name] - theta[name]).detach().flatten() for name in matrices(theta)]).double() / deviation
+    n = noise.numel()
+    assert abs(noise.mean()) < 4 / n**0.5
+    assert abs(noise.std() - 1) < 4 / (2 * n) ** 0.5
+    assert abs((noise**4).mean() - 3) < 4 * (96 / n) ** 0.5  # a normal's kurtosis
+    a, b = ((noisy[name] - theta[name]).detach().flatten() / deviation for name in matrices(theta)[:2])
+    assert abs((a * b).mean()) < 4 / a.numel() ** 0.5  # of two matrices independent
+
+
+def test_spread_is_the_matrices_standard_deviation_about_their_common_mean(theta):
+    together = torch.cat([theta[name].detach().flatten() for name in matrices(theta)]).double()
+    assert spread(theta) == pytest.approx(together.std(correction=0).item(), rel=1e-12)
+    assert spread({name: tensor + 7 if "query" in name else tensor for name, tensor in theta.items()}) > 2
+
+
+def test_sigma_counts_in_the_measured_spread(theta):
+    noisy, facts = perturb(theta, "noise", 0.5, 1)
+    noise = torch.cat([(noisy[name] - theta[name]).flatten() for name in matrices(theta)])
+    assert facts["spread"] == spread(theta)
+    assert noise.std().item() == pytest.approx(0.5 * spread(theta), rel=0.02)
+
+
+@pytest.mark.parametrize("deviation", [1e300, float("inf"), float("nan")])
+def test_noise_beyond_what_floats_hold_is_refused(theta, deviation):
+    with pytest.raises(UserError, match="not finite"):
+        noised(theta, deviation, seeded(0))
+
+
+# ---- all of them ----
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_equal_seeds_give_equal_weights_and_theta_is_left_alone(theta, how):
+    before = sha256_of(theta)
+    one, same, other = (perturb(theta, how, 0.1, seed)[0] for seed in (1, 1, 2))
+    assert sha256_of(one) == sha256_of(same) != sha256_of(other)
+    assert sha256_of(theta) == before
+    assert {tensor.data_ptr() for tensor in one.values()}.isdisjoint({tensor.data_ptr() for tensor in theta.values()})
+    assert not any(tensor.requires_grad for tensor in one.values())
+    backwards = dict(reversed(theta.items()))
+    assert sha256_of(perturb(backwards, how, 0.1, 1)[0]) == sha256_of(one)
+
+
+# ---- the script ----
+
+
+def call(monkeypatch, script, *words: object) -> None:
+    """A script's command line and `main`, in this process."""
+    monkeypatch.setattr("sys.argv", [script.__name__ + ".py", *map(str, words)])
+    script.main(script.parse())
+
+
+@pytest.mark.parametrize("words", [("--shuffle", "layers"), ("--shuffle", "entries"), ("--noise", "0.1")], ids=" ".join)
+def test_equal_commands_write_equal_bytes_and_leave_the_checkpoint(monkeypatch, bert_dir, tmp_path, capsys, words):
+    checkpoint = (bert_dir / "model.safetensors").read_bytes()
+    for output, seed in (("one", 1), ("same", 1), ("other", 2)):
+        call(monkeypatch, perturb_weight, *words, "--model", bert_dir, "--seed", seed, "--output", tmp_path / output)
+    one, same, other = ((tmp_path / output).read_bytes() for output in ("one", "same", "other"))
+    assert one == same != other
+    assert (bert_dir / "model.safetensors").read_bytes() == checkpoint
+    theta = {"bert." + name: tensor for name, tensor in load_file(bert_dir / "model.safetensors").items()}
+    assert load_file(tmp_path / "one").keys() == theta.keys()  # the encoder's alone
+    facts = read_facts(tmp_path / "one")
+    assert (facts["model"], facts["seed"]) == (str(bert_dir), 1)
+    assert facts["perturbed"] in capsys.readouterr().out
+    if "--noise" in words:
+        assert facts["spread"] == pytest.approx(spread(theta))
+        assert f"0.1 times {spread(theta):.4g}" in facts["perturbed"]
+
+
+def test_perturbed_weights_are_what_init_ranks_and_trains(monkeypatch, run_script, bert_dir, glue_dir, tmp_path):
+    made = run_script("perturb_weight.py", "--shuffle", "entries", "--model", bert_dir, "--output", "w/shuffled.safetensors")
+    assert made.returncode == 0, made.stderr
+    weights = load_file(tmp_path / "w" / "shuffled.safetensors")
+    common = ["--model", bert_dir, "--init", tmp_path / "w" / "shuffled.safetensors"]
+
+    call(monkeypatch, oneshot, *common, "--rate", "0.3", "--output", tmp_path / "mask.safetensors")
+    ranked = {name: weights[name] for name in matrices(weights)}
+    mask = Mask.load(tmp_path / "mask.safetensors")
+    ones = Mask.ones({name: ranked[name] for name in mask})
+    assert mask == prune(ones, magnitude(ranked), 0.3)
+
+    ran = run_script("lt_glue.py", *common, "--task", "sst2", "--data-dir", glue_dir, "--levels", "1", "--max-steps", "1")
+    assert ran.returncode == 0, ran.stderr
+    assert "stay pre-trained" not in ran.stdout
+    (level,) = tmp_path.glob("runs/*/level_00/metrics.json")
+    assert json.loads(level.read_text())["init_sha256"] == sha256_of(weights)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "one of the arguments --shuffle --noise is required"),
+        (["--shuffle", "layers", "--noise", "1"], "not allowed with argument --shuffle"),
+        (["--shuffle", "letters"], "invalid choice: 'letters'"),
+        *((["--noise", value], "a number above 0 is needed") for value in ("0", "-1", "nan", "inf")),
+        (["--noise", "loud"], "invalid float value: 'loud'"),
+        (["--noise", "1e300"], "is not finite with noise"),
+        (["--shuffle", "layers", "--seed", "-1"], "a whole number from 0"),
+        (["--shuffle", "layers", "--model", "nowhere"], "no BERT checkpoint"),
+        (["--shuffle", "layers", "--output", "/proc/nowhere/w"], "cannot write"),
+        (["--shuffle", "layers", "--output", "MODEL/model.safetensors"], "a checkpoint stays as it is"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_a_sentence_and_exit_code_2(monkeypatch, bert_dir, tmp_path, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("MODEL", str(bert_dir)) for word in words]
+    monkeypatch.setattr("sys.argv", ["perturb_weight.py", "--model", str(bert_dir), "--output", "w.safetensors", *words])
+    with pytest.raises(SystemExit) as end:
+        run_command(perturb_weight.main, perturb_weight.parse())
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_examples_are_accepted(monkeypatch):
+    """Of the help and the README."""
+    lines = [
+        line for text in (perturb_weight.__doc__, (ROOT / "README.md").read_text(encoding="utf-8")) for line in text.splitlines()
+    ]
+    examples = [line.partition("#")[0].split()[1:] for line in lines if line.startswith("python perturb_weight.py ")]
+    assert examples
+    for words in examples:
+        monkeypatch.setattr("sys.argv", words)
+        assert perturb_weight.parse().output
