@@ -1,4 +1,4 @@
-"""A stand-in for the capture of a step as a CUDA graph, where there is no GPU."""
+"""A stand-in for the capture of a step as a CUDA graph, for machines without a GPU."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def step_again(run: Callable[[], Tensor]) -> tuple[Callable[[], Tensor], Tensor]:
-    """As `Recorder.record`: nothing is computed yet, and the replay takes the step on the batch it was captured with."""
-    loss = torch.zeros((), device="cuda" if torch.cuda.is_available() else "cpu")
+def capture_stand_in(run: Callable[[], Tensor], device: str = "cpu") -> tuple[Callable[[], Tensor], Tensor]:
+    """As `Recorder.record`: nothing is computed yet; the replay takes the step again, on the batch of the capture."""
+    loss = torch.zeros((), device=device)
     return (lambda: loss.copy_(run())), loss

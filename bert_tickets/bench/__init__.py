@@ -1,1 +1,1 @@
-"""Speed and correctness on a device, beside the released loop."""
+"""Measure speed and check correctness on a device, in comparison with the released loop."""

@@ -1,6 +1,6 @@
-"""Stand-ins for a checkpoint and for data sets, made in seconds: to measure and to check where there is neither hub nor data.
+"""Generated checkpoints and datasets, for measurements and checks without the hub.
 
-A BERT of random weights with a vocabulary of made-up words, and MNLI, SQuAD and plain text in them, with real lengths.
+A BERT with random weights and a vocabulary of made-up words; MNLI, SQuAD and plain text in these words, with realistic lengths.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 import random
 from collections.abc import Iterable
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -20,7 +20,7 @@ MNLI_TOKENS, MNLI_SPREAD = 37, 0.47  # of both sentences: mean, and standard dev
 
 
 def save_tokenizer(words: Iterable[str], folder: Path) -> int:
-    """Save BERT's tokenizer with these tokens as its vocabulary, in order; returns how many there are."""
+    """Save BERT's tokenizer with these tokens as its vocabulary, in order; returns its size."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast
 
@@ -34,16 +34,16 @@ def save_tokenizer(words: Iterable[str], folder: Path) -> int:
 
 
 def save_bert(folder: Path, **sizes: int) -> None:
-    """Save a BERT of random weights, BERT-base unless `sizes` (fields of BertConfig) say otherwise."""
+    """Save a BERT with random weights and a tokenizer: BERT-base, or with other `sizes` (fields of BertConfig)."""
     import torch
     from transformers import BertConfig, BertModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     config = BertConfig(**sizes)
-    longer = ("".join(parts) for parts in product(WORDS, SYLLABLES))
     words = [*SPECIAL, *LETTERS, *("##" + letter for letter in LETTERS), *WORDS]
-    words += [next(longer) for _ in range(config.vocab_size - len(words))]
+    longer = ("".join(parts) for parts in product(WORDS, SYLLABLES))
+    words += islice(longer, max(0, config.vocab_size - len(words)))
     config.vocab_size = save_tokenizer(words[: config.vocab_size], folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ def _sentence(rng: random.Random, length: int) -> list[str]:
 
 
 def save_mnli(folder: Path, train: int, dev: int) -> None:
-    """MNLI's files. A hypothesis repeats the premise's words, or denies them, or has other ones."""
+    """Write MNLI's files. A hypothesis repeats the premise's words, negates them, or has other ones."""
     rng = random.Random(0)
     (folder / "MNLI").mkdir(parents=True, exist_ok=True)
     for file, count in (("train", train), ("dev_matched", dev), ("dev_mismatched", dev)):
@@ -71,7 +71,7 @@ def save_mnli(folder: Path, train: int, dev: int) -> None:
 
 
 def save_squad(folder: Path, train: int, dev: int) -> None:
-    """SQuAD's files: paragraphs of 300 words, each with a question about one of them."""
+    """Write SQuAD's files: paragraphs of 300 words, each with a question about one of them."""
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for file, count in (("train", train), ("dev", dev)):
@@ -87,7 +87,7 @@ def save_squad(folder: Path, train: int, dev: int) -> None:
 
 
 def save_text(folder: Path, train: int, valid: int) -> None:
-    """en.train and en.valid of so many words."""
+    """Write en.train and en.valid with these numbers of words."""
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for file, count in (("en.train", train), ("en.valid", valid)):

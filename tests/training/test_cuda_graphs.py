@@ -1,5 +1,7 @@
-"""Bucketed batches change nothing, and a captured step is the eager step or is refused. On a CPU, with a stand-in
-for the capture that runs the step again on the batch it was given; the capture itself is tested on CUDA."""
+"""Bucketed batches change nothing, and a captured step is the eager step or is refused.
+
+On a CPU a stand-in for the capture takes the step again, on the batch of the capture; real captures are tested on CUDA.
+"""
 
 import re
 from unittest.mock import patch
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captures import step_again
+from captures import capture_stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,14 +35,12 @@ def store_of(lengths, device="cpu"):
     return TokenStore(Tokens.of(ids, types), rng.integers(0, 2, len(lengths)), device)
 
 
-@pytest.fixture
-def net(bert_dir):
-    return load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train()
+# ---- buckets ----
 
 
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=20), seed=st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
-def test_a_bucketed_batch_holds_the_same_tokens_and_rounds_the_shapes_up(lengths, seed):
+def test_a_bucketed_batch_has_the_same_tokens_and_rounded_shapes(lengths, seed):
     store = store_of(lengths)
     examples = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
     plain, bucketed = store.batch(examples), store.batch(examples, bucketed=True)
@@ -52,11 +52,11 @@ def test_a_bucketed_batch_holds_the_same_tokens_and_rounds_the_shapes_up(lengths
     assert bucketed.input_ids.shape[1] == tokens + bucketed.padding
     assert bucketed.padding <= max_padding(tokens + bucketed.padding)
     assert plain.longest <= bucketed.longest <= max(lengths)
-    spare = slice(tokens, None)
-    assert (bucketed.position_ids[0, spare] >= bucketed.lens[bucketed.rows[spare]]).all()  # where attention pads
+    padding = slice(tokens, None)
+    assert (bucketed.position_ids[0, padding] >= bucketed.lens[bucketed.rows[padding]]).all()  # where attention pads
 
 
-@pytest.mark.parametrize("lengths", [[3, 17, 9, 64, 33], [12, 12, 12, 50], [40, 40], [7]])
+@pytest.mark.parametrize("lengths", [[3, 17, 9, 64, 33], [7]])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_bucketing_changes_neither_loss_nor_gradients(net, lengths, dropout, monkeypatch):
     store, examples = store_of([*lengths, 64]), torch.arange(len(lengths))
@@ -64,9 +64,9 @@ def test_bucketing_changes_neither_loss_nor_gradients(net, lengths, dropout, mon
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for layer in net.bert.encoder.layer:  # draws of other shapes are other draws: this much of them is tested as ones
+    for layer in net.bert.encoder.layer:  # other shapes draw other numbers: attention's dropout runs with factors of one
         layer.attention.self.dropout.p = dropout
-    monkeypatch.setattr("bert_tickets.modeling.dropout.factors", lambda like, p, shape, part: like.new_ones(shape))
+    monkeypatch.setattr("bert_tickets.modeling.dropout.factors", lambda like, p: like.new_ones(like.shape))
     found = []
     for bucketed in (False, True):
         batch = store.batch(examples, bucketed=bucketed)
@@ -74,16 +74,29 @@ def test_bucketing_changes_neither_loss_nor_gradients(net, lengths, dropout, mon
         net.zero_grad()
         loss.backward()
         found.append((loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}))
-    assert batch.padding or lengths in ([40, 40], [7])
+    assert batch.padding or lengths == [7]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
 
 
-class Again(Recorder):
+def test_buckets_differ_by_all_that_a_kernel_depends_on():
+    store = store_of([30, 30, 30, 28, 29])
+    keys = [bucket_of(store.batch(torch.tensor(chosen), bucketed=True)) for chosen in ([0, 1], [0, 3], [4, 0], [0, 1, 2])]
+    assert keys == [(60, (2,), 2, 30, True), (60, (2,), 2, 30, False), (60, (2,), 2, 30, False), (90, (3,), 3, 30, True)]
+    names = {"input_ids", "token_type_ids", "position_ids", "rows", "starts", "lens", "labels"}
+    assert set(tensors(store.batch(torch.arange(2)))) == names
+
+
+# ---- captured steps ----
+
+
+class StandIn(Recorder):
+    """Captures by the stand-in, counted."""
+
     captures = replays = 0
 
     def record(self, run):
         self.captures += 1
-        replay, loss = step_again(run)
+        replay, loss = capture_stand_in(run)
 
         def counted():
             self.replays += 1
@@ -92,18 +105,27 @@ class Again(Recorder):
         return counted, loss
 
 
-def steps_of(net, store, recorder, precision="fp32"):
+def new_net(bert_dir, device="cpu"):
+    return load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train().to(device)
+
+
+@pytest.fixture
+def net(bert_dir):
+    return new_net(bert_dir)
+
+
+def step_of(net, store, recorder, precision="fp32", replays=True):
+    """A step with 40 % pruned, and its batches; without `replays` every step is eager, all else equal."""
     mask = prune(Mask.ones(prunable(net)), magnitude(prunable(net)), 0.4)
     mask.apply(prunable(net))
-    cfg = Training(lr=1e-3, precision=precision)
-    step = Step(
-        lambda b: F.cross_entropy(classify(net, b).float(), b.labels),
-        dict(net.named_parameters()),
-        cfg,
-        mask.to(store.device),
-        store.device,
-        recorder,
-    )
+
+    def loss(batch):
+        return F.cross_entropy(classify(net, batch).float(), batch.labels)
+
+    cfg, params = Training(lr=1e-3, precision=precision), dict(net.named_parameters())
+    step = Step(loss, params, cfg, mask.to(store.device), store.device, recorder)
+    if not replays:
+        step.graphs = None
     return step, Batches(store, 8, 0, bucketed=True)
 
 
@@ -115,44 +137,43 @@ def train(step, batches, count):
     return torch.stack(losses)
 
 
+def check_equal(a, b):
+    """Compare losses and weights of two runs, bit for bit."""
+    assert torch.equal(a[0], b[0])
+    assert all(torch.equal(p, q) for p, q in zip(a[1], b[1], strict=True))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_captured_run_equals_an_eager_one_bit_for_bit(bert_dir, precision):
+def test_captured_steps_equal_eager_ones_bit_for_bit(bert_dir, precision):
     store, found = store_of([9 + 7 * (n % 5) for n in range(60)]), []
-    for graphs in (True, False):
-        net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train()
-        step, batches = steps_of(net, store, recorder := Again(required=True), precision)
-        if not graphs:
-            step.graphs = None  # the same optimiser, every step eager
-        found.append((train(step, batches, 16), [p.detach().clone() for p in net.parameters()]))
-        assert (recorder.replays > 4) == graphs
-    (losses, weights), (expected_losses, expected) = found
-    assert torch.equal(losses, expected_losses)
-    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+    for replays in (True, False):
+        net, counts = new_net(bert_dir), StandIn(required=True)
+        found.append((train(*step_of(net, store, counts, precision, replays), 16), list(net.parameters())))
+        assert (counts.replays > 4) == replays
+    check_equal(*found)
 
 
-def test_a_bucket_is_captured_when_it_comes_back(net):
-    step, batches = steps_of(net, store_of([20] * 40), recorder := Again(required=True))
-    counts = []
+def test_a_bucket_is_captured_at_its_second_batch(net):
+    step, batches = step_of(net, store_of([20] * 40), counts := StandIn(required=True))
+    captures = []
     for i in range(5):
         step(batches[i], 1e-3)
-        counts.append(recorder.captures)
-    assert counts == [0, 1, 1, 1, 1]
+        captures.append(counts.captures)
+    assert captures == [0, 1, 1, 1, 1]
+
+
+# ---- captures that fail ----
 
 
 class Lost(Recorder):
-    """A capture that lost the step."""
+    """The capture does not hold the step."""
 
     def record(self, run):
         return (lambda: None), torch.zeros(())
 
 
-class Forbidden(Recorder):
-    def record(self, run):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-
 class Halfway(Recorder):
-    """The capture fails when the gradients are there."""
+    """The capture fails after the backward pass."""
 
     def record(self, run):
         with patch.object(torch.optim.AdamW, "step", side_effect=RuntimeError("not permitted in the middle")):
@@ -160,7 +181,7 @@ class Halfway(Recorder):
 
 
 class Full(Recorder):
-    """Memory ends in the capture, and the capture's end then raises an error of its own."""
+    """Memory runs out in the capture, and ending the capture then raises an error of its own."""
 
     def record(self, run):
         try:
@@ -169,146 +190,81 @@ class Full(Recorder):
             raise RuntimeError("operation failed due to a previous error during capture")
 
 
-class FullLater(Again):
-    """Memory ends when a replay has taken the step already."""
+class FullLater(StandIn):
+    """Memory runs out after a replay has changed the weights."""
 
     def record(self, run):
         replay, loss = super().record(run)
 
-        def short():
+        def failing():
             replay()
             raise torch.OutOfMemoryError("no room")
 
-        return short, loss
+        return failing, loss
 
 
 FAILURES = {
     Lost: "ends in other bits than the eager step",
-    Forbidden: "cannot be captured .* not permitted",
     Halfway: "cannot be captured .*in the middle",
     Full: "out of memory",
     FullLater: r"out of memory .*no room",
 }
 
 
-def eager_run(bert_dir, store):
-    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train()
-    step, batches = steps_of(net, store, Again(required=True))
-    step.graphs = None
-    return train(step, batches, 5), dict(net.named_parameters())
+@pytest.fixture
+def eager_run(bert_dir):
+    """Losses and weights of five eager steps on `store_of([20] * 40)`."""
+    net = new_net(bert_dir)
+    return train(*step_of(net, store_of([20] * 40), StandIn(required=True), replays=False), 5), list(net.parameters())
 
 
-@pytest.mark.parametrize("recorder", FAILURES)
-def test_where_a_capture_fails_the_run_goes_on_eagerly_to_the_same_bits_and_says_so_once(bert_dir, net, capsys, recorder):
-    store = store_of([20] * 40)
-    losses, weights = eager_run(bert_dir, store)
-    made = recorder(required=False)
-    step, batches = steps_of(net, store, made)
-    assert torch.equal(train(step, batches, 5), losses)
-    assert all(torch.equal(p, weights[name]) for name, p in net.named_parameters())
-    said = capsys.readouterr().out
-    assert re.search(FAILURES[recorder], said)
-    assert said.count("goes on without CUDA graphs") == 1
-    again, _ = steps_of(net, store, made)  # the next level's
-    train(again, batches, 3)
+@pytest.mark.parametrize("failing", FAILURES)
+def test_after_a_failed_capture_the_run_goes_on_eagerly_to_the_same_bits(eager_run, net, capsys, failing):
+    store, failed = store_of([20] * 40), failing(required=False)
+    check_equal((train(*step_of(net, store, failed), 5), list(net.parameters())), eager_run)
+    printed = capsys.readouterr().out
+    assert re.search(FAILURES[failing], printed)
+    assert printed.count("continues without CUDA graphs") == 1
+    train(*step_of(net, store, failed), 3)  # the next level's
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("recorder", [Lost, Forbidden, Halfway])
-def test_graphs_that_are_required_and_fail_end_the_run(net, recorder):
-    step, batches = steps_of(net, store_of([20] * 40), recorder(required=True))
+@pytest.mark.parametrize("failing", [Lost, Halfway])
+def test_a_failed_capture_ends_the_run_if_graphs_are_required(net, failing):
+    step, batches = step_of(net, store_of([20] * 40), failing(required=True))
     step(batches[0], 1e-3)
-    with pytest.raises(UserError, match=FAILURES[recorder] + ".*run without --graphs on"):
+    with pytest.raises(UserError, match=FAILURES[failing] + ".*run without --graphs on"):
         step(batches[1], 1e-3)
 
 
-@pytest.mark.parametrize("recorder", [Full, FullLater])
-def test_memory_that_ends_with_graphs_required_is_told_and_takes_no_step(bert_dir, net, recorder):
-    """The caller then takes the batch in parts; it must not be taken twice."""
-    store = store_of([20] * 40)
-    losses, weights = eager_run(bert_dir, store)
-    step, batches = steps_of(net, store, recorder(required=True))
-    found = []
-    for i in range(5):
-        torch.manual_seed(i)
-        try:
-            found.append(step(batches[i], 1e-3 * (1 - i / 5)))
-        except torch.OutOfMemoryError:
-            step.graphs = None
-            torch.manual_seed(i)
-            found.append(step(batches[i], 1e-3 * (1 - i / 5)))
-    assert step.graphs is None
-    assert torch.equal(torch.stack(found), losses)
-    assert all(torch.equal(p, weights[name]) for name, p in net.named_parameters())
+# ---- --graphs ----
 
 
-@pytest.mark.parametrize(
-    ("asked", "device", "processes", "graphs"),
-    [
-        ("off", "cuda", 1, None),
-        ("auto", "cuda", 1, False),
-        ("on", "cuda", 1, True),
-        ("auto", "cpu", 1, None),
-        ("auto", "cuda", 2, None),
-    ],
-)
-def test_graphs_are_for_one_process_on_a_gpu(asked, device, processes, graphs):
-    found = recorder(asked, torch.device(device), processes)
-    assert (found and found.required) is graphs
-
-
-def test_graphs_that_cannot_be_are_refused_if_required():
+def test_graphs_are_for_one_process_on_a_gpu():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert recorder("on", gpu, 1).required
+    assert not recorder("auto", gpu, 1).required
+    assert recorder("off", gpu, 1) is recorder("auto", cpu, 1) is recorder("auto", gpu, 2) is None
     with pytest.raises(UserError, match="--graphs on needs a CUDA device"):
         recorder("on", torch.device("cpu"), 1)
     with pytest.raises(UserError, match="--graphs on is for one process"):
         recorder("on", torch.device("cuda"), 2)
 
 
-def test_buckets_differ_by_all_that_a_kernel_depends_on():
-    store = store_of([30, 30, 30, 28, 29])
-    keys = [bucket_of(store.batch(torch.tensor(chosen), bucketed=True)) for chosen in ([0, 1], [0, 3], [4, 0], [0, 1, 2])]
-    assert keys == [(60, (2,), 2, 30, True), (60, (2,), 2, 30, False), (60, (2,), 2, 30, False), (90, (3,), 3, 30, True)]
-    names = {"input_ids", "token_type_ids", "position_ids", "rows", "starts", "lens", "labels"}
-    assert set(tensors(store.batch(torch.arange(2)))) == names
+# ---- on a GPU ----
 
 
 @pytest.mark.cuda
-def test_on_cuda_a_step_that_waits_cannot_be_captured_and_the_run_goes_on(bert_dir, capsys):
-    """A capture that really fails leaves nothing behind that the eager steps after it would meet."""
+def test_a_step_that_waits_cannot_be_captured_on_cuda_and_the_run_goes_on(bert_dir, capsys):
+    """A capture that fails leaves nothing behind that changes the eager steps after it."""
     store, found = store_of([20] * 60, "cuda"), []
     torch.use_deterministic_algorithms(True)
-    for waits in (True, False):
-        net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train().to("cuda")
-        step, batches = steps_of(net, store, Recorder(required=False), "fp16")
-        if not waits:
-            step.graphs = None
+    for replays in (True, False):
+        net = new_net(bert_dir, "cuda")
+        step, batches = step_of(net, store, Recorder(required=False), "fp16", replays)
         plain = step.loss
         step.loss = lambda batch, plain=plain: plain(batch) * (1.0 if plain(batch).item() > 0 else 0.0)
-        found.append((train(step, batches, 6), [p.detach().clone() for p in net.parameters()]))
+        found.append((train(step, batches, 6), list(net.parameters())))
         torch.cuda.empty_cache()
     assert capsys.readouterr().out.count("cannot be captured") == 1
-    (losses, weights), (expected_losses, expected) = found
-    assert torch.equal(losses, expected_losses)
-    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_on_cuda_a_captured_run_equals_an_eager_one_and_never_waits(bert_dir, precision):
-    store, found = store_of([9 + 7 * (n % 5) for n in range(60)], "cuda"), []
-    torch.use_deterministic_algorithms(True)
-    for graphs in (True, False):
-        net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train().to("cuda")
-        step, batches = steps_of(net, store, Recorder(required=True), precision)
-        if not graphs:
-            step.graphs = None
-        losses = torch.cat([train(step, batches, 24), train(step, batches, 5), train(step, batches, 5)])  # all are captured now
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            again = train(step, batches, 5)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        found.append((torch.cat([losses, again]), [p.detach().clone() for p in net.parameters()]))
-    (losses, weights), (expected_losses, expected) = found
-    assert torch.equal(losses, expected_losses)
-    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+    check_equal(*found)

@@ -1,0 +1,253 @@
+"""A fake GPU: tensors that report `cuda:0` and hold their values on the CPU.
+
+The whole CUDA path runs and computes with them on a machine without a GPU; or, with shapes alone (`meta`), its operators can be
+counted. Errors of a real GPU are raised: operators that mix devices, a CPU generator for a CUDA tensor, operators without a
+deterministic version while one is required, and, while torch's sync debug mode is "error", whatever waits for the device. Speed,
+errors inside kernels and CUDA graphs are not simulated. Attention is computed in float32, by `fake_kernels`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from fake_kernels import KERNELS, backward
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+
+CUDA, META = 1, 14  # c10::DeviceType
+SYNCHRONIZING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "bincount"}
+NOT_DETERMINISTIC = {"histc", "put_", "median", "nll_loss2d_forward"}  # of those that training could use
+
+synchronizations: list[str] = []  # every operator so far that waited for the device
+_sync_is_error = [False]
+_held_on = ["cpu"]  # the device of the held tensors: cpu or meta
+
+
+class FakeTensor(Tensor):
+    """A tensor that reports `cuda:0`; `held` has its values on the CPU, or its shape on `meta`."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> FakeTensor:
+        strides, offset, dtype = held.stride(), held.storage_offset(), held.dtype
+        return Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=strides, storage_offset=offset, dtype=dtype, device=torch.device("cuda", 0)
+        )
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return compute(func, args, kwargs or {})
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+
+def _map(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `function` to the leaves of a type in nested tuples, lists and dictionaries; much faster than torch's tree_map."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([_map(kind, function, x) for x in tree])
+    return {key: _map(kind, function, x) for key, x in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(Tensor, found.append, tree)
+    return found
+
+
+def _held(tree: Any) -> Any:
+    return _map(FakeTensor, lambda x: x.held, tree)
+
+
+# ---- errors of a real GPU ----
+
+
+def _synchronize(why: str) -> None:
+    synchronizations.append(why)
+    if _sync_is_error[0]:
+        raise RuntimeError(f"called a synchronizing CUDA operation: {why}")
+
+
+def _check_synchronization(name: str, args: tuple, kwargs: dict) -> None:
+    indexes = name in ("index", "index_put_", "index_put", "_index_put_impl_")
+    by_mask = indexes and any(x.dtype == torch.bool for x in _tensors(args[1]))
+    if name in SYNCHRONIZING or by_mask or (name == "repeat_interleave" and not kwargs.get("output_size")):
+        _synchronize(name)
+
+
+def _check_determinism(name: str, args: tuple) -> None:
+    inexact = name == "cumsum" and args[0].is_floating_point()
+    if torch.are_deterministic_algorithms_enabled() and (name in NOT_DETERMINISTIC or inexact):
+        raise RuntimeError(f"{name} on CUDA does not have a deterministic implementation")
+
+
+def _check_devices(name: str, args: tuple, on_host: list[Tensor]) -> None:
+    """CUDA operators accept scalars on the CPU, and indices on the CPU, which they copy to the device."""
+    if isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor) and name.endswith("_"):
+        raise RuntimeError(f"{name} of a tensor on cuda:0 into one on the CPU")
+    if any(x.dim() for x in on_host):
+        if not (name.startswith(("index", "_index")) and isinstance(args[0], FakeTensor)):
+            raise RuntimeError(f"Expected all tensors to be on the same device: {name}")
+        _synchronize("an index on the host")
+
+
+# ---- operators ----
+
+
+def compute(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Run an operator on the held tensors, and wrap its results if they are on the GPU."""
+    name = func.overloadpacket.__name__
+    tensors = _tensors((args, kwargs))
+    on_gpu = [x for x in tensors if isinstance(x, FakeTensor)]
+    on_host = [x for x in tensors if not isinstance(x, FakeTensor)]
+    asked = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+    to_gpu = asked in ("cuda", "meta") if asked else bool(on_gpu)  # under Meta's guard .to("cuda") asks for meta
+    if name == "device":
+        return torch.device("cuda", 0)
+    if name in ("_to_copy", "copy_"):
+        return _copy(func, args, kwargs, to_gpu)
+    if not on_gpu and (asked == "meta" or any(x.is_meta for x in on_host)):
+        return func(*args, **kwargs)
+    if on_gpu:
+        _check_synchronization(name, args, kwargs)
+        _check_determinism(name, args)
+        _check_devices(name, args, on_host)
+    if kwargs.get("generator") is not None and (on_gpu or asked == "cuda"):
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    if asked:
+        kwargs["device"] = torch.device(_held_on[0] if to_gpu else "cpu")
+    kernel = KERNELS.get(name, func) if _held_on[0] == "cpu" else func
+    out = kernel(*_held(args), **_held(kwargs))
+    if not to_gpu:
+        return out
+    out = _map(Tensor, FakeTensor, out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if on_gpu else out
+
+
+def _copy(func: Any, args: tuple, kwargs: dict, to_gpu: bool) -> Any:
+    """`_to_copy` and `copy_`, which may cross devices."""
+    target, *source = args
+    in_place = func.overloadpacket.__name__ == "copy_"
+    from_gpu = isinstance(source[0] if in_place else target, FakeTensor)
+    to_gpu = isinstance(target, FakeTensor) if in_place else to_gpu
+    asynchronous = kwargs.get("non_blocking") or (in_place and len(args) > 2 and args[2])
+    if from_gpu and not to_gpu:
+        _synchronize("a copy to the host")
+    if to_gpu and not from_gpu and not asynchronous:
+        _synchronize("a blocking copy to the device")
+    if in_place:
+        func(*_held(args), **kwargs)
+        return target
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("non_blocking", "pin_memory")}
+    out = func(_held(target), **kwargs | {"device": torch.device(_held_on[0] if to_gpu else "cpu")})
+    return FakeTensor(out) if to_gpu else out
+
+
+def _scaled_dot_product_attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`F.scaled_dot_product_attention`, whose CUDA dispatch a CPU build lacks: the memory-efficient kernel, except in fp64."""
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        if not isinstance(q, FakeTensor):
+            return original(q, k, v, attn_mask, dropout_p=dropout_p, scale=scale)
+        if q.dtype == torch.float64:
+            return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, False, scale=scale)[0]
+        bias = None if attn_mask is None else attn_mask.expand(*q.shape[:3], -1)
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(q, k, v, bias, True, dropout_p, False, scale=scale or q.shape[-1] ** -0.5)[0]
+
+    return attend
+
+
+# ---- the GPU ----
+
+
+def why_not() -> str | None:
+    """Why the fake GPU cannot be used with this torch; None if it can."""
+    if torch.cuda.is_available():
+        return "there is a real GPU"
+    try:
+        _guards()
+    except (OSError, ValueError, AttributeError):
+        return "this build of torch does not export its device guards"
+    return None
+
+
+def _guards() -> Any:
+    """torch's table of device guards, by device type."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    return (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+
+
+_CUDA_REPORTS = {
+    "is_available": True,
+    "is_initialized": True,
+    "device_count": 1,
+    "current_device": 0,
+    "get_device_name": "a fake GPU",
+    "get_device_capability": (9, 0),
+    "is_bf16_supported": True,
+    "is_current_stream_capturing": False,
+    "_lazy_init": None,
+    "manual_seed_all": None,
+    "empty_cache": None,
+}
+
+
+@contextlib.contextmanager
+def one_gpu(values: bool = True) -> Iterator[None]:
+    """Within it torch sees one GPU, `cuda:0`, whose tensors are `FakeTensor`; without `values` they have shapes alone.
+
+    A CPU build has no CUDA device guard; Meta's, which does nothing, takes its place.
+    """
+    guards = _guards()
+    _held_on[0] = "cpu" if values else "meta"
+    own, guards[CUDA] = guards[CUDA], guards[META]
+    with contextlib.ExitStack() as stack:
+        stack.callback(guards.__setitem__, CUDA, own or guards[META])  # tensors may outlive the context
+
+        def replace(owner: Any, name: str, value: Any, **more: Any) -> None:
+            stack.enter_context(patch.object(owner, name, value, **more))
+
+        for name, answer in _CUDA_REPORTS.items():
+            replace(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        replace(torch.cuda, "synchronize", lambda *_: _synchronize("synchronize"))
+        replace(torch.cuda, "set_sync_debug_mode", lambda mode: _sync_is_error.__setitem__(0, mode in ("error", 2)))
+        replace(torch.cuda, "get_sync_debug_mode", lambda: 2 if _sync_is_error[0] else 0)
+        generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+        replace(torch.cuda, "default_generators", (generator,))
+        replace(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
+        replace(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state))
+        replace(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        replace(torch._C, "_cuda_setDevice", lambda _: None, create=True)
+        replace(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        replace(F, "scaled_dot_product_attention", _scaled_dot_product_attention(F.scaled_dot_product_attention))
+        replace(Tensor, "backward", backward)
+        replace(Tensor, "pin_memory", lambda self: self)
+        torch.__future__.set_swap_module_params_on_conversion(True)  # parameters keep their identity, tied ones too
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, False)
+        stack.enter_context(_Mode())
+        yield
