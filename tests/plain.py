@@ -1,7 +1,7 @@
-"""What exported folders score under plain transformers, in padded batches and without a line of bert_tickets.
+"""Evaluate exported folders with plain transformers, in padded batches and without bert_tickets.
 
-`python plain.py JOB` reads JOB/job.json, which names a folder and its data by task, and writes JOB/scores.json: GLUE's scores
-from the .tsv files, the others' from inputs that were padded elsewhere; SQuAD's logits go to JOB/squad.npy.
+`python plain.py JOB` reads JOB/job.json, [task, folder, data] by name, and writes JOB/metrics.json by name: GLUE metrics from the
+.tsv files, those of masked language modelling from inputs that were padded elsewhere; SQuAD's logits go to JOB/NAME.npy.
 """
 
 import json
@@ -30,7 +30,7 @@ def read_pairs(path: str) -> tuple[list[str], list[str], list[str]]:
     return tuple([line[at].strip() for line in lines] for at in columns)
 
 
-def classify(folder: str, path: str) -> tuple[dict, list[str], list[float]]:
+def classify(folder: str, path: str) -> tuple[dict, list[str], list]:
     """The configuration, the labels as written, and each example's class by its name, or its score."""
     net, tokenizer = open_net(AutoModelForSequenceClassification, folder), AutoTokenizer.from_pretrained(folder)
     first, second, labels = read_pairs(path)
@@ -43,6 +43,20 @@ def classify(folder: str, path: str) -> tuple[dict, list[str], list[float]]:
     return net.config.to_dict(), labels, found
 
 
+def rte(folder: str, path: str) -> dict[str, float]:
+    config, labels, classes = classify(folder, path)
+    assert config["problem_type"] == "single_label_classification"
+    assert set(classes) == {"entailment", "not_entailment"}  # constant predictions would prove little
+    return {"accuracy": float(np.mean([one == other for one, other in zip(labels, classes, strict=True)]))}
+
+
+def stsb(folder: str, path: str) -> dict[str, float]:
+    config, labels, values = classify(folder, path)
+    assert config["problem_type"] == "regression"
+    gold = [float(label) for label in labels]
+    return {"pearson": float(pearsonr(values, gold)[0]), "spearman": float(spearmanr(values, gold)[0])}
+
+
 def batches(path: str) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
     """All arrays of a file, and the network's inputs among them in batches."""
     arrays = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
@@ -51,35 +65,32 @@ def batches(path: str) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Te
     return arrays, [{name: arrays[name][at : at + BATCH] for name in names} for at in range(0, count, BATCH)]
 
 
-@torch.inference_mode()
-def main(job: Path) -> None:
-    places = json.loads((job / "job.json").read_text())
-    scores = {}
-
-    config, labels, classes = classify(*places["rte"])
-    assert config["problem_type"] == "single_label_classification"
-    assert set(classes) == {"entailment", "not_entailment"}  # or any network might score the same
-    scores["rte"] = {"accuracy": float(np.mean([one == other for one, other in zip(labels, classes, strict=True)]))}
-
-    config, labels, values = classify(*places["stsb"])
-    assert config["problem_type"] == "regression"
-    gold = [float(label) for label in labels]
-    scores["stsb"] = {"pearson": float(pearsonr(values, gold)[0]), "spearman": float(spearmanr(values, gold)[0])}
-
-    folder, file = places["squad"]
-    net, (_, inputs) = open_net(AutoModelForQuestionAnswering, folder), batches(file)
+def squad(folder: str, path: str) -> np.ndarray:
+    """The logits of starts and ends: [windows, tokens, 2]."""
+    net, (_, inputs) = open_net(AutoModelForQuestionAnswering, folder), batches(path)
     outputs = [net(**batch) for batch in inputs]
-    np.save(job / "squad.npy", torch.cat([torch.stack([o.start_logits, o.end_logits], 2) for o in outputs]).numpy())
+    return torch.cat([torch.stack([o.start_logits, o.end_logits], 2) for o in outputs]).numpy()
 
-    folder, file = places["mlm"]
-    net, (arrays, inputs) = open_net(AutoModelForMaskedLM, folder), batches(file)
+
+def mlm(folder: str, path: str) -> dict[str, float]:
+    net, (arrays, inputs) = open_net(AutoModelForMaskedLM, folder), batches(path)
     logits = torch.cat([net(**batch).logits for batch in inputs]).flatten(0, 1)[arrays["chosen"]]
     loss = torch.nn.functional.cross_entropy(logits, arrays["labels"]).item()
     hits = (logits.argmax(1) == arrays["labels"]).double().mean().item()
-    scores["mlm"] = {"accuracy": hits, "loss": loss, "perplexity": float(np.exp(loss))}
+    return {"accuracy": hits, "loss": loss, "perplexity": float(np.exp(loss))}
 
+
+@torch.inference_mode()
+def main(job: Path) -> None:
+    metrics = {}
+    for name, (task, folder, data) in json.loads((job / "job.json").read_text()).items():
+        found = {"rte": rte, "stsb": stsb, "squad": squad, "mlm": mlm}[task](folder, data)
+        if task == "squad":
+            np.save(job / f"{name}.npy", found)
+        else:
+            metrics[name] = found
     assert not [name for name in sys.modules if name.startswith("bert_tickets")]
-    (job / "scores.json").write_text(json.dumps(scores))
+    (job / "metrics.json").write_text(json.dumps(metrics))
 
 
 if __name__ == "__main__":

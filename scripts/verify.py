@@ -1,0 +1,113 @@
+"""Print the provenance of a run, and verify all its files.
+
+  python scripts/verify.py runs/mnli-imp-s57-1a2b3c4d
+  python scripts/verify.py runs                             # every run in a folder
+
+Changes nothing. The exit code is 0 if all files are intact, and 1 if one is damaged, missing, or of another run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.errors import UserError
+from bert_tickets.files import read_facts
+from bert_tickets.runs.directory import events, failure, level_dir, read_run, results
+from bert_tickets.runs.integrity import problems
+from bert_tickets.runs.summary import table
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
+    return parser.parse_args(hyphens(argv))
+
+
+def main(args: argparse.Namespace) -> None:
+    runs = [run for place in args.runs for run in find_runs(place)]
+    if not runs:
+        raise UserError(f"no run directory in {', '.join(map(str, args.runs))}")
+    damaged = [run for run in runs if not verify(run)]
+    if damaged:
+        print(f"damaged: {', '.join(map(str, damaged))}", file=sys.stderr)
+        sys.exit(1)
+
+
+def find_runs(place: Path) -> list[Path]:
+    """Return the place if it is a run directory (it has a run.json or a level), else all run directories in it."""
+    if (place / "run.json").is_file() or level_dir(place, 0).is_dir():
+        return [place]
+    return sorted(path.parent for path in place.glob("**/run.json"))
+
+
+def verify(run: Path) -> bool:
+    """Print the provenance of a run, its levels and its problems. Returns whether it has no problem."""
+    print(run)
+    found = problems(run)
+    for part in (provenance, levels):
+        try:
+            print("\n".join(part(run)))
+        except (UserError, OSError):  # it is among the problems
+            break
+    print("\n".join([f"  {problem}" for problem in found] or ["  all files are intact"]) + "\n")
+    return not found
+
+
+def provenance(run: Path) -> Iterator[str]:
+    """Format the command, commit, versions and fingerprints of a run, from run.json and log.jsonl."""
+    about = read_run(run)
+    config, facts, here = about["config"], about["fingerprint"], about["environment"]
+    git, log, differs = here["git"], list(events(run / "log.jsonl")), about["differs_from_preset"]
+    began = next((f"{event['time']} on {event['host']}" for event in log if event.get("event") == "start"), "unknown")
+    resumed = sum(event.get("event") == "resume" for event in log)
+    lines = {
+        "command": "python " + shlex.join(about["argv"]),
+        "differs from the preset": ", ".join(f"{key} {value}" for key, value in differs.items()) or "nothing",
+        "seed": config["seed"],
+        "began": began + f", resumed {resumed} time(s)" * bool(resumed),
+        "commit": "unknown" if git is None else git["sha"] + ", with changes" * git["dirty"],
+        "versions": ", ".join(f"{name} {number}" for name, number in here["versions"].items()),
+        "device": f"{here['gpu'] or facts['device']}, {facts['precision']}, {here['threads']} threads",
+        "model": f"{config['model']}, sha256 {facts['model']}",
+    }
+    for name, data in {"training set": facts["train"], **facts["evaluation"]}.items():
+        lines[name] = f"{data['examples']:,} examples, sha256 {data['sha256']}"
+    if config.get("mask"):
+        lines["given mask"] = f"{config['mask']}: {_origin(level_dir(run, 0) / 'mask.safetensors')}"
+    if config["init"] != "pretrained":
+        lines["initial weights"] = config["init"] + (f" {json.dumps(facts['init'])}" if facts["init"] else "")
+    width = max(map(len, lines))
+    return (f"  {name:{width}}  {value}" for name, value in lines.items())
+
+
+def _origin(path: Path) -> str:
+    """Format the metadata of a mask file."""
+    if not path.is_file():
+        return "not trained yet"
+    facts = sorted(read_facts(path).items())
+    return ", ".join(f"{key} {value}" for key, value in facts if key not in ("format", "shapes", "order", "density"))
+
+
+def levels(run: Path) -> Iterator[str]:
+    """Format a table of the finished levels (metric, sparsity, hashes of mask and initial weights), then their warnings."""
+    found, failed = results(run), failure(run)
+    header = ["level", "sparsity", found[0]["metric"] if found else "", "mask sha256", "initial weights sha256"]
+    rows = []
+    for line in found:
+        value = line["metrics"][line["metric"]]
+        metric = ("undefined" if value is None else f"{value:.6f}") + "*" * bool(line["warnings"])
+        rows.append([str(line["level"]), f"{line['sparsity']:.2%}", metric, line["mask_sha256"], line["init_sha256"]])
+    yield table(header, rows) if rows else "  no finished level"
+    yield from (f"* level {line['level']}: {warning}" for line in found for warning in line["warnings"])
+    if failed:
+        yield f"level {failed['level']} diverged: {failed['ended']}"
+
+
+if __name__ == "__main__":
+    run_command(main, parse())
