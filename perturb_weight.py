@@ -1,4 +1,4 @@
-"""Perturb pre-trained BERT: write weights that the other scripts take by --init, to see what of a ticket was theta_0.
+"""Perturb pre-trained BERT: write weights for --init of the training scripts, to test how a ticket depends on theta_0.
 
 python perturb_weight.py --shuffle entries --output weights/shuffled.safetensors
 python lt_glue.py --task rte --mask mask.safetensors --init weights/shuffled.safetensors
@@ -10,39 +10,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_tickets.cli import hyphens, run_command
+from bert_tickets.cli import FORMATTER, hyphens, run_command
 from bert_tickets.config import Config, Training
 
-SHUFFLES = "entries: within each matrix (theta_0''); layers: whole; matrices: by layer without biases and LayerNorms, as released"
+SHUFFLES = (
+    "entries: the entries of each matrix (theta_0''); layers: whole layers; "
+    "matrices: layers without their biases and LayerNorms, as in the released code"
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--shuffle", choices=("layers", "matrices", "entries"), help=SHUFFLES)
-    how.add_argument("--noise", type=float, metavar="SIGMA", help="normal noise on the matrices, in units of their spread")
+    sigma = "add normal noise to the matrices, SIGMA times their standard deviation"
+    how.add_argument("--noise", type=float, metavar="SIGMA", help=sigma)
     parser.add_argument("--output", required=True, metavar="FILE", help="the safetensors file to write: the encoder's weights")
-    parser.add_argument("--model", default=Config.model, metavar="TEXT", help="a BERT checkpoint (default: bert-base-uncased)")
-    parser.add_argument("--seed", type=int, default=Training.seed, metavar="N", help="fixes what is drawn (default: 57)")
+    parser.add_argument("--model", default=Config.model, metavar="TEXT", help=f"a BERT checkpoint (default: {Config.model})")
+    parser.add_argument("--seed", type=int, default=Training.seed, metavar="N", help="of the order or the noise (default: 57)")
     args = parser.parse_args(hyphens(argv))
     if args.noise is not None and not 0 < args.noise < math.inf:
-        parser.error(f"--noise {args.noise}: a number above 0 is needed")
+        parser.error(f"--noise {args.noise}: must be above 0 and finite")
     if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed {args.seed}: a whole number from 0 to 2^32 - 1 is needed")
+        parser.error(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
     if Path(args.output).parent.resolve() == Path(args.model).resolve():
-        parser.error(f"--output {args.output}: a checkpoint stays as it is; give a place outside of the folder {args.model}")
+        parser.error(f"--output {args.output}: must be outside the checkpoint's folder {args.model}")
     return args
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What the file says of how its weights were asked for, beside what was drawn and measured."""
+    """Return the settings for the metadata of the file."""
     return {"how": args.shuffle or "noise", "sigma": args.noise, "model": args.model, "seed": args.seed}
 
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.files import write_tensors
     from bert_tickets.methods.perturb import perturb
-    from bert_tickets.modeling.loading import encoder_weights, load_bert
+    from bert_tickets.modeling.loading import load_bert
+    from bert_tickets.modeling.parameters import encoder_weights
 
     net, _ = load_bert(args.model, "classifier", "pretrained", args.seed)
     weights, drawn = perturb(encoder_weights(net), args.shuffle or "noise", args.noise, args.seed)

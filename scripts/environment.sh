@@ -1,6 +1,6 @@
-# Sourced by demo.sh and test.sh: makes .venv with the package installed, or uses the one that is there.
-# PYTHON chooses the interpreter, TORCH the torch to install (the default is the version the tests last ran with) and
-# TRANSFORMERS the transformers (the default is the newest that the package takes).
+# Sourced by demo.sh and test.sh: makes .venv with the package installed, or uses an existing one.
+# PYTHON: the interpreter. TORCH: the torch to install (default: the version of the last test run). TRANSFORMERS: the
+# transformers to install (default: the newest that the package supports).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

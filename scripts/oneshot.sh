@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One-shot pruning beside iterative: theta_0 pruned at once, by magnitude and at random, over all sparsities.
-# SPARSITIES in percent.
+# One-shot pruning compared with iterative pruning: theta_0 pruned once, by magnitude and at random, over all sparsities.
+# SPARSITIES: in percent.
 set -euo pipefail
 : "${TASKS:=mnli qqp stsb wnli qnli mrpc rte sst2 cola squad mlm}" "${SEEDS:=57 58 59}"
 : "${SPARSITIES:=10 20 30 40 50 60 70 80 90}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What of a ticket is its pre-trained weights: shuffles and noise of growing strength, as in the released code.
-# NOISE in units of the weights' spread; SPARSITY in percent.
+# How tickets depend on the pre-trained weights: shuffles, and noise of growing strength, as in the released code.
+# NOISE: in units of the standard deviation of the weights. SHUFFLES: entries, matrices, layers. SPARSITY: in percent.
 set -euo pipefail
 : "${TASKS:=mnli qqp stsb wnli qnli mrpc rte sst2 cola squad mlm}" "${SEEDS:=57 58 59}" "${SPARSITY:=50}"
 : "${SHUFFLES:=entries matrices layers}" "${NOISE:=0.01 0.02 0.05 0.1 0.2 0.5 1}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 3: rewinding to a later step than the pre-trained weights, and standard pruning, which rewinds to none.
-# REWIND: what to rewind to (shares of training, steps, none), beside 0.
+# Table 3: rewinding to later steps than the pre-trained weights, and standard pruning, which does not rewind.
+# REWIND: values of --rewind other than 0: parts of training (5%), steps, or none.
 set -euo pipefail
 : "${TASKS:=mnli qqp stsb wnli qnli mrpc rte sst2 cola squad mlm}" "${SEEDS:=57 58 59 60 61}"
 : "${REWIND:=5% 10% 20% 50% none}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Mask similarity between tasks: the overlap of the tickets that the tasks find, beside what chance would give.
-# SPARSITY in percent; the picture is of the first seed.
+# Mask overlap between the tickets of different tasks, compared with the overlap expected by chance.
+# SPARSITY: in percent (default: 70). The figure shows the first seed.
 set -euo pipefail
 : "${TASKS:=mnli qqp stsb wnli qnli mrpc rte sst2 cola squad mlm}" "${SEEDS:=57}" "${SPARSITY:=70}"
 source "$(dirname "$0")/commands.sh"
@@ -14,4 +14,4 @@ for seed in $SEEDS; do
   done
 done
 
-finally "$PYTHON" -m bert_tickets.masking.similarity "${masks[@]}" --level $((SPARSITY / STEP)) --output "$OUTPUT/similarity_$SPARSITY.png"
+finally "$PYTHON" scripts/compare.py "${masks[@]}" --level $((SPARSITY / STEP)) --output "$OUTPUT/similarity_$SPARSITY.png"

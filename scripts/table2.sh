@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Table 2: the highest sparsity with winning tickets, beside random pruning, random weights and shuffled weights.
-# Its runs also draw Figure 11, every task over all sparsities.
-# SPARSITY (percent) is where the last three rows stand: the paper's of each task, or the one given for all.
+# Table 2: the highest sparsity with winning tickets, compared with random pruning, random weights and shuffled weights.
+# Figure 11, every task over all sparsities, is drawn from the same runs.
+# SPARSITY: sparsity of the three controls, in percent (default: the paper's for each task).
 set -euo pipefail
 : "${TASKS:=mnli qqp stsb wnli qnli mrpc rte sst2 cola squad mlm}" "${SEEDS:=57 58 59 60 61}" "${SPARSITY:=}"
 source "$(dirname "$0")/commands.sh"

@@ -1,1 +1,1 @@
-"""Many runs: command lines as jobs, who waits for whom, what is done already, the loop over free places, what is shown."""
+"""Many runs on many GPUs: command lines as jobs (`jobs`), run as Ray tasks (`runner`)."""
