@@ -1,4 +1,4 @@
-"""Run directories as finished runs leave them, without the training: the values are made up."""
+"""Run directories as finished runs leave them, of format 3, without the training: the values are made up."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from bert_tickets.config import build, flat, identity, run_name
-from bert_tickets.files import read_facts, write_checksummed, write_json, write_tensors
+from bert_tickets.config import build, differences, flat, run_name
+from bert_tickets.files import read_facts, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
+from bert_tickets.runs.directory import FORMAT, levels_of, results_lines
 
 WEIGHTS = 1000
 METRICS = {"cola": "matthews", "stsb": "pearson", "squad": "f1"}
 
 
 def some_mask(sparsity: float, *seed: object) -> Mask:
-    """A mask that removes so many of 1000 weights, others for another seed."""
+    """A mask that prunes this fraction of 1000 weights, others for another seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
     kept = torch.ones(WEIGHTS, dtype=torch.bool)
     kept[torch.randperm(WEIGHTS, generator=generator)[: round(sparsity * WEIGHTS)]] = False
@@ -26,14 +27,14 @@ def some_mask(sparsity: float, *seed: object) -> Mask:
 
 
 def oneshot(path: Path, sparsity: float, method: str = "random", seed: int = 57) -> Path:
-    """The file that oneshot.py makes."""
+    """The file that oneshot.py writes."""
     drawn = seed if method == "random" else 0
-    some_mask(sparsity, method, drawn).write(path, method=f"oneshot {method}", seed=str(seed))
+    some_mask(sparsity, method, drawn).write(path, method=f"oneshot {method}", seed=seed)
     return path
 
 
 def weights(path: Path, perturbed: str) -> Path:
-    """The file that perturb_weight.py makes, its weights left out."""
+    """The file that perturb_weight.py writes, with one weight."""
     write_tensors(path, {"weight": torch.zeros(1)}, {"perturbed": perturbed})
     return path
 
@@ -41,41 +42,75 @@ def weights(path: Path, perturbed: str) -> Path:
 def run(
     place: Path, values: Sequence[float | None], task: str = "sst2", seed: int = 57, warnings: Sequence[str] = (), **given: Any
 ) -> Path:
-    """A run of `task` under `place` whose levels score these values; with `mask` a given ticket, of one level.
+    """Write a run of `task` under `place` whose levels have these values; with `mask` it trains a given ticket, in one level.
 
-    Its levels are as many as the values unless `levels` says more. `warnings` are of the last one. `given` are the flags.
+    The run has as many levels as there are values, or `levels`. `warnings` are of the last one. `given` are the settings by name.
     """
-    preset = task if task in ("squad", "mlm") else "glue"
-    if "mask" not in given:
+    if "mask" in given:
+        given["method"] = "transfer"
+    else:
         given.setdefault("levels", max(1, len(values)))
-    cfg = build(preset, {"task": task, "seed": seed, **{key: str(v) if isinstance(v, Path) else v for key, v in given.items()}})
-    differs = identity(cfg, preset)
-    folder = place / run_name(cfg, preset)
-    init = None if cfg.init in ("pretrained", "random") else read_facts(Path(cfg.init))
-    config = {key: value for key, value in flat(cfg).items() if key != "dry_run"}
-    write_json(folder / "run.json", {"config": config, "differs_from_preset": differs, "fingerprint": {"init": init}})
-    found = {key: value for key, value in differs.items() if key not in ("levels", "output_dir")}
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    cfg = build({"task": task, "seed": seed, **given})
+    folder = place / run_name(cfg)
+    about = {
+        "format": FORMAT,
+        "run": folder.name,
+        "config": {key: value for key, value in flat(cfg).items() if key != "dry_run"},
+        "differs_from_preset": differences(cfg),
+        "argv": [],
+        "environment": {},
+        "fingerprint": {"init": None if cfg.init in ("pretrained", "random") else read_facts(Path(cfg.init))},
+    }
+    write_checksummed(folder / "run.json", about)
+    found = {key: value for key, value in differences(cfg).items() if key not in ("levels", "output_dir")}
     for level, value in enumerate(values):
-        if cfg.mask:
-            mask, info = Mask.load(cfg.mask), {}
-        else:
-            fractions = cfg.fractions
-            left = 1.0
-            for fraction in fractions[: level + 1]:
-                left *= 1 - fraction
-            mask = some_mask(1 - left, task, seed, sorted(found.items())) if level else some_mask(0)
-            info = {"method": "imp", "task": task, "seed": str(seed), "level": str(level)}
-        mask.write(folder / f"level_{level:02d}" / "mask.safetensors", **info)
-        metric = METRICS.get(task, "accuracy")
-        line = {"level": level, "task": task, "metric": metric, "metrics": {metric: value}, "sparsity": mask.sparsity}
-        said = list(warnings) if level == len(values) - 1 else []
-        write_json(folder / f"level_{level:02d}" / "metrics.json", line | {"mask_sha256": mask.sha256(), "warnings": said})
+        mask = _mask(cfg, level, found)
+        write_level(folder, level, mask, value, task, warnings if level == len(values) - 1 else ())
+    if len(values) == levels_of(cfg):
+        (folder / "results.jsonl").write_bytes(results_lines(folder))
     return folder
 
 
+def _mask(cfg: Any, level: int, found: dict[str, Any]) -> Mask:
+    """The mask of a level, with the metadata of its file."""
+    if hasattr(cfg.settings, "mask"):
+        return Mask.load(cfg.settings.mask)
+    left = 1.0
+    for fraction in cfg.settings.fractions[: level + 1]:
+        left *= 1 - fraction
+    mask = some_mask(1 - left, cfg.method, cfg.task, cfg.train.seed, sorted(found.items())) if level else some_mask(0)
+    return Mask(dict(mask), {"method": cfg.method, "task": cfg.task, "seed": cfg.train.seed, "level": level})
+
+
+def write_level(folder: Path, level: int, mask: Mask, value: float | None, task: str, warnings: Sequence[str] = ()) -> None:
+    """Write the folder of a finished level."""
+    metric = METRICS.get(task, "accuracy")
+    mask.write(mask_of(folder, level))
+    line = {
+        "run": folder.name,
+        "level": level,
+        "task": task,
+        "method": mask.info.get("method", "transfer"),
+        "metric": metric,
+        "metrics": {metric: value},
+        "warnings": list(warnings),
+        "sparsity": mask.sparsity,
+        "kept": mask.kept,
+        "total": mask.total,
+        "mask_distance": 0.0,
+        "mask_sha256": mask.sha256(),
+        "init_sha256": "",
+        "steps": 1,
+        "skipped_steps": 0,
+        "losses": [],
+    }
+    write_checksummed(folder / f"level_{level:02d}" / "metrics.json", line)
+
+
 def fail(folder: Path, level: int, why: str) -> None:
-    """Have a run say that this level of it came to no result."""
-    write_checksummed(folder / "failure.json", {"run": None, "level": level, "ended": why})
+    """Write that a level of a run diverged."""
+    write_checksummed(folder / "failure.json", {"run": folder.name, "task": "", "level": level, "ended": why})
 
 
 def mask_of(folder: Path, level: int) -> Path:

@@ -1,220 +1,234 @@
-"""The entries of the paper's tables, gathered from the records of runs: a metric under one treatment, over seeds."""
+"""Cells of tables: the results that differ only in their seed, named by task, row and sparsity.
+
+A row says how the ticket was found and what it starts from: `imp ticket`, `imp ticket of MNLI`, `imp ticket, random weights`,
+`random pruning`. The names come from the results, so that a new method has rows without code here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bert_tickets.errors import UserError
-from bert_tickets.report.results import IMP, PRETRAINED, Failure, LevelResult, by_seed, dense, need_one_setting, need_one_subject
-from bert_tickets.report.significance import Difference, Summary, holm, matches, matches_or_exceeds, paired, summarize, verdict
-from bert_tickets.report.sweeps import command
-from bert_tickets.runs.summary import published
+from bert_tickets.report import published
+from bert_tickets.report.matching import match_or_exceed, within_one_sd
+from bert_tickets.report.results import PRETRAINED, Failure, LevelResult, check_same_subject, plainness
+from bert_tickets.report.significance import Difference, Summary, holm, paired, summarize, verdict
 
-UNIT = 100.0  # the paper's: percent, and correlations x 100
-NEAR = 6e-4  # two sparsities that differ by less are one level: masks are made of whole weights
-CHOOSE = "give those of one, or choose it with --setting"
+FULL = "full BERT"
+RANDOM_PRUNING, ONE_SHOT = "random pruning", "one-shot pruning"
+UNTRAINED = {"oneshot random": RANDOM_PRUNING, "oneshot magnitude": ONE_SHOT}  # the paper's names of what oneshot.py makes
+UNIT = 100  # as in the paper: percent, and correlations x 100
+NO_RUN = "no run"
+CLOSE = 6e-4  # sparsities that differ by less are one level: masks consist of whole weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A number of a table, and all that is said of it. Values are x 100."""
+class Cell:
+    """The results of one row on one task at one sparsity, over seeds. Values are x 100."""
 
     task: str
     row: str
-    sparsity: float  # a share
-    metric: str = ""
-    seeds: tuple[int, ...]  # that the task has runs of; `missing` are those without this one
-    summary: Summary
-    records: tuple[LevelResult, ...] = ()  # that it is of, by seed
-    warnings: tuple[str, ...] = ()  # what its runs say against their values, with the seed
-    published: published.Figure | None = None
-    published_sparsity: float | None = None
-    published_difference: float | None = None
-    reference: str = ""  # what the difference is to
+    sparsity: float  # fraction, to three decimals: small networks cannot prune exactly 40 %
+    results: tuple[LevelResult, ...] = ()  # sorted by seed
+    seeds: tuple[int, ...] = ()  # that should be there
+    sweep: str = ""  # scripts/<sweep>.sh makes such runs
+    source: str = ""  # the task that the ticket is to be found on, if another
+    published: str = ""  # the published value
+    reference: str = ""  # the row that `difference` is to
     difference: Difference | None = None
-    within: bool | None = None  # of the full BERT's standard deviation, and
-    exceeds: bool | None = None  # matches or exceeds its mean; None where that cannot be said, or was not compared
-    corrected: float | None = None  # the difference's p by Holm
-    verdict: str = ""
-    sweep: str = ""  # that makes such runs, with these of its variables
-    variables: Mapping[str, str] = field(default_factory=dict)
+    within: bool | None = None  # one standard deviation of the full BERT
+    exceeds: bool | None = None  # or equals the full BERT's mean
 
     @property
-    def runs(self) -> tuple[Path, ...]:
-        return tuple(record.run for record in self.records)
+    def summary(self) -> Summary:
+        return summarize({r.seed: r.value for r in self.results}, UNIT)
 
     @property
     def missing(self) -> tuple[int, ...]:
-        return tuple(seed for seed in self.seeds if seed not in self.summary.values and seed not in self.summary.undefined)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Records that may stand in one table: one setting a task, and tickets found in one way."""
-
-    records: Sequence[LevelResult]
-    notes: Sequence[str] = ()
-    failures: Sequence[Failure] = ()
+        return tuple(sorted(set(self.seeds) - {r.seed for r in self.results}))
 
     @property
-    def tasks(self) -> list[str]:
-        """The tasks that anything was trained on, in the paper's order."""
-        order = published.tasks()
-        return sorted({r.task for r in self.records}, key=lambda t: (order.index(t) if t in order else len(order), t))
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(f"seed {r.seed}: {warning}" for r in self.results for warning in r.warnings)
 
-    def seeds(self, task: str) -> tuple[int, ...]:
-        """Those of the runs that find the task's tickets, and where there are none of all that were trained on it."""
-        own = [r for r in self.records if r.task == task]
-        return tuple(sorted({r.seed for r in own if r.ticket == IMP} or {r.seed for r in own}))
+    @property
+    def is_marked(self) -> bool:
+        """Whether a value is undefined or has a warning."""
+        return bool(self.summary.undefined or self.warnings)
 
-    def sparsities(self, **wanted: object) -> list[float]:
-        """Where there are records whose fields are as wanted, rising; the full network is not counted."""
-        found = {round(r.sparsity, 3) for r in self.records if all(getattr(r, k) == v for k, v in wanted.items())}
-        return sorted(found - {0.0})
+    @property
+    def text(self) -> str:
+        """Mean and standard deviation with `count`."""
+        s = self.summary
+        if not self.results:
+            return NO_RUN
+        if s.mean is None:
+            return f"undefined ({self.count(s.n)})"
+        return f"{s.mean:.1f}" + ("" if s.sd is None else f" ± {s.sd:.1f}") + f" ({self.count(s.n)})"
 
-    def levels(self, task: str, rewind: str = "0") -> list[float]:
-        """The sparsities of a task's own tickets."""
-        return self.sparsities(task=task, ticket=IMP, weights=PRETRAINED, rewind=rewind)
+    def count(self, n: int) -> str:
+        """The number of seeds or pairs, of how many, and marks of undefined values and warnings."""
+        marks = [f"{n} of {len(self.seeds)}" if n < len(self.seeds) else str(n)]
+        marks += [f"{len(self.summary.undefined)} undefined"] * bool(n and self.summary.undefined)
+        marks += ["all equal"] * self.summary.constant + ["warning"] * bool(self.warnings)
+        return ", ".join(marks)
 
-    def full(self, task: str) -> Entry:
-        """The full BERT, trained on the task."""
-        entry = self._entry(task, published.FULL, 0.0, dense(self.records, task))
-        figure = published.table2(published.FULL, task)
-        at = 0.0 if figure else None
-        return replace(entry, published=figure, published_sparsity=at, sweep="table2", variables={"TASKS": task})
-
-    def ticket(self, task: str, sparsity: float, rewind: str = "0", row: str = published.TICKET) -> Entry:
-        """A task's own ticket: a level of the runs that find them."""
-        entry = self.given(task, row, sparsity, ticket=IMP, weights=PRETRAINED, rewind=rewind)
-        return replace(entry, sweep="table2", variables={"TASKS": task, "SPARSITY": f"{100 * sparsity:g}"})
-
-    def given(self, task: str, row: str, sparsity: float, **wanted: object) -> Entry:
-        """The records on a task at a sparsity whose fields are as wanted."""
-        near = [r for r in self.records if abs(r.sparsity - sparsity) < NEAR]
-        return self._entry(task, row, sparsity, by_seed(near, task=task, **wanted))
-
-    def _entry(self, task: str, row: str, sparsity: float, found: Mapping[int, LevelResult]) -> Entry:
-        records = [found[seed] for seed in sorted(found)]
-        return Entry(
-            task=task,
-            row=row,
-            sparsity=sparsity,
-            metric=records[0].metric if records else "",
-            seeds=self.seeds(task),
-            summary=summarize({seed: record.value for seed, record in found.items()}, UNIT),
-            records=tuple(records),
-            warnings=tuple(f"seed {record.seed}: {doubt}" for record in records for doubt in record.warnings),
-        )
-
-    def unfinished(self, tasks: Iterable[str]) -> list[str]:
-        """The runs of these tasks that have not all their levels, a sentence each; first those of any task that say why."""
-        told = [str(failure) for failure in self.failures]
-        done: dict[Path, list[LevelResult]] = {}
-        for record in self.records:
-            if record.task in tasks and record.ticket == IMP:
-                done.setdefault(record.run, []).append(record)
-        short = {run: (len(r), r[0].levels) for run, r in done.items() if len(r) < r[0].levels}
-        return told + [f"{run} has finished {some} of its {levels} levels" for run, (some, levels) in short.items()]
-
-    def remedies(self, entries: Iterable[Entry]) -> list[str]:
-        """What runs entries lack, and the command of the sweep that makes them, a sentence each."""
-        groups: dict[tuple, list[Entry]] = {}
-        for entry in entries:
-            if entry.missing and entry.sweep:
-                fixed = tuple(sorted((k, v) for k, v in entry.variables.items() if k not in JOINED))
-                groups.setdefault((entry.task, entry.sparsity, entry.sweep, fixed, entry.missing), []).append(entry)
-        return [self._remedy(group) for group in groups.values()]
-
-    def _remedy(self, group: Sequence[Entry]) -> str:
-        first = group[0]
-        rows = ", ".join(dict.fromkeys(entry.row for entry in group))
-        at = f" at {percent(first.sparsity)}" if first.sparsity else ""
-        seeds = f"seed{'s' * (len(first.missing) > 1)} {', '.join(map(str, first.missing))}"
-        variables = dict(first.variables)
-        for name in JOINED & variables.keys():
-            variables[name] = " ".join(dict.fromkeys(entry.variables[name] for entry in group))
-        found = f"no run of {published.name(first.task)}{at}, {seeds}: {rows}"
-        tasks = dict.fromkeys([first.task, *variables.get("SOURCES", "").split()])
-        finding = [next((r.run for r in self.records if r.task == task and r.ticket == IMP), None) for task in tasks]
-        line = command(first.sweep, [run for run in finding if run], first.missing, variables)
-        return f"{found}. To make them: `{line}`" if line else f"{found}. No sweep makes them as the others were made."
+    @property
+    def verdict(self) -> str:
+        if not self.results:
+            return NO_RUN
+        return ("" if self.summary.n else "undefined") or (verdict(self.difference) if self.reference else "")
 
 
-JOINED = {"SOURCES", "REWIND"}  # variables of a sweep that several entries' commands share as one
+def place(cell: Cell) -> tuple:
+    """The order of rows: the full BERT, tickets on their own task, tickets of no task, tickets of other tasks."""
+    first = cell.results[0]
+    kind = 0 if not first.given else 1 if first.source == first.task else 2 if not first.source else 3
+    order = [*published.TASKS, first.source].index(first.source)
+    return not cell.row.startswith(FULL), kind, order if kind == 3 else 0, first.rewind, cell.row, cell.sparsity
 
 
 def percent(sparsity: float) -> str:
-    text = f"{100 * sparsity:.1f}".removesuffix(".0")
-    return f"{text} %"
+    return f"{100 * sparsity:.1f}".removesuffix(".0") + " %"
 
 
-def choose(records: Sequence[LevelResult], failures: Sequence[Failure] = ()) -> Pool:
-    """The records that tables are made of: those of the plain way to find tickets, or of the one that there is.
+def row_name(method: str, *, source: str = "", rewind: str = "0", weights: str = PRETRAINED) -> str:
+    """The row of a method's tickets; `source` is the task they were found on, if another than they are trained on."""
+    text = method if rewind == "none" else f"{method} ticket"
+    text += f" of {published.name(source)}" * bool(source)
+    if rewind == "none":
+        text += ", standard pruning"
+    elif rewind != "0":
+        text += f", rewound to {rewind.replace('%', ' %') if rewind.endswith('%') else f'step {rewind}'}"
+    return text if weights == PRETRAINED else f"{text}, {weights}" + " weights" * (" " not in weights)
 
-    Raises `UserError` where a task has two settings, or tickets found in several ways of which none is the plain one. A given
-    ticket is left out where the run that found it is there and is not one of those chosen, or rewinds elsewhere.
+
+class ResultSet:
+    """Results grouped into cells.
+
+    Raises `UserError` for runs that have the same settings and seed, and differ in their results, data or initial weights. Equal
+    copies of a run count once.
     """
-    need_one_setting(records, CHOOSE)
-    need_one_subject(records)
-    notes, chosen = [], {}
-    for task in sorted({r.task for r in records}):
-        ways: dict[str, Path] = {}
-        for record in records:
-            if record.task == task and record.ticket == IMP:
-                ways.setdefault(record.finding, record.run)
-        if len(ways) > 1 and "" not in ways:
-            listed = "\n".join(f"  {way} (such as {run})" for way, run in ways.items())
-            raise UserError(f"the tickets of {task} were found in {len(ways)} ways; give the runs of one:\n{listed}")
-        chosen[task] = "" if "" in ways else next(iter(ways), "")
-        others = sorted(set(ways) - {chosen[task]})
-        notes += [f"{published.name(task)}: tickets found with {way} are left out" for way in others]
-    own = [r for r in records if r.ticket != IMP or r.finding == chosen[r.task]]
-    plain = {r.mask_sha256 for r in own if r.ticket == IMP and r.rewind == "0"}
-    rewound = {r.task for r in own if r.rewind == "0"}  # where there are plain tickets to tell the others from
-    foreign = {
-        r.mask_sha256
-        for r in records
-        if r.ticket == IMP and (r.finding != chosen[r.task] or (r.rewind != "0" and r.task in rewound))
+
+    def __init__(self, results: Sequence[LevelResult], failures: Sequence[Failure] = ()) -> None:
+        check_same_subject(results)
+        self.results, self.failures = results, failures
+        found = [((r.source, r.method), r.finding) for r in results if not r.given]
+        self.names = {
+            (*key, finding): key[1] + (f" ({', '.join(words)})" if words else "")
+            for (key, finding), words in _unshared(found).items()
+        }
+        self.cells: dict[tuple[str, str, float], Cell] = {}
+        settings = _unshared((r.task, r.setting) for r in results)
+        for row, r in [*((self.row_of(r), r) for r in results), *((FULL, r) for r in _dense(results))]:
+            self._add(", ".join([row, *settings[r.task, r.setting]]), r)
+        self.tasks = published.in_order(r.task for r in results)
+        self.dense_tasks = [task for task in self.tasks if (task, FULL, 0.0) in self.cells]  # with a full BERT
+
+    def _add(self, row: str, r: LevelResult) -> None:
+        key = (r.task, row, round(r.sparsity, 3))
+        cell = self.cells.get(key) or Cell(task=key[0], row=row, sparsity=key[2])
+        other = next((q for q in cell.results if q.seed == r.seed), None)
+        if other is None:
+            added = tuple(sorted((*cell.results, r), key=lambda q: q.seed))
+            self.cells[key] = replace(cell, results=added)
+        elif (other.metrics, other.mask_sha256) != (r.metrics, r.mask_sha256):
+            where = f"{r.task} at {percent(r.sparsity)} with seed {r.seed}"
+            raise UserError(f"{other.run} and {r.run} are both {row} on {where}, and differ: give one of them")
+
+    def row_of(self, r: LevelResult) -> str:
+        """A result's row. Own tickets that are given again, and masks of unknown origin, are told apart from the others."""
+        name = self.name_of(r)
+        if not r.given:
+            found_in = "" if r.weights == PRETRAINED else f", found in {r.weights} weights"
+            return row_name(name, rewind=r.rewind) + found_in
+        if not r.source:
+            name = UNTRAINED.get(r.method, r.method or f"mask {r.mask_sha256[:8]}")
+            return name if r.weights == PRETRAINED else row_name(name, weights=r.weights)
+        row = row_name(name, source="" if r.source == r.task else r.source, rewind=r.rewind, weights=r.weights)
+        return row + ", trained again" * (r.source == r.task and r.weights == PRETRAINED)
+
+    def name_of(self, r: LevelResult) -> str:
+        """The method of a result in a row's name: with its settings, if there are runs with others."""
+        return self.names.get((r.source, r.method, r.finding), r.method)
+
+    def tickets(self, task: str) -> list[str]:
+        """The methods that found tickets on a task, as in the names of rows; the paper's first."""
+        found = {self.name_of(r) for r in self.own(task) if r.weights == PRETRAINED and r.sparsity > 0}
+        return sorted(found, key=lambda name: (not is_published(name), name))
+
+    def own(self, task: str) -> list[LevelResult]:
+        """The results of the runs that find tickets on a task."""
+        return [r for r in self.results if r.task == task and not r.given]
+
+    def sparsities(self, task: str, row: str) -> list[float]:
+        """Where a row has results, ascending, without 0."""
+        return sorted(at for other, name, at in self.cells if (other, name) == (task, row) and at > 0)
+
+    def full(self, task: str) -> Cell:
+        """The full BERT, fine-tuned on the task."""
+        return self.cell(task, FULL, 0.0, sweep="table2", published=published.beside_table2(FULL, task))
+
+    def cell(self, task: str, row: str, sparsity: float, *, method: str = "", **more: Any) -> Cell:
+        """The cell with these results, or one without any; it should have the seeds of the runs of `method` on the task."""
+        own = {r.seed for r in self.own(task) if method in ("", self.name_of(r))}
+        seeds = tuple(sorted(own or {r.seed for r in self.results if r.task == task}))
+        found = self.cells.get((task, row, round(sparsity, 3)), Cell(task=task, row=row, sparsity=sparsity))
+        return replace(found, seeds=seeds, **more)
+
+    def ticket(self, task: str, name: str, at: float, row: str = "", sweep: str = "table2", **more: Any) -> Cell:
+        """A cell of a method's tickets on their own task, by default of the ticket itself. Sweeps make only the paper's."""
+        sweep = sweep if name == published.METHOD else ""
+        return self.cell(task, row or row_name(name), at, method=name, sweep=sweep, **more)
+
+    def curve(self, task: str, name: str) -> dict[float, Cell]:
+        """The tickets of a method by sparsity."""
+        return {at: self.ticket(task, name, at) for at in self.sparsities(task, row_name(name))}
+
+
+def is_published(name: str) -> bool:
+    """Whether a method, as in the name of a row, is the paper's."""
+    return name.partition(" (")[0] == published.METHOD
+
+
+def _unshared(pairs: Iterable[tuple[Any, str]]) -> dict[tuple[Any, str], list[str]]:
+    """Of each pair of a group and a text ("lr 0.1, scope tensor") the words that not all texts of the group have."""
+    groups: dict[Any, dict[str, list[str]]] = {}
+    for key, text in pairs:
+        groups.setdefault(key, {})[text] = text.split(", ") if text else []
+    shared = {key: set.intersection(*map(set, texts.values())) for key, texts in groups.items()}
+    return {
+        (key, text): [word for word in words if word not in shared[key]]
+        for key, texts in groups.items()
+        for text, words in texts.items()
     }
-    kept = [r for r in own if r.ticket == IMP or r.mask_sha256 not in foreign - plain]
-    return Pool(kept, [*notes, *_settings(kept)], failures)
 
 
-def _settings(records: Sequence[LevelResult]) -> list[str]:
-    """What differs from the published settings, a sentence for the tasks that share it."""
-    tasks: dict[str, set[str]] = {}
-    for record in records:
-        words = ", ".join(part for part in (record.setting, record.finding) if part)
-        if words and record.ticket == IMP:
-            tasks.setdefault(words, set()).add(published.name(record.task))
-    return [f"{', '.join(sorted(names))}: not the published settings, but {words}" for words, names in sorted(tasks.items())]
+def _dense(results: Iterable[LevelResult]) -> list[LevelResult]:
+    """The full BERT: level 0 of runs that find tickets from the pre-trained weights; of each task and seed the plainest."""
+    found = sorted((r for r in results if not r.given and r.weights == PRETRAINED and r.sparsity == 0), key=plainness)
+    plainest = {(r.task, r.setting, r.seed): plainness(r) for r in reversed(found)}
+    return [r for r in found if plainness(r) == plainest[r.task, r.setting, r.seed]]
 
 
-def expecting(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries, of which each is to have the seeds that any has: what one sweep makes may be fewer than another's."""
-    seeds = tuple(sorted({seed for e in entries for seed in (*e.summary.values, *e.summary.undefined)}))
-    return [replace(entry, seeds=seeds) for entry in entries]
+def expect_common_seeds(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, of which each should have all seeds that any has: a sweep may use fewer seeds than another."""
+    seeds = tuple(sorted({r.seed for cell in cells for r in cell.results}))
+    return [replace(cell, seeds=seeds) for cell in cells]
 
 
-def compare(reference: Entry, entries: Sequence[Entry]) -> list[Entry]:
-    """The entries with their paired differences to `reference`, and a verdict by Holm's correction over all of them.
-
-    Beside the full BERT also whether they match, by the paper's two criteria.
-    """
-    differences = [paired(entry.summary, reference.summary) for entry in entries]
-    full = reference.row == published.FULL
+def compare(reference: Cell, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with their paired differences to `reference`, p-values corrected over all of them; to the full BERT also with the
+    paper's criteria."""
+    differences = [paired(cell.summary, reference.summary) for cell in cells]
     corrected = holm([difference.p if difference else None for difference in differences])
-    return [
-        replace(
-            e,
-            reference=reference.row,
-            difference=d,
-            within=matches(e.summary, reference.summary) if full and e.runs else None,
-            exceeds=matches_or_exceeds(e.summary, reference.summary) if full and e.runs else None,
-            corrected=p,
-            verdict=verdict(d, p) if e.summary.n else "",
-        )
-        for e, d, p in zip(entries, differences, corrected, strict=True)
-    ]
+    done = []
+    for cell, difference, p in zip(cells, differences, corrected, strict=True):
+        cell = replace(cell, reference=reference.row, difference=difference and replace(difference, p_holm=p))
+        if reference.row == FULL and cell.results:
+            within, exceeds = within_one_sd(cell.summary, reference.summary), match_or_exceed(cell.summary, reference.summary)
+            cell = replace(cell, within=within, exceeds=exceeds)
+        done.append(cell)
+    return done

@@ -1,81 +1,73 @@
-"""The paper's tables as data (published.toml), to stand beside what runs come to.
-
-How each number was come by is said with it: none was checked against the paper's own text.
-"""
+"""The numbers of Chen et al. 2020 (published.toml), to be printed beside ours. Sparsities are fractions."""
 
 from __future__ import annotations
 
-import functools
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-FULL, TICKET = "full BERT", "f(x, m_IMP * theta_0)"  # Table 2's rows
-RANDOM_PRUNING, RANDOM_WEIGHTS, SHUFFLED_WEIGHTS = "random pruning", "random weights", "shuffled weights"
-ROWS = (FULL, TICKET, RANDOM_PRUNING, RANDOM_WEIGHTS, SHUFFLED_WEIGHTS)
+DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
+METHOD: str = DATA["method"]  # that finds the paper's tickets
+TASKS: list[str] = DATA["tasks"]  # in the paper's order
+TRANSFER_SPARSITY: float = DATA["transfer"]["sparsity"] / 100  # of Figure 2
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A published number, x 100: a mean, and its standard deviation where one is given."""
-
-    mean: float
-    sd: float | None = None
-
-
-@functools.cache
-def _read() -> dict[str, Any]:
-    return tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
-
-
-def tasks() -> list[str]:
-    """The paper's eleven tasks, in its order."""
-    return _read()["tasks"]
+def in_order(found: Iterable[str]) -> list[str]:
+    """Each task once, in the paper's order; other tasks last."""
+    return sorted(set(found), key=lambda task: (TASKS.index(task) if task in TASKS else len(TASKS), task))
 
 
 def name(task: str) -> str:
-    """A task as the paper writes it; one that it has not as it is."""
-    return _by_task(_read()["names"]).get(task, task)
-
-
-def metric(task: str) -> str | None:
-    """The metric that the paper reports of a task."""
-    return _by_task(_read()["metrics"]).get(task)
+    """A task as the paper writes it; an unknown one unchanged."""
+    return _of_task(DATA["names"], task) or task
 
 
 def source(table: str) -> str:
-    """How `table2`, `table4` or `transfer` was come by, in words."""
-    return _read()["sources"][_read()[table]["source"]]
+    """The mark of the source of `table2`, `table4` or `transfer`: [fig] or [notes]."""
+    return f"[{DATA[table]['source']}]"
 
 
-def table2(row: str, task: str) -> Figure | None:
-    """A figure of Table 2, of one of `ROWS`."""
-    mean, sd = (_by_task(_read()["table2"][kind].get(row, [])).get(task) for kind in ("mean", "sd"))
-    return None if mean is None else Figure(mean, sd)
+def explain(*tables: str) -> str:
+    """The marks of these tables in words."""
+    marks = dict.fromkeys(DATA[table]["source"] for table in tables)
+    return "Published numbers: " + "; ".join(f"[{mark}] {DATA['sources'][mark]}" for mark in marks) + "."
+
+
+def table2(row: str, task: str) -> tuple[float | None, float | None]:
+    """Mean and standard deviation x 100 in Table 2, None if not given.
+
+    Rows are `full BERT`, `ticket`, `random pruning`, `random weights`, `shuffled weights`.
+    """
+    table = DATA["table2"]
+    return _of_task(table["mean"][row], task), _of_task(table["sd"].get(row), task)
+
+
+def beside_table2(row: str, task: str) -> str:
+    """A score of Table 2 with its sparsity and the mark of its source; "" if there is none."""
+    (mean, sd), at = table2(row, task), sparsity(task)
+    if mean is None or at is None:
+        return ""
+    spread, level = "" if sd is None else f" ± {sd:.1f}", "" if row == "full BERT" else f" at {100 * at:g} %"
+    return f"{mean:.1f}{spread}{level} {source('table2')}"
 
 
 def sparsity(task: str, table: str = "table2") -> float | None:
-    """The highest sparsity with winning tickets, a share: within one standard deviation (`table2`), or matching or exceeding
-    the full BERT (`table4`)."""
-    percent = _by_task(_read()[table]["sparsity"]).get(task)
+    """The highest sparsity with a matching ticket: within one standard deviation of the full BERT (`table2`), or at least its
+    mean (`table4`)."""
+    percent = _of_task(DATA[table]["sparsity"], task)
     return None if percent is None else percent / 100
 
 
-def transfer(origin: str, target: str) -> float | None:
-    """TRANSFER(origin, target) minus the full BERT of the target, in points; `origin` is a task or `one-shot`."""
-    return _by_task(_read()["transfer"]["rows"].get(origin, [])).get(target)
+def transfer(row: str, target: str) -> float | None:
+    """TRANSFER(row, target) minus the full BERT of the target, in points; a row is a task or `one-shot pruning`."""
+    return _of_task(DATA["transfer"]["rows"].get(row), target)
 
 
-def transfer_sparsity() -> float:
-    """Where Figure 2 stands, a share."""
-    return _read()["transfer"]["sparsity"] / 100
+def at_least_same_task(row: str) -> int | None:
+    """The last column of Figure 2: on how many other targets a ticket scores at least as high as the target's own."""
+    return DATA["transfer"]["at_least_same_task"].get(row)
 
 
-def at_least_same_task(origin: str) -> int | None:
-    """On how many targets a ticket does at least as well as the target's own, as Figure 2 says."""
-    return _read()["transfer"]["at_least_same_task"].get(origin)
-
-
-def _by_task(values: list[Any]) -> dict[str, Any]:
-    return dict(zip(tasks(), values, strict=True)) if values else {}
+def _of_task(values: list[Any] | None, task: str) -> Any:
+    return values[TASKS.index(task)] if values and task in TASKS else None

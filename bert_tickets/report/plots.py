@@ -1,0 +1,120 @@
+"""Pictures as .png, .svg or .pdf: their common style, and plots of lines in one panel per task."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_tickets.errors import UserError
+from bert_tickets.files import write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+WIDTH = 5.5  # inches, the text width of a NeurIPS page: the 8-point type is printed unscaled
+DATELESS: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "figure.titlesize": 9,
+    "legend.fontsize": "medium",
+    "xtick.labelsize": "medium",
+    "ytick.labelsize": "medium",
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,  # TrueType: many publishers refuse Type 3
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "bert_tickets",  # otherwise ids are random
+}
+# Okabe and Ito's colours, for colour-blind readers; with markers and dashes of other periods, also for grey print.
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
+
+
+def picture_file(word: str) -> Path:
+    """The `type` of an argparse flag for a picture's file."""
+    if Path(word).suffix not in DATELESS:
+        raise argparse.ArgumentTypeError(f"{word}: must end in .png, .svg or .pdf")
+    return Path(word)
+
+
+def need_matplotlib() -> None:
+    """Raise `UserError` if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib, or pip install -e '.[figures]'") from None
+
+
+@contextmanager
+def drawing(output: Path) -> Iterator[Figure]:
+    """A figure to draw on, written atomically at the end of the block. Equal content gives equal bytes."""
+    need_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(layout="constrained")
+        yield figure
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=output.suffix[1:], dpi=200, metadata=DATELESS[output.suffix])
+    write(output, drawn.getvalue())
+
+
+def draw_lines(output: Path, title: str, x: str, points: DataFrame, note: str, ticks: Mapping[float, str] | None = None) -> None:
+    """Draw means with error bars of one standard deviation, under one legend with the title `note`.
+
+    `points` has the columns panel, unit (of y), line, x, mean, sd and hollow (the marker). Without x a mean is a horizontal line.
+    """
+    names = list(points["line"].unique())
+    columns = min(3, points["panel"].nunique())
+    rows = math.ceil(points["panel"].nunique() / columns)
+    per_row = max(1, int(WIDTH / (0.5 + 0.065 * max(map(len, [*names, note[:20]])))))
+    handles: dict[str, Any] = {}
+    with drawing(output) as figure:
+        height = {1: 2.8, 2: 2.0}.get(columns, 1.55) * rows + 0.17 * math.ceil((len(names) + 1) / per_row)
+        figure.set_size_inches(WIDTH, height + 0.6)
+        plots = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flatten())
+        for i, (name, panel) in enumerate(points.groupby("panel", sort=False)):
+            handles |= _draw_panel(plots[i], panel, names)
+            plots[i].set(title=name, ylabel=panel["unit"].iloc[0])
+            if i + columns >= points["panel"].nunique():
+                plots[i].set_xlabel(x)
+                plots[i].tick_params(labelbottom=True)
+            if ticks:
+                plots[i].set_xticks(list(ticks), list(ticks.values()))
+            plots[i].grid(color="0.9", linewidth=0.5)
+            plots[i].set_axisbelow(True)
+            plots[i].spines[["top", "right"]].set_visible(False)
+        for plot in plots[points["panel"].nunique() :]:
+            plot.remove()
+        figure.suptitle(title)
+        legend = {"loc": "outside lower center", "ncols": per_row, "frameon": False, "handlelength": 3}
+        figure.legend([handles[name] for name in names], names, title=note, title_fontsize=8, **legend)
+
+
+def _draw_panel(plot: Axes, panel: DataFrame, names: Sequence[str]) -> dict[str, Any]:
+    """Draw one panel; returns the legend's handles by name."""
+    handles: dict[str, Any] = {}
+    for name, line in panel.groupby("line", sort=False):
+        if line["x"].isna().all():
+            for value in line["mean"]:
+                handles[name] = plot.axhline(value, color="0.45", linewidth=0.9, linestyle=(0, (1, 1.5)))
+            continue
+        i, line = names.index(name), line.sort_values("x")
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        handles[name] = plot.errorbar(
+            line["x"], line["mean"], yerr=line["sd"], linestyle=DASHES[i % len(DASHES)], elinewidth=0.8, capsize=2, **style
+        )
+        hollow = line[line["hollow"]]
+        plot.plot(hollow["x"], hollow["mean"], linestyle="none", markerfacecolor="white", zorder=3, **style)
+    return handles
