@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import resource
 import sys
@@ -20,9 +21,9 @@ FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
 def parse(kind: str, description: str | None, argv: Sequence[str] | None = None) -> Config:
-    """The command line of the training script for a kind of task as a `Config`. Exits with 2 and a line for a user's mistake.
+    """Parse the command line of the training script for a kind of task. Exits with 2 and one line for a user's mistake.
 
-    `--method` decides which flags there are; `--mask` alone means `--method transfer`.
+    The flags depend on `--method`; `--mask` alone means `--method transfer`.
     """
     words = hyphens(argv)
     method = method_of(words)
@@ -38,8 +39,10 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
         if unknown:
             raise UserError(_unknown(unknown[0], kind, method))
         given = vars(known) | {"method": method}
+        if lists := [name for name, value in given.items() if isinstance(value, list)]:  # argparse drops the value "--"
+            raise UserError(f"--{lists[0].replace('_', '-')}: expected one argument")
         if "task" not in given and len(TASKS[kind]) > 1:
-            raise UserError(f"--task is needed, one of {', '.join(TASKS[kind])}")
+            raise UserError(f"--task is required, one of {', '.join(TASKS[kind])}")
         given["task"] = given.get("task", TASKS[kind][0]).lower().replace("-", "")
         if given["task"] not in TASKS[kind]:
             raise UserError(f"there is no task {given['task']!r}; the tasks are {', '.join(TASKS[kind])}")
@@ -49,35 +52,43 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
 
 
 def method_of(words: Sequence[str]) -> str:
-    """The method that a command line asks for."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    """Return the method that a command line asks for."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == "--method" or word.startswith("--method="):
-            return word.partition("=")[2] or following
+            return (word.partition("=")[2] or following).replace("-", "_")
     return "transfer" if any(word.partition("=")[0] == "--mask" for word in words) else Config.method
 
 
 def flags(kind: str, method: str) -> dict[str, dataclasses.Field]:
-    """The fields that are flags of a script: `--task` only where there is a choice, and no other kind's."""
+    """Return the fields that are flags of a script: `--task` if it has several tasks, and no flag of another kind of task."""
     absent = {"task"} if len(TASKS[kind]) == 1 else set()
     return {n: f for n, f in fields_of(method).items() if n not in absent and f.metadata["kind"] in (None, kind)}
 
 
 def _unknown(word: str, kind: str, method: str) -> str:
     name = word.split("=")[0].removeprefix("--").replace("-", "_")
-    owners = [other for other in methods(kind) if other != method and name in flags(kind, other)]
+    names = {name, name.removeprefix("no_")}
+    owners = [other for other in methods(kind) if other != method and names & flags(kind, other).keys()]
     if word.startswith("--") and owners:
         return f"{word} belongs to --method {' or '.join(owners)}, and this is --method {method}"
     return f"unrecognized argument {word}"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def new_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser that returns only what was given, so that a preset can supply the rest."""
+    """Make a parser that returns only the flags that were given, so that a preset can supply the rest."""
     options: dict[str, Any] = {"formatter_class": FORMATTER, "argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-    return argparse.ArgumentParser(description=description, epilog=epilog, **options)
+    return Parser(description=description, epilog=epilog, **options)
 
 
 def hyphens(argv: Sequence[str] | None = None) -> list[str]:
-    """The command line with `--batch_size` written `--batch-size`: both are accepted."""
+    """Replace `--batch_size` by `--batch-size` in a command line, so that both are accepted."""
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=")
@@ -106,6 +117,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: dataclasses.Field, 
     parser.add_argument("--" + name.replace("_", "-"), **options)
 
 
+@functools.cache
 def _types(method: str) -> dict[str, Any]:
     return typing.get_type_hints(Config) | typing.get_type_hints(Training) | typing.get_type_hints(settings_class(method))
 
@@ -114,8 +126,8 @@ def _types(method: str) -> dict[str, Any]:
 
 
 def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
-    """Run a script's `main` and exit: 2 and a line for a user's mistake or a refusal of the system, 75 where another process
-    holds the run, 128 + signal when stopped."""
+    """Run a script's `main` and exit: 2 with a message for a `UserError` or `OSError`, 75 if another process holds the run
+    directory, 128 + signal if stopped."""
     keep_freed_memory()
     code, message = 0, ""
     try:
@@ -127,11 +139,11 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
         code, message = stop.code, str(stop)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    except BrokenPipeError:  # the reader of `... | head` has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the interpreter's last flush fail
+    except BrokenPipeError:  # `... | head` has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
         code = 141
     except OSError as error:
-        code, message = 2, f"error: {error}. Files that were complete before are intact; the same command can be given again."
+        code, message = 2, f"error: {error}. Complete files are intact; the same command can be given again."
     if message:
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)
@@ -139,30 +151,29 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
 
 
 def is_launched() -> bool:
-    """Whether this is one of several processes that torchrun started. WORLD_SIZE alone does not say so: some clusters set it
-    for every program."""
+    """Return whether torchrun started this process as one of several. (Some clusters set WORLD_SIZE for every program.)"""
     return "LOCAL_RANK" in os.environ and environment_number("WORLD_SIZE") > 1
 
 
 def environment_number(variable: str) -> int:
-    """A number that torchrun sets in the environment; 1 where it is unset. Raises `UserError` for anything else."""
+    """Read a number that torchrun sets in the environment; 1 if it is unset. Raises `UserError` for anything else."""
     text = os.environ.get(variable) or "1"
     if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"the variable {variable} is {text!r}, where torchrun sets a number: unset it, or start by torchrun")
+        raise UserError(f"{variable} is {text!r}, not a number: unset it, or start by torchrun")
     return int(text)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next allocation. No result depends on it.
+    """Let glibc keep freed memory for the next allocation.
 
-    By default it returns every large tensor to the system at once, and a training step on a CPU then spends up to a seventh of
-    its time on page faults. The user's own MALLOC_ variables, and a limit on the process's memory, have precedence.
+    By default it returns large tensors to the system, and a training step on a CPU spends up to a seventh of its time on page
+    faults. Does nothing if a MALLOC_ variable or a memory limit is set.
     """
-    trim_threshold, mmap_max = -1, -4  # names of malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if limited or any(name.startswith("MALLOC_") for name in os.environ):
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)  # large blocks from the heap as well
-        mallopt(trim_threshold, -1)  # and the heap never shrinks
+        mallopt(mmap_max, 0)  # large blocks are on the heap too
+        mallopt(trim_threshold, -1)  # the heap never shrinks

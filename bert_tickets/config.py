@@ -1,7 +1,7 @@
 """A run's settings: frozen dataclasses, the presets that fill them, and the run's name.
 
-Imports no torch, so that `--help` and a mistyped flag answer at once. A method adds its own flags with a dataclass `Settings` in
-its file, and its values by kind of task and protocol in `presets/<method>.toml`.
+Imports no torch, so that `--help` is fast. A method has its own flags in a dataclass `Settings` in its file, and their values by
+kind of task and protocol in `presets/<method>.toml`.
 """
 
 from __future__ import annotations
@@ -21,42 +21,40 @@ import bert_tickets
 from bert_tickets.errors import UserError
 from bert_tickets.files import file_sha256
 
-# The kinds of tasks, one a training script, and their tasks.
+# The kinds of tasks, one for each training script, and their tasks.
 TASKS = {
     "glue": ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"),
     "squad": ("squad",),
     "mlm": ("mlm",),
 }
-Prunable = Literal[
-    "matrices", "matrices+embeddings", "matrices+biases", "heads", "neurons"
-]  # what a mask covers: modeling.parameters
+Prunable = Literal["matrices", "matrices+embeddings", "matrices+biases", "heads", "neurons"]  # modeling.parameters.PRUNABLE
 MAX_QUESTION = 64  # tokens of a SQuAD question, as in the released code
 
 
 def flag(help: str, default: Any = dataclasses.MISSING, *, affects_result: bool = True, kind: str | None = None) -> Any:
-    """A field with a command-line flag. The run's name depends on it if `affects_result`; only scripts of `kind` have it."""
+    """Make a field with a command-line flag. The run's name depends on it if `affects_result`; only scripts of `kind` have it."""
     return field(default=default, metadata={"help": help, "affects_result": affects_result, "kind": kind})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a network is trained on a task, once."""
+    """Training of one level."""
 
-    epochs: float = flag("passes over the training set, at every level", 3.0)
+    epochs: float = flag("epochs per level", 3.0)
     batch_size: int = flag("examples per step", 32)
-    grad_accum: int = flag("split each batch into so many parts and add up their gradients, to save memory", 1)
+    grad_accum: int = flag("accumulate the gradients of N parts of each batch, to save memory", 1)
     lr: float = flag("initial learning rate; decays linearly", 2e-5)
-    max_steps: int | None = flag("steps of every level, instead of --epochs", None)
-    weight_decay: float = flag("of AdamW, on all parameters but biases and LayerNorm", 0.0)
+    max_steps: int | None = flag("steps per level, instead of --epochs", None)
+    weight_decay: float = flag("weight decay of AdamW, except for biases and LayerNorm", 0.0)
     adam_epsilon: float = flag("epsilon of AdamW", 1e-8)
     max_grad_norm: float = flag("clip the gradient to this norm", 1.0)
     precision: Literal["auto", "fp16", "bf16", "fp32"] = flag("auto: fp16 on CUDA, fp32 on a CPU", "auto")
-    tf32: bool = flag("fp32 on CUDA: matrix products in TensorFloat-32, faster, with a 10-bit mantissa", False)
+    tf32: bool = flag("TensorFloat-32 matrix products in fp32 on CUDA: faster, less precise", False)
     graphs: Literal["auto", "on", "off"] = flag("CUDA graphs; auto: run eagerly where a capture fails", "auto")
-    seed: int = flag("seeds the head, the order of the examples, dropout and random weights", 57)
-    log_every: int = flag("read the loss every N steps; the resolution of the loss curve", 50)
+    seed: int = flag("seed of the head, the order of the examples, dropout and random weights", 57)
+    log_every: int = flag("log the loss every N steps", 50)
     save_minutes: float = flag("write a checkpoint every X minutes", 10.0, affects_result=False)
-    save_steps: int | None = flag("also write one every N steps", None, affects_result=False)
+    save_steps: int | None = flag("also write a checkpoint every N steps", None, affects_result=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +62,10 @@ class Config:
     """One run: a method on a task."""
 
     task: str = flag("the task")
-    method: str = flag("how the ticket is found, or trained", "imp")
+    method: str = flag("the method", "imp")
     model: str = flag("a BERT checkpoint: a name on the hub or a folder", "bert-base-uncased")
     data_dir: str | None = flag("folder of the original files, instead of the hub; lt_pretrain.py: or wikimedia/wikipedia", None)
-    output_dir: str = flag("where run directories are made", "runs", affects_result=False)
+    output_dir: str = flag("folder of run directories", "runs", affects_result=False)
     protocol: Literal["paper", "released"] = flag("follow the paper's text, or its released code", "paper")
     init: str = flag("initial encoder weights: pretrained, random, or a safetensors file", "pretrained")
     max_length: int = flag("tokens per example, or per window over SQuAD's contexts; longer ones are truncated", 128)
@@ -77,7 +75,7 @@ class Config:
     device: str = flag("auto, cpu, cuda, cuda:1", "auto", affects_result=False)
     keep_models: bool = flag("keep the model of every level as a Hugging Face folder", False, affects_result=False)
     check_metrics: bool = flag("compare the metrics with those of the evaluate package", False, affects_result=False)
-    dry_run: bool = flag("print what would run, and stop", False, affects_result=False)
+    dry_run: bool = flag("print the plan of the run, and stop", False, affects_result=False)
     train: Training = field(default_factory=Training)
     settings: Any = None  # the method's own dataclass
 
@@ -91,7 +89,7 @@ COMMON = {f.name: f for part in (Config, Training) for f in dataclasses.fields(p
 
 
 def kind_of(task: str) -> str:
-    """The kind of a task. Raises `UserError` for an unknown one."""
+    """Return the kind of a task. Raises `UserError` for an unknown one."""
     for kind, tasks in TASKS.items():
         if task in tasks:
             return kind
@@ -102,28 +100,30 @@ def kind_of(task: str) -> str:
 
 
 def methods(kind: str) -> list[str]:
-    """The methods with a preset for this kind of task."""
+    """List the methods that have a preset for this kind of task."""
     names = {path.stem for folder in bert_tickets.__path__ for path in Path(folder, "presets").glob("[!_]*.toml")}
     return sorted(name for name in names if kind in _preset(name).get("kinds", TASKS))
 
 
 @functools.cache
 def settings_class(method: str) -> Any:
-    """The dataclass of a method's own flags. Raises `UserError` for an unknown method."""
-    name = f"bert_tickets.methods.{method.replace('-', '_')}"
-    if not method.replace("-", "_").isidentifier() or importlib.util.find_spec(name) is None:
-        raise UserError(f"unknown method {method}; the methods are {', '.join(sorted({m for k in TASKS for m in methods(k)}))}")
+    """Return the dataclass of a method's own flags. Raises `UserError` for an unknown method."""
+    known = sorted({name for kind in TASKS for name in methods(kind)})
+    if method not in known:
+        raise UserError(f"unknown method {method}; the methods are {', '.join(known)}")
+    name = f"bert_tickets.methods.{method}"
     found = importlib.import_module(name).Settings
     if both := sorted({f.name for f in dataclasses.fields(found)} & COMMON.keys()):
-        raise TypeError(f"{name}.Settings has the field {both[0]}, which every run has")
+        raise TypeError(f"{name}.Settings redefines the field {both[0]}, which every method has")
     return found
 
 
 def fields_of(method: str) -> dict[str, dataclasses.Field]:
-    """All fields of a run of this method, by name: the common ones, then its own."""
+    """Return all fields of a run of this method, by name: the common ones, then its own."""
     return COMMON | {f.name: f for f in dataclasses.fields(settings_class(method))}
 
 
+@functools.cache
 def _preset(name: str) -> dict[str, Any]:
     for folder in bert_tickets.__path__:
         path = Path(folder, "presets", f"{name}.toml")
@@ -133,16 +133,16 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def preset_values(method: str, kind: str, protocol: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the presets set: fine-tuning's, then the method's, then a section `"--flag value"` of it where that flag is given."""
+    """Return the presets' values: fine-tuning's, then the method's, then its section `"--flag value"` if that flag is given."""
     values: dict[str, Any] = {}
-    for name in ("_finetuning", method.replace("-", "_")):
+    for name in ("_finetuning", method):
         for key, value in _preset(name).get(kind, {}).get(protocol, {}).items():
             if not isinstance(value, dict):
                 values[key] = value
             elif key in {f"--{flag} {choice}" for flag, choice in (given or {}).items()}:
                 values |= value
     if unknown := sorted(values.keys() - fields_of(method).keys()):
-        raise KeyError(f"the preset of {method} sets {unknown[0]}, which is no field of it")
+        raise KeyError(f"the preset of {method} sets {unknown[0]}, which is not a field")
     return values
 
 
@@ -150,13 +150,13 @@ def preset_values(method: str, kind: str, protocol: str, given: Mapping[str, Any
 
 
 def flat(cfg: Config) -> dict[str, Any]:
-    """Every field by its name, the training's and the method's among them."""
-    own = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in ("train", "settings")}
-    return own | dataclasses.asdict(cfg.train) | dataclasses.asdict(cfg.settings)
+    """Return all fields by name, those of `train` and `settings` included."""
+    top = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in ("train", "settings")}
+    return top | dataclasses.asdict(cfg.train) | dataclasses.asdict(cfg.settings)
 
 
 def from_flat(values: Mapping[str, Any]) -> Config:
-    """The inverse of `flat`; missing fields get their defaults. Raises `UserError` for an unknown or invalid setting."""
+    """Invert `flat`. Missing fields get their defaults. Raises `UserError` for an unknown or invalid setting."""
     method = values.get("method", Config.method)
     known = fields_of(method)
     if unknown := sorted(values.keys() - known.keys()):
@@ -168,13 +168,13 @@ def from_flat(values: Mapping[str, Any]) -> Config:
 
 
 def build(given: Mapping[str, Any]) -> Config:
-    """Defaults, then the presets, then what was given (`task` at least). Raises `UserError` for values out of range."""
+    """Build a configuration: defaults, then presets, then the given values (with `task`). Raises `UserError` for bad values."""
     method, protocol = given.get("method", Config.method), given.get("protocol", Config.protocol)
     values = {**preset_values(method, kind_of(given["task"]), protocol, given), **given}
     if "epochs" in given and "max_steps" not in given:
         values["max_steps"] = None  # otherwise the preset's steps would leave --epochs without effect
     if "epochs" in given and given.get("max_steps") is not None:
-        raise UserError("--epochs has no effect beside --max-steps: give one of them")
+        raise UserError("--epochs has no effect with --max-steps: give one of them")
     cfg = from_flat(values)
     _check(cfg)
     if hasattr(cfg.settings, "check_given"):
@@ -190,7 +190,7 @@ def _check(cfg: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} {values[name]}: {what}")
 
     for name in ("model", "data_dir", "output_dir", "init", "device"):
-        need(values[name] is None or bool(values[name].strip()), name, "it is empty; is a shell variable unset?")
+        need(values[name] is None or bool(values[name].strip()), name, "must not be empty; is a shell variable unset?")
     for name in ("batch_size", "grad_accum", "log_every", "max_steps", "save_steps", "limit_train", "limit_eval"):
         need(values[name] is None or 1 <= values[name] <= 2**48, name, "must be at least 1 (and below 2^48)")
     for name in ("epochs", "lr", "max_grad_norm", "adam_epsilon", "save_minutes"):
@@ -198,9 +198,9 @@ def _check(cfg: Config) -> None:
     need(cfg.train.grad_accum <= cfg.train.batch_size, "grad_accum", f"--batch-size is {cfg.train.batch_size}")
     need(cfg.max_length >= 3, "max_length", "must be at least 3")
     if cfg.task == "squad":
-        room = cfg.max_length - MAX_QUESTION - 3  # for the context, beside the longest question, [CLS] and two [SEP]
-        need(room > 0, "max_length", f"must be at least {MAX_QUESTION + 4}: questions have up to {MAX_QUESTION} tokens")
-        need(1 <= cfg.doc_stride <= room, "doc_stride", f"must be from 1 to {room}, or windows would miss text")
+        context = cfg.max_length - MAX_QUESTION - 3  # tokens, with the longest question, [CLS] and two [SEP]
+        need(context > 0, "max_length", f"must be at least {MAX_QUESTION + 4}: questions have up to {MAX_QUESTION} tokens")
+        need(1 <= cfg.doc_stride <= context, "doc_stride", f"must be from 1 to {context}, or windows would miss text")
     need(0 <= cfg.train.weight_decay < 1, "weight_decay", "must be at least 0 and below 1")
     need(0 <= cfg.train.seed < 2**32, "seed", "must be from 0 to 2^32 - 1")
 
@@ -209,43 +209,39 @@ def _check(cfg: Config) -> None:
 
 
 def differences(cfg: Config) -> dict[str, Any]:
-    """The settings that affect the result and differ from the preset of method, task and protocol; files by their content."""
-    fields, standard = fields_of(cfg.method), dict(preset_values(cfg.method, cfg.kind, cfg.protocol))
-    required = {"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol} | {
-        name: flat(cfg)[name] for name, f in fields.items() if f.default is dataclasses.MISSING and name != "task"
-    }
-    plain = flat(from_flat(standard | required))
-    unlike = {name: value for name, value in flat(cfg).items() if value != plain[name]} | {
-        name: value for name, value in required.items() if name not in ("task", "method", "protocol")
-    }
-    return {name: _by_content(name, value) for name, value in unlike.items() if fields[name].metadata["affects_result"]}
+    """Return the settings that affect the result and differ from the preset of method, task and protocol; files as sha256."""
+    fields, values = fields_of(cfg.method), flat(cfg)
+    named = {"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol}
+    required = {name: values[name] for name, f in fields.items() if f.default is dataclasses.MISSING and name != "task"}
+    preset = flat(from_flat(preset_values(cfg.method, cfg.kind, cfg.protocol) | named | required))
+    changed = {name: value for name, value in values.items() if value != preset[name]} | required
+    return {name: _by_content(name, value) for name, value in changed.items() if fields[name].metadata["affects_result"]}
 
 
 def _by_content(name: str, value: Any) -> Any:
-    """A setting as the run's name counts it: a file by its sha256, a folder by its absolute path."""
+    """Return the value of a setting in the run's name: a file as its sha256, a folder as its absolute path."""
     path = Path(value) if isinstance(value, str) and name in ("mask", "init", "data_dir", "model") else None
     if path is not None and path.is_file():
-        at = path.stat()
-        return "sha256:" + _sha256(path, at.st_ino, at.st_size, at.st_mtime_ns)
+        stat = path.stat()
+        return "sha256:" + _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     return str(path.resolve()) if path is not None and path.is_dir() else value
 
 
 @functools.cache
 def _sha256(path: Path, *version: int) -> str:
-    """The digest of a version of a file: a sweep names hundreds of runs by the same few files."""
+    """Return the sha256 of a version of a file; cached, as a sweep names hundreds of runs by the same few files."""
     return file_sha256(path)
 
 
 def run_name(cfg: Config) -> str:
-    """`<task>-<method>-s<seed>-<hash>`: equal settings have equal names, others have others."""
-    what = cfg.method if cfg.protocol == "paper" else f"{cfg.method}-{cfg.protocol}"
+    """Return `<task>-<method>-s<seed>-<hash>`. Two runs have the same name only if their settings are the same."""
+    method = cfg.method if cfg.protocol == "paper" else f"{cfg.method}-{cfg.protocol}"
     text = json.dumps({"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol, **differences(cfg)}, sort_keys=True)
-    return f"{cfg.task}-{what}-s{cfg.train.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{cfg.task}-{method}-s{cfg.train.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def set_by_preset(config: Mapping[str, Any], differs: Collection[str]) -> set[str]:
-    """Of a run's settings that differ from the preset, those that the preset itself sets for another flag's value."""
-    kind = kind_of(config["task"])
-    values = preset_values(config["method"], kind, config["protocol"], config)
-    plain = preset_values(config["method"], kind, config["protocol"])
-    return {name for name in differs if name in values and values[name] != plain.get(name) and config[name] == values[name]}
+    """Return those of the settings `differs` that the preset's section for another flag's value sets."""
+    method, kind, protocol = config["method"], kind_of(config["task"]), config["protocol"]
+    values, base = preset_values(method, kind, protocol, config), preset_values(method, kind, protocol)
+    return {name for name in differs if name in values and values[name] != base.get(name) and config[name] == values[name]}

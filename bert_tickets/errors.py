@@ -1,10 +1,10 @@
-"""The errors that a user sees as one line; anything else that escapes is a bug and keeps its traceback."""
+"""Errors that scripts print as one line. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What was asked for cannot be done; the message says what happened and what to do. Scripts print it and exit with code 2."""
+    """A request that cannot be fulfilled. The message gives the reason and a remedy; scripts exit with code 2."""
 
 
 class Damaged(UserError):
@@ -12,18 +12,15 @@ class Damaged(UserError):
 
 
 class Diverged(UserError):
-    """The loss or a weight is not finite, or fp16 gradients overflow at every scale: the level has no result."""
+    """The loss or a weight is not finite, or fp16 gradients overflow at every scale."""
 
 
 class Busy(UserError):
-    """Another process holds the run directory. Scripts exit with code 75 (EX_TEMPFAIL): try again later."""
+    """Another process holds the run directory. Scripts exit with code 75 (EX_TEMPFAIL)."""
 
 
 class Stopped(BaseException):
-    """SIGTERM or Ctrl-C, raised after everything was saved. `code` is the process's exit status.
-
-    Like `KeyboardInterrupt` not an `Exception`, so that no library catches it.
-    """
+    """SIGTERM or Ctrl-C, raised after everything was saved. Not an `Exception`, so that no library catches it."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # reading JSON and metadata needs no torch
     from filelock import FileLock
     from torch import Tensor
 
-FACTS = "bert_tickets"  # the one metadata key of our safetensors files, a JSON object: one key keeps the bytes equal
+FACTS = "bert_tickets"  # the only metadata key of our safetensors files (the order of several keys is random): a JSON object
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears at `path` when the block ends; an error or a kill leaves what was there before."""
+    """Open a file that replaces `path` when the block ends. After an error or a kill, `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"  # other processes may write the same
     try:
@@ -53,8 +53,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Flush a folder and the files in it to disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content."""
+    """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -91,7 +99,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_checksummed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with its own checksum inside."""
+    """Write a JSON object with its checksum as a field."""
     text = json.dumps({**value, "checksum": _sha256_of_json(value)}, indent=1, sort_keys=True)
     write(path, text.encode() + b"\n")
 
@@ -112,14 +120,15 @@ def _sha256_of_json(value: Mapping[str, Any]) -> str:
 
 
 def sha256_of(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 over names, dtypes, shapes and values."""
+    """Return the sha256 over names, dtypes, shapes and values."""
     import torch
 
     sha = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        if tensor.numel():  # an empty tensor may have strides that `view` does not take
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -144,21 +153,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def has_facts(path: Path) -> bool:
+    """Return whether a safetensors file was written by `write_tensors`. Raises `Damaged` if it is not a safetensors file."""
+    return FACTS in _metadata(path)
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """Read the facts of `write_tensors` without the tensors (and without torch). Raises `Damaged`."""
     return _read_metadata(path)["facts"]
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _metadata(path: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get(FACTS, "null"))
-    except (SafetensorError, ValueError, RecursionError) as error:
+            return file.metadata() or {}
+    except SafetensorError as error:
         raise Damaged(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(_metadata(path).get(FACTS, "null"))
+    except (ValueError, RecursionError):
+        metadata = None
     if not isinstance(metadata, dict) or metadata.pop("checksum", None) != _sha256_of_json(metadata):
         raise Damaged(f"{path} is damaged, or was not written by bert_tickets: its metadata have no valid checksum")
     return metadata

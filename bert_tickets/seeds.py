@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 
 def derive(seed: int, *purpose: object) -> int:
-    """Derive a seed for one purpose of a run; different purposes give independent streams."""
+    """Derive a seed for one purpose of a run, an integer of 56 bits; different purposes give independent streams."""
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def seeded(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for one purpose of a run."""
+    """Return a CPU generator for one purpose of a run."""
     import torch
 
     return torch.Generator().manual_seed(derive(seed, *purpose))

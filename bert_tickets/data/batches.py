@@ -1,7 +1,7 @@
-"""Examples as one ragged store of tokens on the device, and packed batches cut from it.
+"""Examples as one ragged store of tokens on the device, and packed batches of them.
 
-A packed batch is the batch's examples end to end, without a padding token: `input_ids[1, T]`. Which examples make a batch
-is a function of (seed, epoch, step) alone; so a run resumes from a step number, and packing changes no batch.
+A packed batch is the concatenation of its examples, without padding tokens: `input_ids[1, T]`. Its examples depend on (seed,
+epoch, step) alone, so that a run resumes from a step number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bert_tickets.seeds import seeded
 
 
 class Store(Protocol):
-    """A set of examples on a device, of which batches are cut."""
+    """A set of examples on a device, in packed batches."""
 
     sha256: str  # of the content
     device: torch.device
@@ -34,7 +34,7 @@ class Store(Protocol):
 
 
 class TokenStore:
-    """A set of tokenised examples with labels ([n, ...], class indices, places or floats), resident on a device."""
+    """A set of tokenized examples with labels ([n, ...]: class indices, positions or floats), in a device's memory."""
 
     def __init__(self, tokens: Tokens, labels: np.ndarray, device: torch.device | str = "cpu") -> None:
         if len(labels) != len(tokens.lengths):
@@ -42,7 +42,7 @@ class TokenStore:
         self.sha256 = hashlib.sha256(tokens.sha256().encode() + labels.tobytes()).hexdigest()
         self.device = torch.device(device)
         self._longest = int(tokens.lengths.max(initial=0))
-        self.lengths = tokens.lengths  # on the host as well, to know a batch's shape without asking the device
+        self.lengths = tokens.lengths  # on the host: shapes of batches are known without waiting for the device
         self.labels = torch.from_numpy(labels).to(device)
         self._ids = torch.from_numpy(tokens.ids).to(device)
         self._types = torch.from_numpy(tokens.types).to(device)
@@ -53,7 +53,7 @@ class TokenStore:
         return len(self.lengths)
 
     def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch:
-        """The examples of these indices ([B], int64, on the CPU), packed in their order. Never waits for the device."""
+        """Pack the examples `examples` ([B], int64 indices on the CPU), in this order. Never waits for the device."""
         lengths, device = self.lengths[examples.numpy()], self.device
         tokens, longest = int(lengths.sum()), int(lengths.max())
         examples = ship(examples, device)
@@ -65,7 +65,7 @@ class TokenStore:
         padding = 0
         if bucketed:
             longest = min(_round_up(longest, 32), self._longest)
-            unit = max(32, (1 << tokens.bit_length()) // 32)  # at most a 16th of the tokens, see `packing.max_padding`
+            unit = max(32, (1 << tokens.bit_length()) // 32)  # within `packing.max_padding`
             padding = min(_round_up(tokens, unit), len(lengths) * longest) - tokens
             rows = F.pad(rows, (0, padding), value=int(lengths.argmin()))
             position = F.pad(position, (0, padding), value=longest - 1)
@@ -85,9 +85,9 @@ class TokenStore:
 
 
 def by_length(store: Store, max_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Batch]]:
-    """Every example once, the longest first, in packs of at most `max_tokens` padded tokens: (indices, batch).
+    """Yield every example once, longest first, in batches of at most `max_tokens` padded tokens: (indices, batch).
 
-    Several processes take the packs in turn.
+    Of `world_size` processes, each yields every `world_size`-th batch.
     """
     order = np.argsort(-store.lengths, kind="stable")
     start = number = 0
@@ -104,18 +104,17 @@ def _round_up(number: int, unit: int) -> int:
 
 
 def order(count: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of `count` examples in which an epoch sees them ([count], int64, CPU)."""
+    """Draw the order of the examples in an epoch ([count], int64, CPU)."""
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
 
 
-Augment = Callable[[Batch, int], Batch]  # a batch and its step to what the step sees
+Augment = Callable[[Batch, int], Batch]  # maps a batch and its step to the augmented batch
 
 
 class Batches:
-    """The training batches of a level, by step: a cursor that can be set anywhere at no cost.
+    """The training batches of a level, by step, each split over `world_size` processes and there into `grad_accum` parts.
 
-    Each batch is divided among `world_size` processes, and by each of them into `grad_accum` parts: every example is in one part,
-    and parts have about as many tokens.
+    Every example is in one part, and the parts have about equally many tokens.
     """
 
     def __init__(
@@ -137,12 +136,12 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step, where this process takes it in one part."""
+        """Return the batch of a step, if it has one part."""
         (batch,) = self.parts(step)
         return batch
 
     def parts(self, step: int) -> list[Batch]:
-        """The parts of a step's batch that this process takes, one after another."""
+        """Return the parts of a step's batch that belong to this process."""
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, order(len(self.store), self.seed, epoch)
@@ -154,7 +153,7 @@ class Batches:
         return [self.augment_batch(self._shard(examples, n, shards), step) for n in range(first, first + self.grad_accum)]
 
     def _shard(self, examples: Tensor, number: int, shards: int) -> Batch:
-        """One of the shards of the examples. An empty one is the first example at no weight: all processes must take the step."""
+        """Return a shard of the examples. An empty one becomes the first example with weight 0: every process takes the step."""
         shard = shard_of(self.store.lengths[examples.numpy()], number, shards)
         weight = (shard.last - shard.first) / len(examples)
         if not weight:
@@ -164,10 +163,7 @@ class Batches:
 
 
 def shard_of(lengths: np.ndarray, number: int, shards: int) -> Shard:
-    """The examples whose middle tokens lie in the number-th of `shards` equal parts of all tokens.
-
-    Each example is in one shard. A shard may be empty, where one example has most of the tokens or there are few.
-    """
+    """Return the examples whose middle token is in part `number` of `shards` equal parts of all tokens; there may be none."""
     middles = lengths.cumsum() - lengths / 2
     bounds = [lengths.sum() * part / shards for part in (number, number + 1)]
     first, last = np.searchsorted(middles, bounds).tolist()

@@ -1,9 +1,9 @@
 """A generated sentiment task for the demo, in SST-2's file layout.
 
-The opinion words of the evaluation set never occur in training, and a third of the sentences are negated; so the task is
-solved by what pre-training knows of words, and not by what a fresh network could pick up from a thousand sentences.
+The opinion words of the evaluation set do not occur in training, and a third of the sentences are negated, so that the task
+requires pre-training.
 
-    python -m bert_tickets.data.demo --output DIR     makes DIR/SST-2/train.tsv and DIR/SST-2/dev.tsv
+    python -m bert_tickets.data.demo --output DIR     writes DIR/SST-2/train.tsv and DIR/SST-2/dev.tsv
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from bert_tickets.cli import run_command
 from bert_tickets.files import write
 
-# (positive, negative) opinion words; the two sets of a pair share none.
+# (positive, negative) opinion words of the two sets, which have none in common.
 TRAIN_WORDS = (
     "good great wonderful excellent lovely brilliant charming delightful superb funny clever touching beautiful fresh "
     "enjoyable impressive gripping smart warm graceful",
@@ -46,7 +46,7 @@ NEGATED = [
 
 
 def sentences(count: int, words: tuple[str, str], seed: int) -> Iterator[tuple[str, int]]:
-    """`count` different sentences with their labels (1 = positive), half of each; every third is negated."""
+    """Generate `count` different sentences with their labels (1 = positive), half of each; every third is negated."""
     rng = random.Random(seed)
     opinions = [part.split() for part in words]
     seen: set[str] = set()
@@ -73,8 +73,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to make the folder SST-2")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where to write the folder SST-2")
     parser.add_argument("--train", type=int, default=1280, metavar="N", help="training sentences (default: 1280)")
     parser.add_argument("--dev", type=int, default=400, metavar="N", help="evaluation sentences (default: 400)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the grammar's choices (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of words (default: 0)")
     run_command(main, parser.parse_args())

@@ -1,4 +1,4 @@
-"""Data from the hub, or its cache: what the hub's client raises, in words."""
+"""Errors about data: of the hub's client, and of missing local files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from contextlib import contextmanager
 from bert_tickets.errors import UserError, first_line
 
 
+def missing_data(message: str, source: str, layout: str) -> UserError:
+    """Return the error for missing files, with the three ways to get them: the hub's `source`, its cache, a folder."""
+    return UserError(
+        f"{message}. Three ways to get it:\n"
+        f"  leave out --data-dir on a machine that reaches the hub ({source});\n"
+        f"  fill the cache on another machine and set HF_HOME to a copy of it, with HF_HUB_OFFLINE=1;\n"
+        f"  give --data-dir {layout}."
+    )
+
+
 @contextmanager
 def from_hub(name: str, folder: str) -> Iterator[None]:
-    """Read `name` in this context, `datasets` imported within it. `folder` says what --data-dir takes instead.
+    """Convert any error of the block, which reads `name` by means of `datasets`, to a `UserError`.
 
-    Raises `UserError` for whatever goes wrong, with what else can be done.
+    `folder` describes the alternative, the folder for --data-dir.
     """
     try:
         yield
@@ -20,8 +30,8 @@ def from_hub(name: str, folder: str) -> Iterator[None]:
         raise
     except ImportError:
         raise UserError(f"reading {name} from the hub needs the package datasets; or give --data-dir {folder}") from None
-    except Exception as error:  # offline, a proxy's refusal, an incomplete cache: the hub client raises many kinds
+    except Exception as error:  # offline, behind a proxy, with an incomplete cache: the client raises many types
         raise UserError(
-            f"{name} could not be had from the hub: {first_line(error)}\n"
-            f"Give --data-dir {folder}, or fill the Hugging Face cache where there is a network."
+            f"cannot read {name} from the hub: {first_line(error)}\n"
+            f"Give --data-dir {folder}, or fill the Hugging Face cache on a machine with a network."
         ) from None

@@ -1,12 +1,9 @@
-"""Questions about contexts that may be longer than the network takes: windows of tokens, labels, and answers read back.
+"""SQuAD's features: windows of tokens over long contexts, their labels, and answers from logits.
 
-A window is [CLS] question [SEP] part of the context [SEP]. A context's first window begins with it, and each next one
-`doc_stride` tokens of the context further on, until one reaches the end: the meaning in BERT's own SQuAD code and in the
-released one's (transformers 2.5.1, `squad_convert_example_to_features`). What fast tokenizers call `stride` is another
-thing, the overlap, which is max_length - 3 - tokens of the question - doc_stride. A question is cut to `MAX_QUESTION` tokens.
-
-Tokens are found in a text by the characters the tokenizer says they cover, and an answer is those of its first to its
-last token: a slice of the context as it was written.
+A window is [CLS] question [SEP] part of the context [SEP]. The windows of a context begin `doc_stride` tokens apart, until one
+reaches its end, as in BERT's SQuAD code and in the released code (transformers 2.5.1, `squad_convert_example_to_features`). (The
+`stride` of fast tokenizers is the overlap, max_length - 3 - tokens of the question - doc_stride.) A question is truncated to
+`MAX_QUESTION` tokens. An answer is a slice of the context, by the tokenizer's character offsets of its first and last token.
 """
 
 from __future__ import annotations
@@ -22,26 +19,26 @@ from bert_tickets.config import MAX_QUESTION
 from bert_tickets.data.token_cache import Arrays, cached
 
 SPECIAL = 3  # [CLS] and two [SEP]
-BEST, LONGEST = 20, 30  # likeliest starts and ends of a window that are combined; tokens of an answer; as in the released code
-VERSION = 1  # of the arrays that are cached
+N_BEST, MAX_ANSWER = 20, 30  # candidate starts and ends of a window; tokens of an answer; as in the released code
+VERSION = 1  # of the cached arrays
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """n texts of N tokens together, special ones not among them, end to end."""
+    """n texts with N tokens in total, without special tokens, concatenated."""
 
     ids: np.ndarray  # [N], int32
-    chars: np.ndarray  # [N, 2], int32: the token's first character in its text, and the one after its last
+    chars: np.ndarray  # [N, 2], int32: the character offsets of each token in its text, [begin, end)
     lengths: np.ndarray  # [n], int64
 
     @property
     def starts(self) -> np.ndarray:
-        """[n], where each text's tokens begin."""
+        """The first token of each text, [n]."""
         return np.cumsum(self.lengths) - self.lengths
 
 
 def encode(tokenizer: Any, texts: Sequence[str], longest: int | None = None) -> Encoded:
-    """The texts as tokens, the first `longest` of each."""
+    """Tokenize texts, and keep the first `longest` tokens of each."""
     ids, chars, lengths = [np.empty(0, np.int32)], [np.empty((0, 2), np.int32)], []
     for begin in range(0, len(texts), 1000):  # the tokenizer's lists take ten times the memory of the arrays
         encoded = tokenizer(
@@ -50,7 +47,7 @@ def encode(tokenizer: Any, texts: Sequence[str], longest: int | None = None) -> 
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # that a text is longer than the network takes is why there are windows
+            verbose=False,  # no warning of texts that are longer than the network takes
         )
         for text, pairs in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids.append(np.array(text[:longest], np.int32))
@@ -64,12 +61,12 @@ def encode(tokenizer: Any, texts: Sequence[str], longest: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Windows:
-    """W windows over the contexts of n questions, in the order of the questions; all arrays are [W], int64."""
+    """W windows over the contexts of n questions, in the order of the questions. All arrays are [W], int64."""
 
-    question: np.ndarray  # whose window it is
-    first: np.ndarray  # the token of the context that it begins with
-    asked: np.ndarray  # tokens of the question
-    held: np.ndarray  # tokens of the context
+    question: np.ndarray  # the index of its question
+    first: np.ndarray  # its first token of the context
+    asked: np.ndarray  # the number of tokens of its question
+    held: np.ndarray  # the number of tokens of the context in it
 
     @property
     def lengths(self) -> np.ndarray:
@@ -77,7 +74,7 @@ class Windows:
 
 
 def cut(asked: np.ndarray, lengths: np.ndarray, max_length: int, doc_stride: int) -> Windows:
-    """The windows of questions of `asked` tokens about contexts of `lengths` tokens ([n] each)."""
+    """Return the windows of questions of `asked` tokens over contexts of `lengths` tokens ([n] each)."""
     room = max_length - SPECIAL - asked
     count = 1 + np.maximum(0, -(-(lengths - room) // doc_stride))
     question = np.repeat(np.arange(len(asked)), count)
@@ -86,9 +83,9 @@ def cut(asked: np.ndarray, lengths: np.ndarray, max_length: int, doc_stride: int
 
 
 def fill(windows: Windows, questions: Encoded, contexts: Encoded, place: np.ndarray, tokenizer: Any) -> tuple[Arrays, np.ndarray]:
-    """The windows' tokens (`ids`, `types`, `lengths`), N together, and each one's place in its window's context ([N], or -1).
+    """Return the windows' tokens (`ids`, `types`, `lengths`), N in total, and the position of each in its context ([N], or -1).
 
-    `place` [n] is the context of each question.
+    `place` [n] is the index of each question's context.
     """
     lengths = windows.lengths
     rows = np.repeat(np.arange(len(lengths)), lengths)
@@ -112,11 +109,11 @@ def train_windows(
     max_length: int,
     doc_stride: int,
 ) -> Arrays:
-    """Windows to train on, from the cache where they were made before. An answer is a text and where it begins.
+    """Make the training windows, or read them from the cache. An answer is a text and its first character in the context.
 
-    Beside the tokens: `labels` [W, 2], the tokens of each window where the answer begins and ends, or 0, 0 ([CLS]) where it
-    is not wholly in the window; `lost`, the questions whose answer covers no token, and that have no window; `inexact`,
-    the others whose answer begins or ends within a token, where all of that token is labelled. These two are indices.
+    Beside the tokens, the arrays are `labels` [W, 2], the first and last token of the answer in each window, or 0, 0 ([CLS]) if
+    the window does not contain all of it; `lost`, the indices of questions whose answer covers no token, which have no window;
+    and `inexact`, those of questions whose answer begins or ends within a token, where the whole token is labelled.
     """
 
     def make() -> Arrays:
@@ -140,10 +137,10 @@ def train_windows(
 
 
 def eval_windows(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], max_length: int, doc_stride: int) -> Arrays:
-    """Windows to answer from, from the cache where they were made before.
+    """Make the evaluation windows, or read them from the cache.
 
-    Beside the tokens: `question` [W], whose window it is; `chars` [N, 2], what of its context a token covers, or -1;
-    `widest` [N], 1 in the one window of its question where a token of the context has most context.
+    Beside the tokens, the arrays are `question` [W], the index of the question; `chars` [N, 2], each token's character offsets
+    in the context, or -1; and `widest` [N], of `most_context`.
     """
 
     def make() -> Arrays:
@@ -162,10 +159,10 @@ def eval_windows(tokenizer: Any, questions: Sequence[str], contexts: Sequence[st
 
 
 def most_context(windows: Windows, token: np.ndarray) -> np.ndarray:
-    """[N], uint8: 1 for a token of the context in the window that has most of the context on its poorer side.
+    """Return [N], uint8: 1 where a token of the context is in its window of maximum context (the first of equal ones).
 
-    A hundredth of the window's tokens counts as well, and of equals the first has it, as in BERT's own code. `token` [N] is
-    each token's place in its context, or -1.
+    As in BERT's code, the score of a window is the number of tokens of context on the token's shorter side, plus 0.01 times
+    those of the window. `token` [N] is the position of each token in its context, or -1.
     """
     rows = np.repeat(np.arange(len(windows.held)), windows.lengths)
     inside = token >= 0
@@ -173,7 +170,7 @@ def most_context(windows: Windows, token: np.ndarray) -> np.ndarray:
     left, held = at - windows.first[rows], windows.held[rows]
     score = np.minimum(left, held - 1 - left) + 0.01 * held
     longest = int((windows.first + windows.held).max(initial=0))
-    _, slot = np.unique(windows.question[rows] * longest + at, return_inverse=True)  # one for a token in all its windows
+    _, slot = np.unique(windows.question[rows] * longest + at, return_inverse=True)  # one number per token of a context
     order = np.lexsort((rows, -score, slot))
     best = order[np.flatnonzero(np.diff(slot[order], prepend=-1))]
     widest = np.zeros(len(token), dtype=np.uint8)
@@ -185,12 +182,14 @@ def most_context(windows: Windows, token: np.ndarray) -> np.ndarray:
 
 
 def align(contexts: Encoded, texts: Sequence[str], place: np.ndarray, answers: Sequence[tuple[str, int]]) -> np.ndarray:
-    """The first and last token of each answer in its context, int64 [m, 2]: all that it touches, white space at its ends
-    aside. Where it touches none, the last comes before the first. `place` [m] says whose the answer is."""
+    """Return the first and last token that each answer, stripped of white space, overlaps in its context, int64 [m, 2].
+
+    If it overlaps none, the last precedes the first. `place` [m] is the index of each answer's context.
+    """
     begin = [start + len(text) - len(text.lstrip()) for text, start in answers]
     end = [max(start + len(text.rstrip()), at) for (text, start), at in zip(answers, begin, strict=True)]
     sizes = np.array([len(text) + 1 for text in texts], dtype=np.int64)
-    base = np.cumsum(sizes) - sizes  # as if the texts were one
+    base = np.cumsum(sizes) - sizes  # as if the texts were concatenated
     chars = contexts.chars + base.repeat(contexts.lengths)[:, None]
     first = np.searchsorted(chars[:, 1], base[place] + begin, side="right")
     last = np.searchsorted(chars[:, 0], base[place] + end, side="left") - 1
@@ -198,42 +197,40 @@ def align(contexts: Encoded, texts: Sequence[str], place: np.ndarray, answers: S
 
 
 def label(windows: Windows, spans: np.ndarray) -> np.ndarray:
-    """[W, 2], int64: where in each window its question's span lies, and 0, 0 where it does not lie wholly there."""
+    """Return the answer's span in each window, or 0, 0 if the window does not contain all of it: [W, 2], int64."""
     within = spans[windows.question] - windows.first[:, None]
     whole = (within[:, 0] >= 0) & (within[:, 1] < windows.held)
     return np.where(whole[:, None], within + windows.asked[:, None] + 2, 0)
 
 
 def _same(contexts: Encoded, texts: Sequence[str], place: int, span: np.ndarray, answer: tuple[str, int]) -> bool:
-    """Whether a span's text is the answer's, white space aside."""
+    """Return whether the text of a span equals the answer, apart from white space."""
     first, last = contexts.starts[place] + span
-    return first <= last and _bare(span_text(texts[place], contexts.chars[first, 0], contexts.chars[last, 1])) == _bare(answer[0])
-
-
-def _bare(text: str) -> str:
-    return "".join(text.split())
+    if first > last:
+        return False
+    text = span_text(texts[place], contexts.chars[first, 0], contexts.chars[last, 1])
+    return "".join(text.split()) == "".join(answer[0].split())
 
 
 def span_text(context: str, begin: int, end: int) -> str:
-    """What a context says from one character to before another, and the accents that stand on the last one: an uncased
-    tokenizer drops them, so that no token covers them where they are characters of their own."""
+    """Return a slice of a context, extended by combining accents, which an uncased tokenizer drops."""
     while end < len(context) and unicodedata.category(context[end]) == "Mn":
         end += 1
     return context[begin:end]
 
 
 def _unique(contexts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The different contexts, and which of them each question's is ([n])."""
+    """Return the unique contexts, and the index of each question's ([n])."""
     number = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
     return list(number), np.array([number[context] for context in contexts], dtype=np.int64)
 
 
 def best_spans(logits: np.ndarray, arrays: Arrays) -> np.ndarray:
-    """The answer to each of n questions, from start and end logits of all windows' tokens ([N, 2]): the characters of the
-    context where it begins and ends, int64 [n, 2], or -1, -1.
+    """Return the answers to n questions as character offsets in the context, int64 [n, 2], or -1, -1.
 
-    In each window the `BEST` likeliest starts meet the `BEST` likeliest ends. An answer begins at a token of the context, in
-    the window where that token has most context, and has at most `LONGEST` tokens. The highest sum wins; of equals the first.
+    `logits` [N, 2] are the start and end logits of all windows' tokens. In each window the `N_BEST` highest starts are combined
+    with the `N_BEST` highest ends. An answer begins in the window where its first token has the most context, and has at most
+    `MAX_ANSWER` tokens. The highest sum wins, the first of equal ones.
     """
     lengths, chars, question = arrays["lengths"], arrays["chars"], arrays["question"]
     starts = np.cumsum(lengths) - lengths
@@ -243,16 +240,16 @@ def best_spans(logits: np.ndarray, arrays: Arrays) -> np.ndarray:
         place = np.arange(lengths[rows].max())
         token = starts[rows, None] + np.minimum(place, lengths[rows, None] - 1)  # [w, L]
         grid = np.where((place < lengths[rows, None])[..., None], logits[token].astype(np.float64), -np.inf)
-        first, last = (np.argsort(-grid[..., side], axis=1, kind="stable")[:, :BEST] for side in (0, 1))
+        first, last = (np.argsort(-grid[..., side], axis=1, kind="stable")[:, :N_BEST] for side in (0, 1))
         a, b = (np.take_along_axis(token, at, 1) for at in (first, last))
         total = np.take_along_axis(grid[..., 0], first, 1)[:, :, None] + np.take_along_axis(grid[..., 1], last, 1)[:, None]
         size = last[:, None] - first[:, :, None] + 1
-        fits = (size >= 1) & (size <= LONGEST) & (arrays["widest"][a] == 1)[:, :, None] & (chars[b, 0] >= 0)[:, None]
+        fits = (size >= 1) & (size <= MAX_ANSWER) & (arrays["widest"][a] == 1)[:, :, None] & (chars[b, 0] >= 0)[:, None]
         total = np.where(fits, total, -np.inf).reshape(len(rows), -1)
         best, each = total.argmax(1), np.arange(len(rows))
         i, j = np.divmod(best, last.shape[1])
         score[rows] = total[each, best]
         span[rows] = np.stack([chars[a[each, i], 0], chars[b[each, j], 1]], axis=1)
     span[np.isneginf(score)] = -1
-    order = np.lexsort((-score, question))  # stable: the first of equal windows leads
+    order = np.lexsort((-score, question))  # stable: the first of equal windows wins
     return span[order[np.flatnonzero(np.diff(question[order], prepend=-1))]]

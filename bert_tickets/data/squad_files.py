@@ -1,4 +1,4 @@
-"""SQuAD v1.1 as data: questions read from the published files or from the hub."""
+"""The data of SQuAD v1.1: questions, read from the published files or from the hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bert_tickets.data.hub import from_hub
+from bert_tickets.data.hub import from_hub, missing_data
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_json as read_json_file
 
@@ -17,7 +17,7 @@ FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a context, with its gold answers: each a text, and the character of the context it begins at."""
+    """A question about a context, and its gold answers: text and index of the first character in the context."""
 
     id: str
     question: str
@@ -25,8 +25,8 @@ class Question:
     answers: tuple[tuple[str, int], ...]
 
     @property
-    def standing(self) -> tuple[str, int] | None:
-        """The first answer that is where it is said to be."""
+    def found_answer(self) -> tuple[str, int] | None:
+        """The first answer whose text is in the context at its index."""
         for text, start in self.answers:
             if start >= 0 and text.strip() and self.context.startswith(text, start):
                 return text, start
@@ -34,24 +34,21 @@ class Question:
 
 
 def read_folder(data_dir: Path) -> dict[str, list[Question]]:
-    """Both published files of a folder."""
+    """Read both published files of a folder. Raises `UserError` if one is missing."""
     for file in FILES.values():
         if not (data_dir / file).is_file():
-            raise UserError(
-                f"no SQuAD data: {data_dir / file} is not there. Three ways to get it:\n"
-                f"  leave out --data-dir on a machine that reaches the hub ({HUB} is downloaded and cached);\n"
-                f"  fill the cache on another machine and set HF_HOME to a copy of it, with HF_HUB_OFFLINE=1;\n"
-                f"  give --data-dir a folder with the published files {' and '.join(FILES.values())}."
-            )
+            layout = f"a folder with the published files {' and '.join(FILES.values())}"
+            message = f"no SQuAD data: {data_dir / file} does not exist"
+            raise missing_data(message, f"{HUB} is downloaded and cached", layout)
     return {split: read_json(data_dir / file) for split, file in FILES.items()}
 
 
 def read_json(path: Path) -> list[Question]:
-    """The questions of one published file. Raises `UserError` with the place of what is not as it should be."""
+    """Read the questions of one published file. Raises `UserError`, naming a field, if it is missing or has another type."""
     questions: dict[str, Question] = {}
     for place, question in _parse(read_json_file(path), path):
         if question.id in questions:
-            raise UserError(f"{path}: {place}.id {question.id[:80]!r} is another question's already")
+            raise UserError(f"{path}: {place}.id {question.id[:80]!r} is also the id of another question")
         questions[question.id] = question
     if not questions:
         raise UserError(f"{path} has no questions")
@@ -59,21 +56,16 @@ def read_json(path: Path) -> list[Question]:
 
 
 def _parse(content: Any, path: Path) -> Iterator[tuple[str, Question]]:
-    """Each question with its place in the file."""
+    """Yield each question with its path in the file."""
 
     def get(node: Any, place: str, key: str, kind: type) -> Any:
         if not isinstance(node, dict):
-            raise UserError(f"{path}: {place} is {_kind(node)}, where SQuAD has an object with {key!r}")
+            raise UserError(f"{path}: {place} is {_type(node)}, not an object with {key!r}")
         if key not in node:
             raise UserError(f"{path}: {place} has no {key!r}")
         value = node[key]
         if type(value) is not kind:
-            raise UserError(f"{path}: {place}.{key} is {_kind(value)}, where SQuAD has {_KINDS[kind]}")
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"{path}: {place}.{key} is no text: character {error.start} is half a surrogate pair") from None
+            raise UserError(f"{path}: {place}.{key} is {_type(value)}, not {_TYPES[kind]}")
         return value
 
     def parts(node: Any, place: str, key: str) -> Iterator[tuple[str, Any]]:
@@ -92,15 +84,15 @@ def _parse(content: Any, path: Path) -> Iterator[tuple[str, Question]]:
                 yield at, Question(get(asked, at, "id", str), get(asked, at, "question", str), context, tuple(answers))
 
 
-_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+_TYPES = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a float", bool: "a boolean"}
 
 
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), "null")
+def _type(value: Any) -> str:
+    return _TYPES.get(type(value), "null")
 
 
 def read_hub() -> dict[str, list[Question]]:
-    """Both splits from the hub, or its cache, through `datasets`."""
+    """Read both splits from the hub, or its cache, by means of `datasets`."""
     with from_hub(HUB, f"a folder with {' and '.join(FILES.values())}"):
         from datasets import load_dataset
 

@@ -1,7 +1,7 @@
-"""Texts to tokens, once: a cache beside the Hugging Face caches, shared by seeds and runs.
+"""Tokenize texts, with a cache in `$HF_HOME/bert_tickets`.
 
-An entry's name is a hash of all that its content depends on (the texts, the tokenizer, the cut), so it is never out of
-date; it carries a checksum, and a damaged one is made again. `$HF_HOME/bert_tickets` may be deleted at any time.
+The name of an entry is a hash of the texts, the tokenizer and the settings, so that it is never out of date. A damaged entry is
+computed again. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import tokenizers
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from bert_tickets.errors import UserError
-from bert_tickets.files import read_facts, read_tensors, write_tensors
+from bert_tickets.errors import Damaged
+from bert_tickets.files import read_tensors, write_tensors
 
 Arrays = dict[str, np.ndarray]
-CHUNK = 10_000  # texts tokenised at a time: the tokenizer's lists take dozens of times the memory of the arrays
+CHUNK = 10_000  # texts tokenized at a time: the tokenizer's lists take dozens of times the memory of the arrays
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of n examples, N in all, end to end."""
+    """The tokens of n examples, N in total, concatenated."""
 
     ids: np.ndarray  # [N], int32
     types: np.ndarray  # [N], uint8: 0 in the first text, 1 in the second
@@ -36,23 +36,23 @@ class Tokens:
 
     @classmethod
     def of(cls, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> Tokens:
-        """From a list an example."""
+        """Concatenate the lists of n examples."""
         lengths = np.array([len(example) for example in ids], dtype=np.int64)
         flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
         return cls(flat, np.fromiter(chain.from_iterable(types), np.uint8, flat.size), lengths)
 
     def sha256(self) -> str:
-        """A digest of the content."""
-        digest = hashlib.sha256(self.lengths.tobytes())
-        digest.update(self.ids.tobytes())
-        digest.update(self.types.tobytes())
-        return digest.hexdigest()
+        """Return the sha256 of the content."""
+        sha = hashlib.sha256(self.lengths.tobytes())
+        sha.update(self.ids.tobytes())
+        sha.update(self.types.tobytes())
+        return sha.hexdigest()
 
 
 def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> Tokens:
-    """Encode one or two columns of n texts each; of a pair that is too long, the longer text is cut.
+    """Encode one or two columns of n texts each. Of a pair that is too long, the longer text is truncated.
 
-    Raises `ValueError` where the columns differ in length.
+    Raises `ValueError` if the columns differ in length.
     """
 
     def make() -> Arrays:
@@ -70,47 +70,26 @@ def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) 
 
 
 def cached(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any], make: Callable[[], Arrays]) -> Arrays:
-    """What `make` makes of these texts by this tokenizer, from the cache where it was made before.
-
-    `settings` (plain JSON) is all else that it depends on.
-    """
-    path = Path(HF_HOME) / "bert_tickets" / f"tokens-{_key(tokenizer, columns, settings)}.safetensors"
-    if (found := _read(path)) is not None:
-        return found
-    arrays = make()
+    """Return the result of `make`, from the cache if possible. It depends on the texts, the tokenizer and `settings` (JSON)."""
+    sha = hashlib.sha256()
+    for column in columns:
+        sha.update(f"\n{len(column)}\n".encode())
+        for text in column:
+            sha.update(len(text.encode()).to_bytes(4, "little") + text.encode())
+    path = Path(HF_HOME) / "bert_tickets" / f"tokens-{cache_key(tokenizer, sha.hexdigest(), settings)}.safetensors"
     try:
-        write_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, {"sha256": _digest(arrays)})
-    except UserError as error:
+        return {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
+    except (Damaged, OSError):
+        arrays = make()
+    try:
+        write_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    except OSError as error:
         print(f"the tokens are not cached: {error}")
     return arrays
 
 
-def _key(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any]) -> str:
-    what = json.loads(tokenizer.backend_tokenizer.to_str())
-    what |= {"truncation": settings, "padding": None}  # not the last call's
-    digest = hashlib.sha256(json.dumps([1, tokenizers.__version__, what], sort_keys=True).encode())
-    for column in columns:
-        digest.update(f"\n{len(column)}\n".encode())
-        for text in column:
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(4, "little") + data)
-    return digest.hexdigest()[:32]
-
-
-def _digest(arrays: Arrays) -> str:
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> Arrays | None:
-    try:
-        if not path.is_file():
-            return None
-        expected = read_facts(path)["sha256"]
-        arrays = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
-    except (UserError, OSError, KeyError, TypeError):
-        return None
-    return arrays if _digest(arrays) == expected else None
+def cache_key(tokenizer: Any, *content: Any) -> str:
+    """Hash a tokenizer, without the truncation and padding of its last call, and `content` (JSON)."""
+    settings = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    known = json.dumps([2, tokenizers.__version__, settings, content], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()[:32]

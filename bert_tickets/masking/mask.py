@@ -1,14 +1,14 @@
-"""Masks: which weights of a network a ticket keeps.
+"""Masks: which weights of a network a ticket keeps (True = kept).
 
-A `Mask` knows tensors and their names and nothing of BERT. True means *kept*. It may cover any named tensor, biases
-included, so that structured tickets (heads, neurons) are masks as well.
+A `Mask` may cover any named tensors, some matrices only or biases as well, so that structured tickets (heads, neurons) are masks
+too. Nothing here depends on BERT.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import ItemsView, Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bert_tickets.errors import Damaged, UserError
+from bert_tickets.errors import Damaged, UserError, first_line
 from bert_tickets.files import read_facts, read_tensors, write_tensors
 from bert_tickets.masking import released
 
 FORMAT = "bert_tickets mask 2"
+FACTS = ("format", "shapes", "order", "density", "sha256")  # metadata of a file, beside the mask's `info`
 
 
 class Mask(Mapping[str, Tensor]):
@@ -31,11 +32,11 @@ class Mask(Mapping[str, Tensor]):
             if tensor.dtype != torch.bool:
                 raise TypeError(f"mask tensor {name} has dtype {tensor.dtype}; a mask is boolean")
         self._tensors = dict(tensors)
-        self.info = dict(info or {})  # what a file says of its mask: base model, method, seed, level
+        self.info = dict(info or {})  # where it was found: base model, task, method, seed, level
 
     @classmethod
     def ones(cls, like: Mapping[str, Tensor]) -> Mask:
-        """The mask that keeps every weight of `like`."""
+        """Return the mask that keeps every weight of `like`."""
         return cls({name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in like.items()})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -59,65 +60,65 @@ class Mask(Mapping[str, Tensor]):
 
     __hash__ = None  # type: ignore[assignment]  # equality is by value
 
-    # ---- what a mask says of itself ----
+    # ---- counts ----
 
     @property
     def total(self) -> int:
-        """How many weights the mask covers."""
+        """The number of weights that the mask covers."""
         return sum(tensor.numel() for tensor in self._tensors.values())
 
     @property
     def kept(self) -> int:
-        """How many of them it keeps."""
+        """The number of weights that it keeps."""
         return sum(int(tensor.count_nonzero()) for tensor in self._tensors.values())
 
     @property
     def density(self) -> float:
-        """Kept over covered, in [0, 1]."""
+        """The fraction of the covered weights that it keeps, in [0, 1]."""
         return self.kept / self.total
 
     @property
     def sparsity(self) -> float:
-        """Removed over covered, in [0, 1]."""
+        """The fraction of the covered weights that it prunes, in [0, 1]."""
         return 1 - self.density
 
     def sha256(self) -> str:
-        """A digest of names, shapes and bits: equal masks have equal digests."""
-        digest = hashlib.sha256()
+        """Return the sha256 over names, shapes and bits."""
+        sha = hashlib.sha256()
         for name in sorted(self._tensors):
-            digest.update(f"{name}:{tuple(self[name].shape)}\n".encode())
-            digest.update(_pack(self[name]).tobytes())
-        return digest.hexdigest()
+            sha.update(f"{name}:{tuple(self[name].shape)}\n".encode())
+            sha.update(_pack(self[name]).tobytes())
+        return sha.hexdigest()
 
-    # ---- two masks ----
+    # ---- comparison ----
 
     def overlap(self, other: Mask) -> float:
-        """Jaccard similarity of the kept sets: |both| / |either|, in [0, 1]; two empty masks are alike (1)."""
+        """Return the Jaccard similarity of the kept sets: |both| / |either|, in [0, 1]; 1 for two empty masks."""
         self.check_fits(other, "the other mask")
         both = sum(int((tensor & other[name]).count_nonzero()) for name, tensor in self.items())
         either = self.kept + other.kept - both
         return both / either if either else 1.0
 
     def distance(self, other: Mask) -> float:
-        """Normalised Hamming distance: the share of weights on which the two masks differ, in [0, 1]."""
+        """Return the normalized Hamming distance: the fraction of weights on which the masks differ, in [0, 1]."""
         self.check_fits(other, "the other mask")
         return sum(int((tensor ^ other[name]).count_nonzero()) for name, tensor in self.items()) / self.total
 
     def check_fits(self, tensors: Mapping[str, Tensor], what: str, *, partly: bool = False) -> None:
-        """Raise `UserError`, naming the tensor, unless `tensors` has the mask's names and shapes; with `partly`, and more."""
+        """Raise `UserError`, naming a tensor and `what`, unless `tensors` has the mask's names and shapes; `partly`: at least."""
         for name, tensor in self.items():
             if name not in tensors:
                 raise UserError(f"the mask covers {name}, which {what} does not have")
             if tensor.shape != tensors[name].shape:
-                raise UserError(f"{name} is {_by(tensors[name])} in {what} and {_by(tensor)} in the mask: another architecture")
+                raise UserError(f"{name} is {_by(tensors[name])} in {what} and {_by(tensor)} in the mask")
         for name in () if partly else tensors:
             if name not in self:
                 raise UserError(f"{what} has {name}, which the mask does not cover")
 
-    # ---- what is done with a mask ----
+    # ---- operations ----
 
     def shuffle(self, generator: torch.Generator) -> Mask:
-        """A mask with the same density in every tensor, its kept places drawn anew."""
+        """Return a mask with the same density in every tensor, its kept weights drawn at random."""
         return Mask(
             {
                 name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator).to(tensor.device)].view_as(tensor)
@@ -127,7 +128,7 @@ class Mask(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def apply(self, tensors: Mapping[str, Tensor]) -> None:
-        """Zero in place what the mask removes from the tensors it names."""
+        """Zero the pruned weights in place, in the tensors that the mask covers."""
         for name, tensor in self.items():
             tensors[name].mul_(tensor.to(tensors[name].device))
 
@@ -143,6 +144,7 @@ class Mask(Mapping[str, Tensor]):
             **info,
             "format": FORMAT,
             "shapes": {name: list(tensor.shape) for name, tensor in self.items()},
+            "order": list(self),  # pruning breaks ties by it, and files sort names
             "density": self.density,
             "sha256": self.sha256(),
         }
@@ -161,25 +163,26 @@ class Mask(Mapping[str, Tensor]):
             return cls(released.read_mask_pt(path), {"source": "released mask.pt"})
         facts = read_facts(path)
         if facts.get("format") != FORMAT:
-            raise UserError(f"{path} is not a mask file of this version (its metadata name no {FORMAT!r})")
+            raise UserError(f"{path} is not a mask file of this version: format {facts.get('format')!r}, not {FORMAT!r}")
         packed = read_tensors(path)
-        mask = cls({name: _unpack(packed[name].numpy(), tuple(shape)) for name, shape in facts["shapes"].items()})
+        try:
+            shapes = facts["shapes"]
+            mask = cls({name: _unpack(packed[name].numpy(), shapes[name]) for name in facts.get("order", shapes)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise Damaged(f"{path} is damaged: its shapes do not describe its bits ({first_line(error)})") from None
         if mask.sha256() != facts["sha256"]:
             raise Damaged(f"{path} is damaged: its bits do not match its checksum")
-        mask.info = {key: value for key, value in facts.items() if key not in ("format", "shapes", "density", "sha256")}
+        mask.info = {key: value for key, value in facts.items() if key not in FACTS}
         return mask
 
 
 def _pack(tensor: Tensor) -> np.ndarray:
-    """The bits of a boolean tensor in C order, eight a byte (shape: ceil(numel / 8), uint8)."""
+    """Pack a boolean tensor, in C order, into bytes of eight bits ([ceil(numel / 8)], uint8)."""
     return np.packbits(tensor.detach().cpu().numpy(), axis=None)
 
 
-def _unpack(packed: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    count = math.prod(shape)
-    if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
-        raise ValueError(f"{count} bits stored as {packed.dtype}{packed.shape}")
-    return torch.from_numpy(np.unpackbits(packed, count=count).view(np.bool_).reshape(shape))
+def _unpack(packed: np.ndarray, shape: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.unpackbits(packed, count=math.prod(shape)).view(np.bool_).reshape(shape))
 
 
 def _by(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""The masks of the released code: `mask.pt`, a pickled dictionary of `<parameter>_mask` tensors of zeros and ones."""
+"""The masks of the released code: `mask.pt`, a pickled dictionary of `<parameter>_mask` tensors with values 0 and 1."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from bert_tickets.errors import UserError, first_line
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file was written by `torch.save`: a zip archive, or the older plain pickle."""
+    """Return whether a file was written by `torch.save`: a zip archive, or the older plain pickle."""
     with path.open("rb") as file:
         return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
 
 
 def read_mask_pt(path: Path) -> dict[str, Tensor]:
-    """Boolean tensors by parameter name. Raises `UserError` for what cannot be read without unpickling code, or is no mask."""
+    """Read boolean tensors by parameter name. Raises `UserError` for a file that is not a mask, or would unpickle code."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         masks = {key: tensor for key, tensor in content.items() if key.endswith("_mask")}
         binary = {key: bool(((tensor == 0) | (tensor == 1)).all()) for key, tensor in masks.items()}
-    except Exception as error:  # torch raises a dozen kinds, all of which mean the same here
+    except Exception as error:  # torch raises a dozen types for a file that it cannot read
         raise UserError(f"{path} cannot be read as a mask.pt without unpickling code: {first_line(error)}") from None
     for key, ok in binary.items():
         if not ok:

@@ -16,35 +16,35 @@ if TYPE_CHECKING:
 
 
 def run(session: Session, s: Settings) -> None:
-    """Find tickets at growing sparsity. Line numbers are those of Algorithm 1."""
-    from bert_tickets.masking.mask import Mask  # here, as --help reads this file without torch
+    """Run Algorithm 1; comments give its lines. A level prunes, rewinds and trains; level 0 trains the dense network."""
+    from bert_tickets.masking.mask import Mask  # imported here: --help reads this file without torch
     from bert_tickets.masking.prune import magnitude, prune
     from bert_tickets.modeling.parameters import prunable, rewind, snapshot
 
     net, i = session.net, s.rewind_step(session.steps)
-    theta0 = theta = snapshot(net)  # a clone: a state_dict would alias the live weights
-    mask = Mask.ones(prunable(net, s.prunable))  # 2: m = 1
-    for level, fraction in enumerate(s.fractions):  # 3, 6: repeat until the sparsity is reached
+    theta_0 = theta_i = snapshot(net)  # a clone: a state_dict would alias the live weights
+    mask = Mask.ones(prunable(net, s.prunable))  # line 2: m = 1
+    for level, fraction in enumerate(s.fractions):  # lines 3 and 6: repeat until sparsity s
         if session.finished(level):
             mask = session.restore(level)
             continue
         if level > 0 and i > 0:
-            theta = session.kept_weights()  # 1: theta_i, which level 0 passed
-        if level == 1 and s.prune_first:  # level 0 was for comparison only
-            rewind(net, theta0, mask)
-        mask = prune(mask, magnitude(prunable(net, s.prunable)), fraction, s.scope)  # 5: of m * theta_t
+            theta_i = session.saved_weights()  # line 1: level 0 trained f(theta_0) to step i
+        if level == 1 and s.prune_first:
+            rewind(net, theta_0, mask)  # variant: prune theta_0 first, and ignore the result of level 0
+        mask = prune(mask, magnitude(prunable(net, s.prunable)), fraction, s.scope)  # line 5: prune m * theta_t
         if s.rewind == "none":
-            mask.apply(dict(net.named_parameters()))  # standard pruning goes on from theta_t
+            mask.apply(dict(net.named_parameters()))  # variant, standard pruning: continue from m * theta_t
         else:
-            rewind(net, theta, mask, head=s.rewind_head)  # 7: f(m * theta_i)
-        session.train_level(  # 4: train to step t
+            rewind(net, theta_i, mask, head=s.rewind_head)  # line 7: the ticket f(m * theta_i)
+        session.train_level(  # line 4: train f(m * theta_i) to step t
             level,
             mask,
             start=i if level else 0,
             schedule=s.learning_rate(session.cfg.train.lr, level, session.steps),
             moments=session.moments() if level > s.prune_first and not s.resets_optimizer else None,
             keep_moments=not s.resets_optimizer,
-            hooks=[session.keep_at(i)] if level == 0 and i > 0 else [],
+            hooks=[session.save_weights_at(i)] if level == 0 and i > 0 else [],  # line 1: theta_i
         )
 
 
@@ -52,30 +52,31 @@ def run(session: Session, s: Settings) -> None:
 class Settings:
     """The flags of `--method imp`."""
 
-    levels: int = flag("number of sparsities, the dense network counted (default: 10, or as many as --rate allows)", 0)
-    rate: float = flag("fraction of the weights that a level prunes", 0.1)
+    levels: int = flag("number of levels, including the dense network (default: 10, or as many as --rate allows)", None)
+    rate: float = flag("fraction of the weights pruned at each level", 0.1)
     schedule: Literal["linear", "geometric"] = flag("--rate of the original weights, or of the remaining ones", "linear")
     scope: Literal["global", "tensor"] = flag("rank all weights together, or each matrix by itself", "global")
-    prunable: Prunable = flag("which parameters the mask covers", "matrices")
-    rewind: str = flag("weights a level starts from: 0, a step (500) or part (5%) of training, or none (standard pruning)", "0")
+    prunable: Prunable = flag("which parameters the mask covers", "matrices")  # noqa: RUF009
+    rewind: str = flag("step to rewind to: 0, a step (500), a part of training (5%), or none (standard pruning)", "0")
     rewind_head: bool = flag("rewind the task's head with the encoder", True)
-    prune_first: bool = flag("level 0 is for comparison: level 1 prunes the pre-trained weights and starts from them", False)
+    prune_first: bool = flag("prune the pre-trained weights at level 1; level 0 is trained for comparison only", False)
     decay: Literal["level", "run", "once"] = flag(
-        "the learning rate decays to zero in each level; or restarts a decay over all levels in each (run); or decays once",
-        "level",
+        "learning rate decay: to zero in each level; over all levels, restarted in each (run); or once over the run", "level"
     )
     reset_optimizer: bool | None = flag("a new AdamW at each level (default: unless --rewind none)", None)
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
             raise UserError(f"--rate {self.rate}: must be between 0 and 1")
-        levels = self.levels or int(min(10, max_levels(self.rate, self.schedule)))
-        set_field = object.__setattr__  # of a frozen dataclass, before anyone sees it
-        set_field(self, "levels", levels)
-        set_field(self, "rewind", _shortest(self.rewind))
+        set_field = object.__setattr__  # the dataclass is frozen
+        if self.levels is None:
+            set_field(self, "levels", int(min(10, max_levels(self.rate, self.schedule))))
+        if not 1 <= self.levels < 1000:
+            raise UserError(f"--levels {self.levels}: must be from 1 to 999")
+        set_field(self, "rewind", _normalize(self.rewind))
         if self.reset_optimizer is None:
             set_field(self, "reset_optimizer", self.rewind != "none")
-        _ = self.fractions  # raises for a level beyond what is left
+        fractions(self.levels, self.rate, self.schedule)  # raises if too many levels are asked for
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `UserError` for a flag without effect."""
@@ -88,11 +89,11 @@ class Settings:
 
     @property
     def fractions(self) -> list[float]:
-        """The fraction of the remaining weights that is pruned before each level."""
+        """Compute the fraction of the remaining weights that is pruned before each level."""
         return fractions(self.levels, self.rate, self.schedule)
 
     def rewind_step(self, steps: int) -> int:
-        """The step i of `steps` whose weights each level starts from; 0 also for `none`."""
+        """Return the step i of `steps` whose weights each level starts from; 0 also for `none`."""
         if self.rewind == "none":
             return 0
         percent = self.rewind.endswith("%")
@@ -102,23 +103,22 @@ class Settings:
         return step
 
     def learning_rate(self, lr: float, level: int, steps: int) -> Callable[[int], float]:
-        """The learning rate by the step of a level of so many steps."""
+        """Return the learning rate as a function of the step, for a level of `steps` steps."""
         most = max_levels(self.rate, self.schedule)
-        most = 10 if math.isinf(most) else int(most)  # whatever --levels is: a shorter run is the beginning of the whole
-        span, number = decay_span(self.decay, level, self.levels, most, self.prune_first)
-        return linear_decay(lr, steps, span, number)
+        most = 10 if math.isinf(most) else int(most)  # independent of --levels: a shorter run is a prefix of a longer one
+        return linear_decay(lr, steps, *decay_span(self.decay, level, self.levels, most, self.prune_first))
 
     def plan(self) -> list[str]:
-        """What --dry-run prints of the levels."""
-        lines, left = [], 1.0
-        for level, fraction in enumerate(self.fractions):
+        """Return the lines that --dry-run prints."""
+        lines, left = ["level 0: the dense network"], 1.0
+        for level, fraction in enumerate(self.fractions[1:], 1):
             left *= 1 - fraction
-            lines.append(f"level {level}: prune {fraction:.4f} of the remaining weights: {1 - left:.1%} pruned; then train")
+            lines.append(f"level {level}: {1 - left:.1%} pruned ({fraction:.4f} of the remaining weights)")
         return lines
 
 
-def _shortest(rewind: str) -> str:
-    """The shortest way to write the same rewinding step. Raises `UserError` for anything else."""
+def _normalize(rewind: str) -> str:
+    """Normalize a value of --rewind, so that equal values have equal text. Raises `UserError` for an invalid one."""
     try:
         if rewind == "none":
             return rewind

@@ -13,11 +13,11 @@ from bert_tickets.runs.summary import print_finished, print_levels, print_plan
 
 def main(kind: str, description: str | None, argv: Sequence[str] | None = None) -> NoReturn:
     """Parse the command line of the script for a kind of task, run it, and exit."""
-    run_command(run, parse(kind, description, argv))
+    run_command(lambda: run(parse(kind, description, argv)))
 
 
 def run(cfg: Config) -> None:
-    """Run a configuration: print its plan, its finished results, or train what is not finished."""
+    """Run a configuration: print its plan or its finished results, or train the levels that are not finished."""
     if cfg.dry_run:
         print_plan(cfg)
     elif is_launched() or not print_finished(cfg):  # torchrun's processes may see different file systems
@@ -26,12 +26,14 @@ def run(cfg: Config) -> None:
 
 def train(cfg: Config) -> None:
     """Train all levels that are not finished, then print the results."""
-    from bert_tickets.runs.session import opened, prepare
-    from bert_tickets.tasks import create
+    from bert_tickets.runs.prepare import prepare
+    from bert_tickets.runs.writer import Run
+    from bert_tickets.tasks.create import create
+    from bert_tickets.training.distributed import joined
 
-    with opened(cfg) as run:
+    with joined(cfg.device) as group, Run(cfg, group) as run:
         if not run.complete:
-            method = importlib.import_module(f"bert_tickets.methods.{cfg.method.replace('-', '_')}")
+            method = importlib.import_module(f"bert_tickets.methods.{cfg.method}")
             method.run(prepare(create(cfg.task), run), cfg.settings)
         if run.group.rank == 0:
             print_levels(cfg)

@@ -1,4 +1,4 @@
-"""One-shot pruning: a mask of untrained weights, by magnitude or at random."""
+"""Prune untrained weights once, by magnitude or at random."""
 
 from __future__ import annotations
 

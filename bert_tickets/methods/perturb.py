@@ -1,7 +1,7 @@
-"""Perturbed pre-trained weights: what is left of a ticket when theta_0 itself is spoilt (Chen et al. 2020, theta_0'').
+"""Perturb the pre-trained weights, to test whether a ticket depends on theta_0 itself (Chen et al. 2020, theta_0'').
 
-Pure functions of theta, the encoder's weights by name, on the CPU: each returns new tensors and leaves theta alone. The
-*matrices* are what a mask covers, the six of every layer and the pooler's; embeddings are never touched.
+Pure functions of theta, the encoder's weights by name, on the CPU. Each returns new tensors and does not change theta. The
+*matrices* are the six of every layer and the pooler's; embeddings are not perturbed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ How = Literal["layers", "matrices", "entries", "noise"]
 
 
 def perturb(theta: Mapping[str, Tensor], how: How, sigma: float, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """theta perturbed by `seed`, and what was drawn or measured for it. `sigma` is the noise's, in theta's own spread.
+    """Perturb theta with random numbers drawn by `seed`. Returns the weights and metadata of the perturbation.
 
-    `layers` and `matrices` draw the same order from the same seed.
+    `sigma` is the standard deviation of the noise, in units of `spread(theta)`.
     """
     generator = seeded(seed, "perturb")
     if how == "entries":
@@ -41,10 +41,7 @@ def perturb(theta: Mapping[str, Tensor], how: How, sigma: float, seed: int) -> t
 
 
 def layer_order(theta: Mapping[str, Tensor], generator: torch.Generator) -> list[int]:
-    """A random order of the layers, by their numbers. Never the one there is: that would perturb nothing, and is drawn again.
-
-    Raises `UserError` where there is no other.
-    """
+    """Draw a random order of the layers, other than the present one. Raises `UserError` for a single layer."""
     layers = 1 + max(int(found[2]) for found in map(LAYER.fullmatch, theta) if found)
     if layers == 1:
         raise UserError("the model has one layer, and one layer cannot be shuffled")
@@ -54,23 +51,21 @@ def layer_order(theta: Mapping[str, Tensor], generator: torch.Generator) -> list
 
 
 def shuffled_layers(theta: Mapping[str, Tensor], order: list[int], *, whole: bool = True) -> dict[str, Tensor]:
-    """Layer i is what layer order[i] was; embeddings and pooler stay.
+    """Set layer i to layer order[i]; embeddings and pooler stay.
 
-    `whole` layers move with their biases and LayerNorms: the same layers, run in another order. Otherwise the six matrices
-    of a layer move together and its biases and LayerNorms stay, which is what the released pertub_weight.py does.
+    `whole` layers move with their biases and LayerNorms: the same layers, run in another order. Otherwise the six matrices of a
+    layer move together, and its biases and LayerNorms stay, as in the released pertub_weight.py.
     """
 
     def source(name: str) -> str:
-        found = LAYER.fullmatch(name)
-        return (
-            f"{found[1]}{order[int(found[2])]}{found[3]}" if found and (whole or PRUNABLE["matrices"].fullmatch(name)) else name
-        )
+        found = LAYER.fullmatch(name) if whole or PRUNABLE["matrices"].fullmatch(name) else None
+        return f"{found[1]}{order[int(found[2])]}{found[3]}" if found else name
 
     return {name: theta[source(name)].detach().clone() for name in theta}
 
 
 def shuffled_entries(theta: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """The entries of each matrix in a random order, within that matrix: the paper's theta_0''. The rest stays."""
+    """Shuffle the entries of each matrix within that matrix: the paper's theta_0''."""
     shuffled = {name: tensor.detach().clone() for name, tensor in theta.items()}
     for name in _matrices(theta):
         order = torch.randperm(theta[name].numel(), generator=generator)
@@ -79,22 +74,19 @@ def shuffled_entries(theta: Mapping[str, Tensor], generator: torch.Generator) ->
 
 
 def noised(theta: Mapping[str, Tensor], deviation: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Independent N(0, deviation^2) noise on every entry of the matrices. The rest stays.
-
-    Raises `UserError` where the sum is not finite.
-    """
+    """Add independent N(0, deviation^2) noise to every entry of the matrices. Raises `UserError` if the sum is not finite."""
     noisy = {name: tensor.detach().clone() for name, tensor in theta.items()}
     for name in _matrices(theta):
         noisy[name] += torch.randn(theta[name].shape, generator=generator) * deviation
         if not noisy[name].isfinite().all():
-            raise UserError(f"{name} is not finite with noise of standard deviation {deviation:g}: less noise, or sound weights")
+            raise UserError(f"{name} is not finite with noise of standard deviation {deviation:g}: give less noise")
     return noisy
 
 
 def spread(theta: Mapping[str, Tensor]) -> float:
-    """The standard deviation of all matrices' entries about their common mean, in float64.
+    """Return the standard deviation of all matrices' entries about their common mean, computed in float64.
 
-    The released code's noise takes 0.0387 for it, whatever the model.
+    The released code uses 0.0387 for every model.
     """
     names = _matrices(theta)
     count = sum(theta[name].numel() for name in names)
@@ -104,5 +96,5 @@ def spread(theta: Mapping[str, Tensor]) -> float:
 
 
 def _matrices(theta: Mapping[str, Tensor]) -> list[str]:
-    """The matrices' names, in an order that does not depend on theta's: what is drawn for each is fixed by the generator."""
+    """Return the matrices' names, sorted, so that the random numbers of each do not depend on theta's order."""
     return sorted(name for name in theta if PRUNABLE["matrices"].fullmatch(name))

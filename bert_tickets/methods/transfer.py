@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 
 
 def run(session: Session, s: Settings) -> None:
-    """f(m * theta, gamma), trained once: theta as --init says, gamma drawn by the seed."""
+    """Train f(m * theta, gamma) once: theta is given by --init, gamma is drawn by the seed."""
     from bert_tickets.masking.mask import Mask
 
     if session.finished(0):
         return
-    params = dict(session.net.named_parameters())
     mask = Mask.load(s.mask)
-    mask.check_fits(params, "the model", partly=True)
-    mask.apply(params)
+    mask.apply(dict(session.net.named_parameters()))
     session.train_level(0, mask.to(session.batches.store.device), warnings=list(_warnings(mask, session)))
 
 
@@ -32,7 +30,7 @@ def _warnings(mask: Mask, session: Session) -> Iterator[str]:
 
     base, model = mask.info.get("base_model"), session.cfg.model
     if base not in (None, model):
-        yield f"the mask was found on {base}, and trains {model}: are they the same weights?"
+        yield f"the mask was found on {base} and is applied to {model}: are these the same weights?"
     if dense := prunable(session.net).keys() - mask.keys():
         yield f"the mask does not cover {len(dense)} of the model's matrices, {min(dense)} among them: they stay dense"
 
@@ -48,5 +46,5 @@ class Settings:
             raise UserError("--mask is empty; is a shell variable unset?")
 
     def plan(self) -> list[str]:
-        """What --dry-run prints."""
+        """Return the lines that --dry-run prints."""
         return [f"train the ticket {self.mask} once"]

@@ -1,1 +1,1 @@
-"""BERT: checkpoints in, the packed forward pass."""
+"""BERT: checkpoints, parameters, and the forward pass on packed batches."""

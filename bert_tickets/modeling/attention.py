@@ -1,9 +1,9 @@
-"""Attention within each example of a packed batch. Only here are examples padded; all other arithmetic is on packed tokens.
+"""Attention within each example of a packed batch. Examples are padded only here; all other operations are on packed tokens.
 
-In half precision a GPU that has FlashAttention (Dao 2023) computes on the packed tokens themselves. Otherwise a GPU pads all
-examples to the longest one: whole tokens are gathered once, and torch's fused kernels do the rest. A CPU has no fused kernel with
-dropout, and a padded place costs there what a token costs: examples of like length are padded together, head by head, with a
-backward pass of our own.
+`Ragged`: FlashAttention (Dao 2023) on the packed tokens themselves, on GPUs that have it, in half precision. `Padded`: other
+GPUs pad all examples to the longest, and use torch's fused kernels. `Blocks`: a CPU has no fused kernel with dropout, and
+padding costs as much as tokens there; so examples of similar length are padded together, by head, with a backward pass written
+out here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_tickets.modeling import dropout
-from bert_tickets.modeling.packing import Batch, max_padding
+from bert_tickets.modeling.packing import Batch, at_least_fp32, max_padding
 
-ALIKE = 0.75  # on a CPU, examples whose lengths differ by no more than this share are padded together
+SIMILAR = 0.75  # on a CPU, examples are padded together if the shortest has this fraction of the longest's tokens
 
 
 class _Gather(torch.autograd.Function):
@@ -36,10 +36,10 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Tensor:
-    """`x[index]`, of rows, whose backward pass is a gather too and not a sum over indices.
+    """Return the rows `x[index]`. The backward pass is a gather too, instead of a sum over indices.
 
-    `inverse` says where each row of x is in the result; rows that are not there, or there a second time as padding that
-    takes no gradient, are True in `none` ([rows of x, 1]).
+    `inverse` is the index of each row of x in the result. `none` ([rows of x, 1]) is True for rows without a gradient: those
+    that are not in the result, and padding.
     """
     return _Gather.apply(x, index, inverse, none)
 
@@ -49,15 +49,15 @@ def gather(x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Te
 
 @dataclass(frozen=True)
 class Ragged:
-    """Examples end to end, as they are."""
+    """Concatenated examples, without padding."""
 
-    ends: Tensor  # [b + 2], int32: 0, each example's end, and T: the spare tokens are one more example
-    longest: int  # no example has more tokens
+    ends: Tensor  # [b + 2], int32: 0, each example's end, and T: the batch's padding is one more example
+    longest: int  # an upper bound of the tokens of an example
     heads: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
         q, k, v = (x.unflatten(1, (self.heads, -1)) for x in (q, k, v))
-        # torch's nested tensors call this kernel too, through slow dispatch in Python; torch.nn.attention.varlen has no dropout
+        # torch.nn.attention.varlen has no dropout; nested tensors call this kernel too, but through slow dispatch in Python
         kernel = torch.ops.aten._flash_attention_forward
         out, *_ = kernel(q, k, v, self.ends, self.ends, self.longest, self.longest, p, False, False)
         return out.flatten(1)
@@ -67,26 +67,26 @@ def _ragged(batch: Batch, heads: int) -> Ragged:
     tokens = batch.input_ids.shape[1]
     ends = F.pad(batch.lens.cumsum(0), (1, 1))
     ends[-1].fill_(tokens)
-    return Ragged(ends.int(), max(batch.longest, max_padding(tokens)), heads)  # by shapes alone: a captured step keeps it
+    return Ragged(ends.int(), max(batch.longest, max_padding(tokens)), heads)  # from shapes alone, as a captured graph keeps it
 
 
 @functools.cache
 def _has_flash(device: torch.device, head_size: int) -> bool:
-    """Whether FlashAttention's kernel takes heads of this size there, in half precision."""
+    """Return whether the device has FlashAttention for heads of this size, in half precision."""
     built = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     return built and head_size % 8 == 0 and head_size <= 256
 
 
 @dataclass(frozen=True)
 class Padded:
-    """b examples padded to L tokens: b * L places. Where all have L tokens, the places are the tokens."""
+    """b examples padded to L tokens: a grid of b * L places."""
 
     shape: tuple[int, int]  # b, L
     heads: int
-    there: Tensor  # [b * L], the token that a place shows; padding shows a token of its own example
-    back: Tensor  # [T], each token's place
+    there: Tensor  # [b * L], the token at each place; padding repeats a token of the same example
+    back: Tensor  # [T], the place of each token
     padding: Tensor  # [b * L, 1], True at padding
-    bias: Tensor | None  # [b, 1, 1, L], what is added to the scores: 0 at tokens, -inf at padding
+    bias: Tensor | None  # [b, 1, 1, L], added to the scores: 0 at tokens, -inf at padding; None if there is no padding
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
         ragged = self.bias is not None
@@ -100,13 +100,13 @@ class Padded:
 
 def _padded(batch: Batch, heads: int, dtype: torch.dtype) -> Padded:
     b, longest, device = len(batch.lengths), batch.longest, batch.starts.device
-    width = -(-longest // 8) * 8  # torch's kernel wants the rows of the bias aligned, or it is copied in every layer
+    width = -(-longest // 8) * 8  # torch's kernel copies a bias with unaligned rows in every layer
     place, lens = torch.arange(width, device=device), batch.lens[:, None]
     padding = place >= lens  # [b, width]
     bias = torch.zeros(b, width, dtype=dtype, device=device).masked_fill_(padding, float("-inf"))[:, None, None, :longest]
     there = batch.starts[:, None] + torch.minimum(place[:longest], lens - 1)
     back = batch.rows * longest + batch.position_ids[0]
-    full = not batch.padding and len(back) == b * longest  # by shapes alone: a captured step serves batches of other lengths
+    full = not batch.padding and len(back) == b * longest  # from shapes alone: a captured graph serves batches of other lengths
     return Padded((b, longest), heads, there.flatten(), back, padding[:, :longest].reshape(-1, 1), None if full else bias)
 
 
@@ -115,27 +115,27 @@ def _padded(batch: Batch, heads: int, dtype: torch.dtype) -> Padded:
 
 @dataclass(frozen=True)
 class Block:
-    """b examples padded to L tokens: b * heads * L rows of the grid, from `start` on."""
+    """b examples padded to L tokens: b * heads * L rows of a grid, from `start` on."""
 
     start: int
     shape: tuple[int, int, int]  # b, heads, L
-    shortest: int  # no example has fewer tokens
+    shortest: int  # a lower bound of the tokens of an example
     real: Tensor  # [b, 1, 1, L], True at tokens
 
     def of(self, grid: Tensor) -> Tensor:
-        """This block of a grid [G, d], as a view [b, heads, L, d]."""
+        """Return the block's rows of a grid [G, d], as a view [b, heads, L, d]."""
         b, heads, longest = self.shape
         return grid[self.start : self.start + b * heads * longest].view(b, heads, longest, grid.shape[-1])
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A grid of G places: each head of each token, padded block by block. One gather leads there, one back."""
+    """A grid of G places, one per head and token, padded block by block. One gather fills it, one reads it."""
 
     blocks: list[Block]
     heads: int
-    there: Tensor  # [G], which of the T * heads rows a place shows; padding shows a token of its own example
-    back: Tensor  # [T * heads], each row's place
+    there: Tensor  # [G], which of the T * heads rows is at a place; padding repeats a token of the same example
+    back: Tensor  # [T * heads], the place of each row
     padding: Tensor  # [G, 1], True at padding
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
@@ -154,9 +154,9 @@ class Blocks:
 
 
 def _blocks(batch: Batch, heads: int) -> Blocks:
-    """Examples of similar length share a block; in a bucketed batch there is one."""
+    """Put examples of similar length into one block; a bucketed batch is one block."""
     grouped = not batch.padding
-    groups: list[Any] = alike(batch.lengths) if grouped else [slice(None)]
+    groups: list[Any] = by_similar_length(batch.lengths) if grouped else [slice(None)]
     base, width, head = torch.empty_like(batch.starts), torch.empty_like(batch.starts), torch.arange(heads)
     blocks, there, padding, start = [], [], [], 0
     for rows in groups:
@@ -169,7 +169,7 @@ def _blocks(batch: Batch, heads: int) -> Blocks:
         padding.append((~real).expand(-1, heads, -1).flatten())
         shortest = int(lengths.min())
         if not grouped and shortest < longest:
-            shortest = 0  # a captured step serves batches of other lengths
+            shortest = 0  # a captured graph serves batches of other lengths
         blocks.append(Block(start, (len(lengths), heads, longest), shortest, real[:, :, None]))
         base[rows] = start + torch.arange(len(lengths)) * heads * longest
         width[rows] = longest
@@ -178,19 +178,19 @@ def _blocks(batch: Batch, heads: int) -> Blocks:
     return Blocks(blocks, heads, torch.cat(there), back.flatten(), torch.cat(padding)[:, None])
 
 
-def alike(lengths: np.ndarray) -> list[np.ndarray]:
-    """The examples, longest first, cut into groups of like length."""
+def by_similar_length(lengths: np.ndarray) -> list[np.ndarray]:
+    """Group the examples, longest first, by similar length. Returns the indices of each group."""
     order = np.argsort(-lengths, kind="stable")
     groups, start = [], 0
     for at in range(1, len(order) + 1):
-        if at == len(order) or lengths[order[at]] < ALIKE * lengths[order[start]]:
+        if at == len(order) or lengths[order[at]] < SIMILAR * lengths[order[start]]:
             groups.append(order[start:at])
             start = at
     return groups
 
 
 class _Attention(torch.autograd.Function):
-    """Attention with dropout on a CPU, where torch has no fused kernel for it: q, k, v [T * heads, d] to the same."""
+    """Attention with dropout on a CPU: q, k, v [T * heads, d] to [T * heads, d]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, grid: Blocks, p: float, scale: float) -> Tensor:
@@ -200,7 +200,7 @@ class _Attention(torch.autograd.Function):
         out, saved = torch.empty_like(q), []
         with torch.autocast("cpu", enabled=False):
             for block in grid.blocks:
-                scores = (block.of(q) @ block.of(k).mT).to(_wide(q))
+                scores = (block.of(q) @ block.of(k).mT).to(at_least_fp32(q))  # softmax in half precision is inaccurate
                 if block.shortest < block.shape[2]:
                     scores[..., block.shortest :].masked_fill_(~block.real[..., block.shortest :], float("-inf"))
                 weights = torch.softmax(scores, -1, out=scores)
@@ -216,8 +216,8 @@ class _Attention(torch.autograd.Function):
         grid = ctx.grid
         grad = grad.index_select(0, grid.there).masked_fill_(grid.padding, 0)
         into = [torch.empty_like(q) for _ in range(3)]
-        # d(softmax) wants sum(weights * d(weights)) of each row, which is sum(out * grad)
-        totals = (out.to(_wide(q)) * grad).sum(-1, keepdim=True)
+        # the gradient of softmax needs sum(weights * d(weights)) of each row, which equals sum(out * grad)
+        totals = (out.to(at_least_fp32(q)) * grad).sum(-1, keepdim=True)
         for block, weights, dropped in zip(grid.blocks, saved[::2], saved[1::2], strict=True):
             dq, dk, dv = map(block.of, into)
             g = block.of(grad)
@@ -230,17 +230,13 @@ class _Attention(torch.autograd.Function):
         return *(x.index_select(0, grid.back) for x in into), None, None, None
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)  # softmax in half precision loses what it sums
-
-
-# ---- on either ----
+# ---- on any device ----
 
 Grid = Ragged | Padded | Blocks
 
 
 def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype) -> Grid:
-    """Where the tokens of a packed batch stand in attention, which computes in `dtype`. Never waits for the device."""
+    """Choose how attention in `dtype` lays out the tokens of a packed batch. Never waits for the device."""
     device = batch.starts.device
     if device.type == "cpu":
         return _blocks(batch, heads)
@@ -250,5 +246,5 @@ def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype) -> Grid
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, grid: Grid, p: float) -> Tensor:
-    """Attention within each example, with dropout `p`: q, k, v [1, T, hidden], heads side by side, to the same."""
+    """Compute attention within each example, with dropout `p`: q, k, v [1, T, hidden], heads side by side, to [1, T, hidden]."""
     return grid.attend(q.squeeze(0), k.squeeze(0), v.squeeze(0), p)[None]

@@ -1,8 +1,7 @@
 """BERT's forward pass on packed batches.
 
-The network is Hugging Face's own, with its own parameter names and modules; nothing of it is wrapped or hooked. Written
-out here is only how a layer is put together, so that the tokens of a batch lie end to end, and a value that several
-matrices use is cast to half precision once.
+The network is an unmodified Hugging Face model. Only the composition of a layer is written out here, so that it takes packed
+tokens, and casts a value to half precision once for all matrices that use it.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from bert_tickets.modeling.attention import Grid, attend, gather, layout
 from bert_tickets.modeling.packing import Batch
 
 Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
-Joined = tuple[Tensor, Tensor]  # query's, key's and value's weights one below the other, and their biases
+Joined = tuple[Tensor, Tensor]  # the concatenated weights of query, key and value, and their biases
 
 
 def encode(net: Net, batch: Batch) -> Tensor:
-    """The encoder's last hidden states of a packed batch: [T, hidden]. Equal to the padded model's."""
+    """Compute the encoder's last hidden states, [T, hidden], equal to the padded model's."""
     bert, device = net.bert, batch.starts.device.type
     hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -37,7 +36,7 @@ def encode(net: Net, batch: Batch) -> Tensor:
 
 
 def _layer(layer: Any, hidden: Tensor, grid: Grid, dtype: torch.dtype, joined: Joined | None) -> Tensor:
-    """`BertLayer`: [1, T, hidden] to the same. In half precision query, key and value are one matrix product."""
+    """Compute `BertLayer`: [1, T, hidden] to [1, T, hidden]. In half precision, query, key and value are one matrix product."""
     own = layer.attention.self
     x = hidden.to(dtype)
     q, k, v = F.linear(x, *joined).chunk(3, -1) if joined else (own.query(x), own.key(x), own.value(x))
@@ -46,7 +45,7 @@ def _layer(layer: Any, hidden: Tensor, grid: Grid, dtype: torch.dtype, joined: J
 
 
 def classify(net: Net, batch: Batch) -> Tensor:
-    """The logits of a sequence classifier on a packed batch: [B, labels]. Equal to the padded model's."""
+    """Compute the logits of a sequence classifier, [B, labels], equal to the padded model's."""
     first = gather(encode(net, batch), batch.starts, batch.rows, batch.position_ids[0, :, None] > 0)
     pooled = net.dropout(net.bert.pooler(first[:, None]))
     with torch.autocast(pooled.device.type, enabled=False):  # half-precision logits tie, and argmax then picks class 0
@@ -57,8 +56,10 @@ def classify(net: Net, batch: Batch) -> Tensor:
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors of one dtype to another, all by one call there and one back. Last come how many of them each result joins, one
-    below the other, and the other dtype."""
+    """Cast all tensors to another dtype by one call, and their gradients back by one call.
+
+    The last two arguments are the number of tensors to concatenate into each result, and the dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -85,17 +86,17 @@ def _parts(tensors: Iterable[Tensor], sizes: list[int]) -> list[Tensor]:
 
 @contextmanager
 def cast_weights(encoder: Any, dtype: torch.dtype) -> Iterator[dict[nn.Module, Joined]]:
-    """Within it, the linear layers of BERT's encoder hold their weights and biases in `dtype`, cast all at once; but those of
-    query, key and value are joined, and returned by layer. Where they have that dtype already, nothing is cast or joined.
+    """Replace the weights and biases of the encoder's linear layers by casts to `dtype`, made all at once, within the context.
 
-    Autocast casts each by itself, and each gradient back: for BERT-base 288 kernels a step, and as many autograd nodes.
-    The values are the same. The layers' own parameters, which get the gradients, are back in their places at the end.
+    Yields the concatenated weights and biases of query, key and value by layer. Does nothing if the parameters have that dtype.
+    The layers' own parameters get the gradients, and are restored at the end. Values equal autocast's, which casts each tensor
+    and each gradient by itself: 288 kernels a step for BERT-base, and as many autograd nodes.
     """
     if next(encoder.parameters()).dtype == dtype:
         yield {}
         return
     projections = {layer: [getattr(layer.attention.self, name) for name in ("query", "key", "value")] for layer in encoder.layer}
-    # under torch.nn.utils.prune, which bench.py compares with, a layer's weight is no parameter
+    # under the hooks of torch.nn.utils.prune, a baseline of bench.py, a layer's weight is not a parameter
     projections = {layer: three for layer, three in projections.items() if all("weight" in x._parameters for x in three)}
     joined = [[linear._parameters[name] for linear in three] for three in projections.values() for name in ("weight", "bias")]
     apart = {linear for three in projections.values() for linear in three}

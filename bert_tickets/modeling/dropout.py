@@ -1,4 +1,4 @@
-"""Dropout, drawn fast on a CPU."""
+"""Dropout with a fast random generator on a CPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def factors(like: Tensor, p: float) -> Tensor:
-    """The factors of dropout, in the shape and dtype of `like`: 0 with probability p, else 1 / (1 - p).
+    """Draw the factors of dropout, in the shape and dtype of `like`: 0 with probability p, else 1 / (1 - p).
 
-    p is rounded to a multiple of 2^-16 (0.1 to 0.100006), so that one draw takes 16 bits.
+    p is rounded to a multiple of 2^-16 (0.1 to 0.100006), so that a draw takes 16 random bits.
     """
     dropped, count = round(p * 2**16), like.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
@@ -34,12 +34,12 @@ class _Drop(torch.autograd.Function):
 
 
 def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout in training. torch draws a CPU's Bernoulli numbers one by one, which takes an eighth of a training step."""
+    """Apply dropout. On a CPU, torch draws Bernoulli numbers one by one, which takes an eighth of a training step."""
     return _Drop.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, drawn by `drop`."""
+    """`nn.Dropout` by means of `drop`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return drop(input, self.p) if self.training and self.p > 0 else input

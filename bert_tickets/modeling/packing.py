@@ -1,4 +1,4 @@
-"""Packed batches: the examples of a batch end to end, without a padding token."""
+"""Packed batches: the examples of a batch concatenated, without padding tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shard:
-    """The examples [first, last) of a batch of B examples, where processes or --grad-accum divide it."""
+    """The examples [first, last) of a batch of B, which is split over processes or by --grad-accum."""
 
     lengths: np.ndarray  # [B], tokens of each example of the whole batch
     first: int
@@ -19,36 +19,41 @@ class Shard:
 
     @property
     def tokens(self) -> slice:
-        """Its tokens among the whole batch's."""
+        """The slice of its tokens in the whole batch."""
         return slice(int(self.lengths[: self.first].sum()), int(self.lengths[: self.last].sum()))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples of T tokens together, none of more than L. Index tensors are int64, on the device.
+    """B examples with T tokens in total, at most L each. Index tensors are int64, on the device.
 
-    In a bucketed batch T and L are rounded up, so that a few shapes serve all: the last `padding` tokens belong to no example,
-    stand where attention pads the shortest one or form one more example there, and neither change a result nor take a gradient.
+    In a bucketed batch T and L are rounded up, so that all batches have one of a few shapes. Its last `padding` tokens belong
+    to no example. Attention treats them as padding of the shortest example, or as another example; they affect no result.
     """
 
     input_ids: Tensor  # [1, T]
     token_type_ids: Tensor  # [1, T]
     position_ids: Tensor  # [1, T], from 0 in each example
     rows: Tensor  # [T], the example of each token
-    starts: Tensor  # [B], where each example begins
-    lens: Tensor  # [B], its tokens
-    labels: Tensor  # [B, ...]; or [M], of the chosen tokens
-    lengths: np.ndarray  # [B], `lens` on the host, to know shapes without asking the device
+    starts: Tensor  # [B], the first token of each example
+    lens: Tensor  # [B], tokens of each example
+    labels: Tensor  # [B, ...], of the examples; or [M], of the chosen tokens
+    lengths: np.ndarray  # [B], `lens` on the host: shapes are known without waiting for the device
     longest: int  # L
     padding: int = 0
-    chosen: Tensor | None = None  # [M], the tokens that the loss is of, where it is not of examples
-    shard: Shard | None = None  # which part of a batch this is, where the batch is divided
-    weight: float = 1.0  # of its mean loss in the whole batch's
+    chosen: Tensor | None = None  # [M], the tokens that the loss is computed on, if it is a loss of tokens
+    shard: Shard | None = None  # the part of a larger batch that this is
+    weight: float = 1.0  # of its mean loss in that of the whole batch
 
 
 def max_padding(tokens: int) -> int:
-    """The most padding that a bucketed batch of T tokens has."""
+    """Return the maximum padding of a bucketed batch of T tokens."""
     return max(32, tokens // 16)
+
+
+def at_least_fp32(x: Tensor) -> torch.dtype:
+    """Return float32, or the tensor's dtype if it is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def ship(tensor: Tensor, device: torch.device) -> Tensor:

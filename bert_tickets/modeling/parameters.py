@@ -1,6 +1,6 @@
-"""The parameters of BERT with a task's head: which may be pruned, copies of them, rewinding.
+"""The parameters of BERT with a task's head: the prunable ones, snapshots, rewinding.
 
-The encoder is everything under `bert.`, pooler included (theta in the paper); the rest is the task's head (gamma).
+The encoder (theta in the paper) is everything under `bert.`, the pooler included; the rest is the task's head (gamma).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bert_tickets.modeling.bert import Net
 
 ENCODER = "bert."
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+DECODER = "cls.predictions.decoder.weight"
 
 _LAYER = r"bert\.encoder\.layer\.\d+\."
 _ATTENTION, _MLP = r"attention\.(self\.(query|key|value)|output\.dense)", r"(intermediate|output)\.dense"
@@ -35,28 +36,28 @@ PRUNABLE: dict[str, re.Pattern[str]] = {
 
 
 def prunable(net: Net, which: Prunable = "matrices") -> dict[str, nn.Parameter]:
-    """The parameters of a named set that a mask covers, in the network's order."""
+    """Return the parameters of the named set `which`, in the network's order."""
     return {name: parameter for name, parameter in net.named_parameters() if PRUNABLE[which].fullmatch(name)}
 
 
 def encoder_weights(net: Net) -> dict[str, nn.Parameter]:
-    """The encoder's parameters by name, pooler included: theta."""
+    """Return the encoder's parameters by name, theta."""
     return {name: parameter for name, parameter in net.named_parameters() if name.startswith(ENCODER)}
 
 
 def head_weights(net: Net) -> dict[str, nn.Parameter]:
-    """The head's parameters by name: gamma."""
+    """Return the head's parameters by name, gamma."""
     return {name: parameter for name, parameter in net.named_parameters() if not name.startswith(ENCODER)}
 
 
 def snapshot(net: Net) -> dict[str, Tensor]:
-    """A copy of every parameter, on the CPU. A `state_dict` would alias the live ones and follow them."""
+    """Copy every parameter to the CPU. (A `state_dict` aliases the live parameters, and changes with them.)"""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in net.named_parameters()}
 
 
 @torch.no_grad()
 def rewind(net: Net, theta: Mapping[str, Tensor], mask: Mask, *, head: bool = True) -> None:
-    """Set the encoder to mask * theta, and with `head` the head to its value in theta."""
+    """Set the encoder to mask * theta, and, with `head`, the head to its values in `theta`."""
     for name, parameter in net.named_parameters():
         if head or name.startswith(ENCODER):
             parameter.copy_(theta[name])
@@ -64,8 +65,10 @@ def rewind(net: Net, theta: Mapping[str, Tensor], mask: Mask, *, head: bool = Tr
 
 
 @torch.no_grad()
-def set_parameters(net: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Set every parameter to what a file held. Raises `UserError` where one is missing or has another shape."""
+def set_parameters(net: Net, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Set every parameter from the tensors of a file. Raises `UserError` if one is missing or has another shape."""
+    if DECODER in weights:
+        untie_decoder(net)
     for name, parameter in net.named_parameters():
         if name not in weights or weights[name].shape != parameter.shape:
             raise UserError(f"{source} belongs to another network: it has no {name} of shape {tuple(parameter.shape)}")
@@ -73,7 +76,8 @@ def set_parameters(net: nn.Module, weights: Mapping[str, Tensor], source: Path) 
 
 
 def untie_decoder(net: Net) -> None:
-    """Give the MLM decoder weights of its own, so that a mask of the word embeddings does not prune it (Liu et al. 2022)."""
-    decoder = net.cls.predictions.decoder
-    decoder.weight = nn.Parameter(decoder.weight.detach().clone())
-    net.config.tie_word_embeddings = False
+    """Copy the weights of an MLM decoder that shares the word embeddings, so that a mask does not prune it (Liu et al. 2022)."""
+    if hasattr(net, "cls") and net.cls.predictions.decoder.weight is net.get_parameter(WORD_EMBEDDINGS):
+        decoder = net.cls.predictions.decoder
+        decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+        net.config.tie_word_embeddings = False

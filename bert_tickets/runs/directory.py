@@ -1,24 +1,23 @@
-"""The run directory, as it is read: finished levels, results, times. Imports no torch: a finished run answers at once.
+"""Read a run directory: finished levels, results, times. Imports no torch, for a fast answer.
 
-    run.json        what runs: configuration, command line, versions, fingerprints of model and data
+    run.json        configuration, command line, versions, fingerprints of model and data
     results.jsonl   one line per level
     train.jsonl     the loss while it trains: level, step, loss, learning rate, seconds
-    log.jsonl       when and where it ran, and for how long: with train.jsonl, all that differs between two equal runs
-    level_00/       mask.safetensors, metrics.json; of the newest level also weights.safetensors, and moments.safetensors where
-                    AdamW goes on; model/ if kept
-    failure.json    why the level in progress has no result, if it diverged
-    rewind.safetensors      the weights of the rewinding step, where one was asked for
-    checkpoint.safetensors  the middle of a level, while one is in progress
+    log.jsonl       when and where it ran, and for how long; two equal runs differ only in this file and train.jsonl
+    level_00/       mask.safetensors, metrics.json; in the newest level also weights.safetensors, and moments.safetensors if
+                    the next level continues with AdamW's state; model/ with --keep-models
+    failure.json    the reason, if the level in progress diverged
+    rewind.safetensors      the weights of the rewinding step
+    checkpoint.safetensors  the state within the level in progress
     lock, lock.holder       held by the process that trains
 
-A level's folder appears by one rename, complete. Everything else is derived from those folders, or written atomically.
+A level's folder is complete when it appears, by a rename. All other files are derived from levels, or written atomically.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,25 @@ from bert_tickets.errors import Damaged, UserError
 from bert_tickets.files import read_checksummed
 
 FORMAT = 3  # of the run directory; no other is read
-FIELDS = {"level": int, "task": str, "method": str, "metric": str, "metrics": dict, "sparsity": float, "mask_sha256": str}
+FIELDS = {  # of a level's metrics.json
+    "level": int,
+    "task": str,
+    "method": str,
+    "metric": str,
+    "metrics": dict,
+    "sparsity": float,
+    "mask_sha256": str,
+    "warnings": list,
+}
 
 
 def run_dir(cfg: Config) -> Path:
-    """Where a configuration runs. Equal configurations have one place."""
+    """Return the directory of a configuration's run. Equal configurations have the same one."""
     return Path(cfg.output_dir) / run_name(cfg)
 
 
 def levels_of(cfg: Config) -> int:
-    """How many levels a configuration's run has when it is finished."""
+    """Return the number of levels of a configuration's run."""
     return getattr(cfg.settings, "levels", 1)
 
 
@@ -46,7 +54,7 @@ def level_dir(run: Path, level: int) -> Path:
 
 
 def levels_done(run: Path) -> int:
-    """How many levels are finished: the number of the first that is not."""
+    """Return the number of finished levels."""
     level = 0
     while level_dir(run, level).is_dir():
         level += 1
@@ -54,7 +62,7 @@ def levels_done(run: Path) -> int:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """run.json. Raises `UserError` if there is none, `Damaged` if it is damaged or another run's, `UserError` for another format."""
+    """Read run.json. Raises `UserError` if there is none or it has another format, `Damaged` if it is damaged."""
     path = run / "run.json"
     if not path.is_file():
         raise UserError(f"{run} is not a run directory: it has no run.json")
@@ -69,7 +77,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def result(run: Path, level: int) -> dict[str, Any]:
-    """A level's metrics.json. Raises `Damaged` if it is damaged or another level's."""
+    """Read a level's metrics.json. Raises `Damaged` if it is damaged or another level's."""
     path = level_dir(run, level) / "metrics.json"
     line = read_checksummed(path)
     for key, kind in FIELDS.items():
@@ -83,53 +91,57 @@ def result(run: Path, level: int) -> dict[str, Any]:
 
 
 def results(run: Path) -> list[dict[str, Any]]:
-    """One dictionary per finished level, as in results.jsonl."""
+    """Read the results of all finished levels, as in results.jsonl."""
     return [result(run, level) for level in range(levels_done(run))]
 
 
 def results_lines(run: Path) -> bytes:
-    """What results.jsonl must hold: a line per finished level, and one for a level that diverged."""
+    """Return the content that results.jsonl must have: a line per finished level, and one for a level that diverged."""
     lines = [*results(run), *([failed] if (failed := failure(run)) else [])]
     return "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()
 
 
 def failure(run: Path) -> dict[str, Any] | None:
-    """Why the level in progress has no result, if it diverged when it was last tried: its `level`, and `ended`."""
-    path = run / "failure.json"
-    if not path.exists():
+    """Read failure.json if the level in progress diverged when it was last tried: its `level`, and the reason, `ended`."""
+    try:
+        found = read_checksummed(run / "failure.json")
+    except (FileNotFoundError, Damaged):
         return None
-    found = read_checksummed(path)
-    return found if found.get("level") == levels_done(run) else None  # else the level was finished later
+    return found if found.get("level") == levels_done(run) and isinstance(found.get("ended"), str) else None
 
 
 def is_finished(cfg: Config) -> bool:
-    """Whether a configuration's run has all its levels, and results.jsonl, which is written last."""
+    """Return whether a configuration's run has all its levels, and results.jsonl, which is written last."""
     run = run_dir(cfg)
     return levels_done(run) >= levels_of(cfg) and has_results(run)
 
 
 def has_results(run: Path) -> bool:
-    """Whether results.jsonl is there, and up to date."""
+    """Return whether results.jsonl exists and is up to date."""
     path = run / "results.jsonl"
     return path.is_file() and path.read_bytes() == results_lines(run)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value from a JSON file is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    """Return whether a value from a JSON file is a finite number."""
+    return type(value) in (int, float) and -1e300 < value < 1e300  # type: ignore[operator]
 
 
 def seconds(run: Path) -> dict[int, float]:
-    """Wall-clock seconds of training and evaluation by level, from log.jsonl."""
-    return {event["level"]: event["seconds"] for event in events(run / "log.jsonl") if event.get("event") == "level"}
+    """Read the wall-clock seconds of training and evaluation of each level from log.jsonl."""
+    return {
+        event["level"]: event["seconds"]
+        for event in events(run / "log.jsonl")
+        if event.get("event") == "level" and type(event.get("level")) is int and is_number(event.get("seconds"))
+    }
 
 
 def events(log: Path) -> Iterator[dict[str, Any]]:
-    """The lines of log.jsonl or train.jsonl in their order, without those that a kill tore."""
+    """Yield the lines of log.jsonl or train.jsonl. Skips lines that are not JSON objects: a kill may leave a part of one."""
     if not log.is_file():
         return
     with log.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(event := json.loads(line), dict):
                     yield event

@@ -1,4 +1,4 @@
-"""Where a run runs: what may change the bits of a result and is no part of its configuration."""
+"""The environment of a run: versions, code and device, which may change the bits of a result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import bert_tickets
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What may change the bits of a result and is no part of its configuration. CUDA is asked only if `device` is `cuda`."""
+    """Collect versions, git commit, threads and GPU. CUDA is initialized only if `device` is `cuda`."""
     packages = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
     return {
         "git": _git(),
@@ -26,7 +26,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit the code stands at, and whether it was changed since."""
+    """Return the commit of the code, and whether it was changed since."""
     here = Path(__file__).parent
 
     def ask(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""What is done before a run goes on: verify what is there, finish what a kill left undone."""
+"""Prepare a run directory for resuming: verify its files, and finish the work that a kill interrupted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bert_tickets.errors import Damaged, UserError
+from bert_tickets.errors import Damaged
 from bert_tickets.files import read_facts, write
 from bert_tickets.runs.directory import failure, levels_done, results_lines
 from bert_tickets.runs.directory import level_dir as _level_dir
@@ -17,29 +17,23 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def resume(run: Path, levels: int) -> None:
-    """Verify and tidy the directory of a run of so many levels, which this process holds.
-
-    Raises `Damaged` where something is damaged that the run needs; a damaged failure.json is removed.
-    """
+    """Verify and tidy the directory of a run of `levels` levels. Raises `Damaged` if a file that the run needs is damaged."""
     if levels_done(run) or any((run / name).exists() for name in ("run.json", CHECKPOINT)):
-        with needed(run):
+        with advice_to_restore(run):
             check_levels(run)
     for leftover in run.glob(".*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    try:
-        failed = failure(run)
-    except UserError as error:
-        print(f"{error}; it is removed")
-        (run / "failure.json").unlink()
-        failed = None
-    if failed:
+    if failed := failure(run):
         print(f"level {failed['level']} diverged before ({failed['ended']}); it is trained again")
+    elif (run / "failure.json").exists():
+        print(f"{run / 'failure.json'} is damaged, or its level was finished later; it is removed")
+        (run / "failure.json").unlink()
     if levels_done(run) or failed:
         tidy(run, levels)
 
 
 def tidy(run: Path, levels: int) -> None:
-    """Remove what only an earlier level needed; then write results.jsonl from the levels' folders, so that it is the last."""
+    """Remove files that only an earlier level needed, then write results.jsonl from the levels' folders."""
     done, checkpoint = levels_done(run), run / CHECKPOINT
     for level in range(done - 1):
         for name in ("weights.safetensors", "moments.safetensors"):
@@ -47,7 +41,7 @@ def tidy(run: Path, levels: int) -> None:
     if checkpoint.exists() and (done >= levels or _is_of_a_finished_level(run, checkpoint)):
         checkpoint.unlink()
     if failure(run) is None:
-        (run / "failure.json").unlink(missing_ok=True)  # the level was finished later
+        (run / "failure.json").unlink(missing_ok=True)  # damaged, or the level was finished later
     data, path = results_lines(run), run / "results.jsonl"
     if not path.is_file() or path.read_bytes() != data:
         write(path, data)
@@ -58,15 +52,15 @@ def _is_of_a_finished_level(run: Path, checkpoint: Path) -> bool:
         level = read_facts(checkpoint).get("level")
         check_tensors(checkpoint, run, level)
     except Damaged:
-        return False  # the level that it may belong to will say so
+        return False  # reported when its level loads it
     return isinstance(level, int) and level < levels_done(run)
 
 
 @contextmanager
-def needed(run: Path) -> Iterator[None]:
-    """Add to a `Damaged` or a missing file what can be done about it."""
+def advice_to_restore(run: Path) -> Iterator[None]:
+    """Add advice to the error for a damaged or missing file."""
     try:
         yield
     except (Damaged, FileNotFoundError) as error:
-        advice = f"The run cannot go on without it: restore a copy, or move {run} away and give the same command again"
-        raise Damaged(f"{str(error).rstrip('.')}. {advice}, which then begins anew.") from None
+        advice = f"The run cannot resume without it: restore a copy, or move {run} away and give the same command to start again."
+        raise Damaged(f"{str(error).rstrip('.')}. {advice}") from None

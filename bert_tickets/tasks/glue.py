@@ -13,17 +13,17 @@ from torch import Tensor
 
 from bert_tickets.config import Config
 from bert_tickets.data.batches import TokenStore, order
-from bert_tickets.data.glue_files import BROKEN, ROWS, Example, find_folder, read_hub, read_tsv
+from bert_tickets.data.glue_files import MAX_BROKEN, ROWS, Example, find_folder, read_hub, read_tsv
 from bert_tickets.data.token_cache import tokenize
 from bert_tickets.modeling.bert import Net, classify
 from bert_tickets.modeling.loading import load_bert
-from bert_tickets.modeling.packing import Batch
+from bert_tickets.modeling.packing import Batch, at_least_fp32
 from bert_tickets.tasks.metrics import METRICS, compare_with_evaluate
-from bert_tickets.tasks.sanity import shared, unread
+from bert_tickets.tasks.sanity import overlap, unknown_tokens
 
 
 class Glue:
-    """One GLUE task, as `bert_tickets.tasks.Task` asks."""
+    """One GLUE task; a `bert_tickets.tasks.Task`."""
 
     rows: Literal["example"] = "example"
 
@@ -31,7 +31,7 @@ class Glue:
         self.name, self.row = name, ROWS[name]
         self.metric = self.row.metrics[0]
         self.regression = not self.row.labels
-        self.data_warnings: list[str] = []  # what the data say against every score
+        self.data_warnings: list[str] = []  # of the data, whatever the predictions
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         net, tokenizer = load_bert(cfg.model, "classifier", cfg.init, cfg.train.seed, labels=len(self.row.labels) or 1)
@@ -49,10 +49,10 @@ class Glue:
             splits = read_hub(self.name, self.row)
         train = splits.pop("train")
         if cfg.limit_train is not None:
-            chosen = order(len(train), seed=0, epoch=0)[: cfg.limit_train]  # whatever the run's seed: one smaller task
+            chosen = order(len(train), seed=0, epoch=0)[: cfg.limit_train]  # independent of the run's seed
             train = [train[i] for i in chosen.tolist()]
         evals = {split: examples[: cfg.limit_eval] for split, examples in splits.items()}
-        self.data_warnings = [note for split, found in evals.items() for note in shared(train, found, split, "examples")]
+        self.data_warnings = [line for split, found in evals.items() for line in overlap(train, found, split, "examples")]
         if len({label for _, label in train}) == 1:
             self.data_warnings.append(f"all training labels are {self._answer(train[0][1])}")
         store = self._store("train", train, tokenizer, cfg.max_length, device)
@@ -62,8 +62,8 @@ class Glue:
         columns = [list(column) for column in zip(*(texts for texts, _ in examples), strict=True)]
         labels = np.array([label for _, label in examples], dtype=np.float32 if self.regression else np.int64)
         tokens = tokenize(tokenizer, columns, max_length)
-        self.data_warnings += unread(tokens.ids, tokenizer, split)
-        if (empty := sum(not all(texts) for texts, _ in examples)) > BROKEN * len(examples):
+        self.data_warnings += unknown_tokens(tokens.ids, tokenizer, split)
+        if (empty := sum(not all(texts) for texts, _ in examples)) > MAX_BROKEN * len(examples):
             self.data_warnings.append(f"{empty} of {len(examples)} examples of {split} have an empty text")
         return TokenStore(tokens, labels, device)
 
@@ -74,20 +74,20 @@ class Glue:
         return self.loss_of(classify(net, batch), batch.labels)
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Squared error of a similarity score, cross-entropy of classes, in fp32 at least."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        """Compute the squared error of similarity scores, or the cross-entropy of classes, in fp32 at least."""
+        logits = logits.to(at_least_fp32(logits))
         return F.mse_loss(logits.squeeze(1), labels) if self.regression else F.cross_entropy(logits, labels)
 
     def predict(self, net: Net, batch: Batch) -> Tensor:
-        """The logits, [B, labels]."""
+        """Compute the logits, [B, labels]."""
         return classify(net, batch)
 
     def decode(self, logits: np.ndarray) -> np.ndarray:
-        """[n, labels] to [n]: the similarity score, or the class."""
+        """Return the similarity scores, or the classes: [n, labels] to [n]."""
         return logits[:, 0] if self.regression else logits.argmax(axis=1)
 
     def compute_metrics(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> dict[str, float]:
-        """The row's metrics on its first evaluation set; the mismatched one of MNLI beside it, as `accuracy_mm`."""
+        """Compute the row's metrics; those of MNLI's mismatched set have the suffix `_mm`."""
         values = {}
         for split, logits in outputs.items():
             suffix = "_mm" if split.endswith("mismatched") else ""
@@ -96,13 +96,13 @@ class Glue:
         return values
 
     def warnings(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> list[str]:
-        """Of each set: one answer to every example, or one label; or a metric below what knowing no example gives, which is the
-        share of the commonest class for accuracy, and 0 for a correlation. And what the data themselves say."""
+        """Return warnings about the data, constant predictions or labels, and a metric below chance: the frequency of the most
+        common class for accuracy, 0 for a correlation."""
         found = list(self.data_warnings)
         for split, logits in outputs.items():
             predicted, labels = self.decode(logits), stores[split].labels.cpu().numpy()
             if np.ptp(labels) == 0:
-                found.append(f"all {len(labels)} labels on {split} are {self._answer(labels[0])}: no score tells anything")
+                found.append(f"all {len(labels)} labels on {split} are {self._answer(labels[0])}: its metrics are meaningless")
             if np.ptp(predicted) < 1e-4:
                 found.append(f"all {len(predicted)} predictions on {split} are {self._answer(predicted[0])}")
             if np.ptp(labels) == 0 or np.ptp(predicted) < 1e-4:
@@ -110,14 +110,14 @@ class Glue:
             value = METRICS[self.metric](predicted, labels)
             chance = np.bincount(labels).max() / len(labels) if self.metric == "accuracy" else 0.0
             if value < chance:
-                found.append(f"{self.metric} {value:.4f} on {split} is below {chance:.4f}, which knowing no example gives")
+                found.append(f"{self.metric} {value:.4f} on {split} is below chance ({chance:.4f})")
         return found
 
     def _answer(self, value: float) -> str:
         return f"{value:.4g}" if self.regression else self.row.classes[int(value)]
 
     def compare_with_evaluate(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any], ours: dict[str, float]) -> str:
-        """What the `evaluate` package says of the same predictions; a line to print."""
+        """Compare with the `evaluate` package on the same predictions; returns a line to print."""
         split = next(iter(self.row.dev))
         labels = stores[split].labels.cpu().numpy()
         return compare_with_evaluate(self.name, self.decode(outputs[split]), labels, ours)

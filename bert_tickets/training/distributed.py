@@ -1,7 +1,7 @@
-"""Several processes that train one network together, as `torchrun` starts them: who they are, and what they tell each other.
+"""Several processes that train one network together, as `torchrun` starts them.
 
-All of them hold the whole network and take the same steps, each with its share of every batch; the first alone reads and writes
-the run directory. With one process everything here is the identity.
+Each has the whole network and takes the same steps, with its shard of every batch. Process 0, the main one, alone reads and
+writes the run directory. With one process all operations here are the identity.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from bert_tickets.cli import environment_number, is_launched
 from bert_tickets.errors import UserError, first_line
 
 T = TypeVar("T")
-BUCKET = 2**25  # numbers that are summed in one message: 128 MiB of fp32
-MEETING = timedelta(minutes=10)  # for all to start; the machines import torch from slow disks
-PATIENCE = timedelta(days=2)  # one process may tokenise a corpus while the others wait; torchrun ends all when one dies
+BUCKET = 2**25  # numbers in one all-reduce: 128 MiB of fp32
+START_TIMEOUT = timedelta(minutes=10)  # machines may import torch from slow disks
+TIMEOUT = timedelta(days=2)  # processes wait while one tokenizes a corpus; if one dies, torchrun ends all
 
 
 class ProcessGroup:
-    """This process among `world_size` ones. `local_rank` is its number on this machine, and of its GPU there."""
+    """This process among `world_size`. `local_rank` is its number on this machine, and the number of its GPU."""
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, control: Any = None) -> None:
         self.rank, self.world_size, self.local_rank, self._control = rank, world_size, local_rank, control
 
-    # ---- what all know ----
+    # ---- agreement ----
 
     def broadcast(self, value: T) -> T:
-        """The first process's value."""
+        """Return the main process's value."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -44,7 +44,7 @@ class ProcessGroup:
         return box[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What the first process's `action` returns. Its `UserError` ends the others as well, in silence."""
+        """Return the result of the main process's `action`. If it raises `UserError` or `OSError`, the others exit silently."""
         if self.world_size == 1:
             return action()
         found: Any = None
@@ -59,7 +59,7 @@ class ProcessGroup:
         return value
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """What `action` returns here, done by each machine's first process before the others: they find its caches filled."""
+        """Return the result of `action`, which each machine's first process runs before the others, to fill the caches."""
         if self.world_size == 1:
             return action()
         result, failed = None, None
@@ -72,7 +72,7 @@ class ProcessGroup:
         return result if self.local_rank == 0 else action()  # type: ignore[return-value]
 
     def broadcast_tensors(self, read: Callable[[], tuple[dict[str, Tensor], T] | None]) -> tuple[dict[str, Tensor], T] | None:
-        """What `read` returns to the first process, tensors on the CPU and something beside them; as `on_main`, and sent one by one."""
+        """Return the main process's result of `read`, CPU tensors and metadata, as `on_main` does. Sends tensors one by one."""
         if self.world_size == 1:
             return read()
         tensors: dict[str, Tensor] = {}
@@ -83,15 +83,15 @@ class ProcessGroup:
             tensors.update(found[0])
             return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, found[1]
 
-        if (told := self.on_main(outline)) is None:
+        if (found := self.on_main(outline)) is None:
             return None
-        for name, (shape, dtype) in told[0].items():
+        for name, (shape, dtype) in found[0].items():
             tensors[name] = tensors[name].contiguous() if self.rank == 0 else torch.empty(shape, dtype=dtype)
             dist.broadcast(tensors[name], src=0, group=self._control)
-        return tensors, told[1]
+        return tensors, found[1]
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value, in the order of the processes."""
+        """Return the values of all processes, in their order."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -99,7 +99,7 @@ class ProcessGroup:
         return values
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Each flag, true where it is of any process. A message between hosts, that no GPU is waited for."""
+        """Return for each flag whether it is set in any process. Never waits for the GPU."""
         if self.world_size == 1:
             return flags
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -107,21 +107,21 @@ class ProcessGroup:
         return tuple(bool(flag) for flag in raised.tolist())
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Raise `UserError` where the processes hold different facts, naming one and where."""
+        """Raise `UserError`, naming a key and a process, if facts differ between processes."""
         for rank, (host, theirs) in enumerate(self.gather((socket.gethostname(), dict(facts)))):
             for key, value in facts.items():
                 if theirs.get(key) != value:
                     raise UserError(
-                        f"process {rank} on {host} has another {key} than process {self.rank}: they train one network"
+                        f"process {rank} on {host} has another {key} than process {self.rank}: they must train one network"
                     )
 
-    # ---- what they compute together ----
+    # ---- sums ----
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Set each tensor, in place, to its sum over the processes: the same bits for all of them.
+        """Set each tensor, in place, to its sum over the processes, with the same bits in all of them.
 
-        The messages are the same at every step, so that a run that was stopped goes on with the same bits. (torch's
-        DistributedDataParallel lays its messages out anew after a process's first step.)
+        The buckets are fixed, so that a resumed run continues with the same bits. (DistributedDataParallel rebuilds its buckets
+        after a process's first step.)
         """
         if self.world_size == 1:
             return
@@ -150,45 +150,45 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 SINGLE_PROCESS = ProcessGroup()
 
 
-def _meet(world: int, backend: str) -> None:
-    """Join the other processes. Raises `UserError` where they do not come: the variables may be another program's leftovers."""
-    said = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    alone = f"to run one process alone, unset {' '.join(name for name, value in said.items() if value is not None)}"
-    if missing := [name for name, value in said.items() if not value]:
-        raise UserError(f"WORLD_SIZE={world} says that {world} processes train together, but {missing[0]} is not set; {alone}")
+def _initialize(world: int, backend: str) -> None:
+    """Connect the processes. Raises `UserError` if that fails: the variables may be left over from another program."""
+    given = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    advice = f"to run one process alone, unset {' '.join(name for name, value in given.items() if value is not None)}"
+    if missing := [name for name, value in given.items() if not value]:
+        raise UserError(f"WORLD_SIZE is {world}, but {missing[0]} is not set; {advice}")
     if not dist.is_torchelastic_launched():
-        print(f"waiting for {world} processes at {said['MASTER_ADDR']}:{said['MASTER_PORT']}; {alone}", flush=True)
+        print(f"waiting for {world} processes at {given['MASTER_ADDR']}:{given['MASTER_PORT']}; {advice}", flush=True)
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
-        store.set_timeout(PATIENCE)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        store.set_timeout(TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:  # torch's DistError is a RuntimeError
-        raise UserError(f"the {world} processes that WORLD_SIZE tells of did not meet: {first_line(error)}; {alone}") from None
+        raise UserError(f"cannot connect {world} processes: {first_line(error)}; {advice}") from None
 
 
 @contextmanager
 def joined(device: str) -> Iterator[ProcessGroup]:
-    """The processes that `torchrun` started, joined (NCCL for the GPUs' sums, gloo for the rest); or this one alone.
+    """Connect the processes that `torchrun` started (NCCL for sums on GPUs, gloo for the rest); or yield `SINGLE_PROCESS`.
 
-    All but the first are silent: what they would print, the first prints.
+    Only the main process prints. Raises `UserError` for another device than cpu or cuda.
     """
     if not is_launched():
         yield SINGLE_PROCESS
         return
     world, local = environment_number("WORLD_SIZE"), environment_number("LOCAL_RANK")
     if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: under torchrun each process has a GPU of its own; give cuda, cpu or nothing")
+        raise UserError(f"--device {device}: under torchrun each process has its own GPU; give auto, cuda or cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
-    _meet(world, "nccl" if on_gpu else "gloo")
-    rank, said = dist.get_rank(), sys.stdout
+    _initialize(world, "nccl" if on_gpu else "gloo")
+    rank, stdout = dist.get_rank(), sys.stdout
     try:
         with open(os.devnull, "w") as nowhere:
-            sys.stdout = said if rank == 0 else nowhere
-            yield ProcessGroup(rank, world, local, dist.new_group(backend="gloo", timeout=PATIENCE))
+            sys.stdout = stdout if rank == 0 else nowhere
+            yield ProcessGroup(rank, world, local, dist.new_group(backend="gloo", timeout=TIMEOUT))
     finally:
-        sys.stdout = said
+        sys.stdout = stdout
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Evaluation: the predictions for every example of a dataset."""
+"""Evaluation: predictions for every example of a dataset."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def evaluate(
     rows: Literal["example", "token", "any"] = "example",
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> np.ndarray:
-    """The predictions for every example or token, in the store's order (`any`: in some order): [n, ...], float32.
+    """Compute the predictions for every example or token, in the store's order (`any`: in any order): [n, ...], float32.
 
-    The network is left in the mode it was in. Several processes take the batches in turn, and each returns all predictions.
+    Restores the network's mode. Several processes split the batches, and each returns all predictions.
     """
     was_training = net.training
     net.eval()

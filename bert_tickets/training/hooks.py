@@ -1,4 +1,4 @@
-"""What happens between training steps: the loss curve, checkpoints, checks, the progress bar."""
+"""Hooks of the training loop: the loss curve, checkpoints, checks, the progress bar."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from tqdm import tqdm
 from bert_tickets.errors import Diverged
 from bert_tickets.training.loop import Hook, Loop
 
-EVALUATION = 1.0  # minutes of training that are saved before a level's evaluation, which may take as long again
-MIN_LOSS_SCALE = 2.0**-10  # of fp16: below it the gradients themselves exceed what fp16 holds
+EVALUATION = 1.0  # save a checkpoint before the evaluation if the last one is older than this, in minutes
+MIN_LOSS_SCALE = 2.0**-10  # of fp16; gradients that overflow at this scale are too large themselves
 
 
 class LossCurve(Hook):
-    """The mean loss of every `log_every` steps, read where the host waits for the device anyway.
+    """Read the mean loss from the device every `log_every` steps, and call `report` with step, loss, learning rate and seconds.
 
-    Raises `Diverged` where it is not finite, or fp16 gradients overflow at every scale. `report` gets step, loss, learning rate
-    and seconds as they are read.
+    Raises `Diverged` if the loss is not finite, or fp16 gradients overflow at every scale.
     """
 
     def __init__(self, log_every: int, report: Callable[[dict[str, Any]], None] = lambda line: None) -> None:
         self.log_every, self.report = log_every, report
-        self.losses: list[tuple[int, float]] = []  # (step, mean loss since the one before)
+        self.losses: list[tuple[int, float]] = []  # (step, mean loss since the previous entry)
 
     def begin(self, loop: Loop) -> None:
-        self.total = torch.zeros_like(loop.loss)  # since the last reading; it stays on the device
+        self.total = torch.zeros_like(loop.loss)  # since the last reading, on the device
 
     def __call__(self, loop: Loop) -> None:
         self.total += loop.loss
@@ -56,7 +55,7 @@ class LossCurve(Hook):
 
 
 class At(Hook):
-    """Call `action` once, when `step` steps are taken."""
+    """Call `action` after `step` steps."""
 
     def __init__(self, step: int, action: Callable[[], None]) -> None:
         self.step, self.action = step, action
@@ -67,7 +66,7 @@ class At(Hook):
 
 
 class CheckFinite(Hook):
-    """Raise `Diverged` if a weight is infinite or NaN at the end."""
+    """Raise `Diverged` if a trained tensor is infinite or NaN after the last step."""
 
     def __call__(self, loop: Loop) -> None:
         if loop.at == loop.steps:
@@ -81,16 +80,14 @@ def check_finite(loop: Loop) -> None:
 
 
 class ProgressBar(Hook):
-    """A progress bar with the newest loss of a `LossCurve`."""
+    """Show a progress bar with the last loss of a `LossCurve`."""
 
     def __init__(self, title: str, curve: LossCurve, note: Mapping[str, float | None]) -> None:
         self.title, self.curve, self.note = title, curve, note
 
     def begin(self, loop: Loop) -> None:
-        pace = 0.5 if sys.stderr.isatty() else 30
-        self.bar = tqdm(
-            total=loop.steps, initial=loop.at, desc=self.title, unit="step", mininterval=pace, disable=loop.group.rank > 0
-        )
+        interval, quiet = 0.5 if sys.stderr.isatty() else 30, loop.group.rank > 0
+        self.bar = tqdm(total=loop.steps, initial=loop.at, desc=self.title, unit="step", mininterval=interval, disable=quiet)
 
     def __call__(self, loop: Loop) -> None:
         if self.curve.losses and self.curve.losses[-1][0] == loop.at:
@@ -103,7 +100,7 @@ class ProgressBar(Hook):
 
 
 class CheckpointFile(Protocol):
-    """Where a `Checkpoint` is kept."""
+    """The file of a `Checkpoint`."""
 
     @property
     def stop_requested(self) -> bool: ...
@@ -114,9 +111,9 @@ class CheckpointFile(Protocol):
 
 
 class Checkpoint(Hook):
-    """Saves all that the next step depends on, the hooks' state included; loads it when the loop begins; stops on request.
+    """Save everything that the next step depends on, load it when the loop begins, and stop on request.
 
-    Place it after the hooks whose state it holds.
+    This includes the state of `hooks`, which must come before it in the loop.
     """
 
     def __init__(self, file: CheckpointFile, hooks: Sequence[Hook], minutes: float, steps: int | None) -> None:
@@ -131,18 +128,18 @@ class Checkpoint(Hook):
     def __call__(self, loop: Loop) -> None:
         minutes = min(EVALUATION, self.minutes) if loop.at == loop.steps else self.minutes
         due = time.monotonic() - self.saved > 60 * minutes or (self.steps is not None and loop.at % self.steps == 0)
-        stop, due = loop.group.any(self.file.stop_requested, due)  # of one process, and all must act
-        if not (stop or due):
-            return
-        self._save(loop)
-        self.saved = time.monotonic()
+        stop, due = loop.group.any(self.file.stop_requested, due)  # all processes must do the same
+        if stop or due:
+            self._save(loop)
+            self.saved = time.monotonic()
         if stop:
             self.file.stop(loop.at)
 
     def _save(self, loop: Loop) -> None:
         check_finite(loop)
         step = loop.step
-        tensors = {f"param/{name}": p.detach() for name, p in step.params.items()} | step.moments()
+        tensors = {f"param/{name}": p.detach() for name, p in step.params.items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in step.moments().items()}
         facts: dict[str, Any] = {"step": loop.at, "seconds": loop.seconds, "hooks": {}}
         facts["scaler"] = step.loss_scale.state_dict() if step.loss_scale else {}
         for name, hook in self.hooks.items():
@@ -156,9 +153,12 @@ class Checkpoint(Hook):
         loop.at, loop.spent = facts["step"], facts["seconds"]
         for name, p in step.params.items():
             p.copy_(tensors[f"param/{name}"])
-        step.set_moments(tensors)
+        step.set_moments(_with_prefix("optimizer", tensors))
         if step.loss_scale:
             step.loss_scale.load_state_dict(facts["scaler"])
         for name, hook in self.hooks.items():
-            own = {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
-            hook.load_state(own, facts["hooks"][name])
+            hook.load_state(_with_prefix(name, tensors), facts["hooks"][name])
+
+
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{prefix}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}/")}

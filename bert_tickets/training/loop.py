@@ -26,41 +26,41 @@ class Loop:
 
     def __init__(self, step: Step, steps: int, start: int, schedule: Callable[[int], float], group: ProcessGroup) -> None:
         self.step, self.steps, self.schedule, self.group = step, steps, schedule, group
-        self.start = start  # the step it begins at
-        self.at = start  # steps taken so far
+        self.start = start  # the first step
+        self.at = start  # the number of completed steps, `start` included
         self.loss = torch.zeros((), device=step.device)  # of the last step, on the device
-        self.spent = 0.0  # seconds before this process went on with it
+        self.spent = 0.0  # seconds before the last resume
         self.began = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, those before a resume included."""
+        """Seconds of training so far, including those before a resume."""
         return self.spent + time.monotonic() - self.began
 
 
 class Hook:
-    """Called after every `every`-th step and after the last one; may change anything of the loop. A checkpoint holds its state."""
+    """A function of the loop, called after every `every`-th step and after the last one. It may change the loop."""
 
     every = 1
 
     def begin(self, loop: Loop) -> None:
-        """Called before the first step."""
+        """Run before the first step."""
 
     def __call__(self, loop: Loop) -> None: ...
 
     def end(self, loop: Loop) -> None:
-        """Called when the loop ends, also by an error."""
+        """Run when the loop ends, also after an error."""
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """Tensors and JSON facts to go on from."""
+        """Return tensors and JSON values, which a checkpoint holds for `load_state`."""
         return {}, {}
 
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
-        """The inverse of `state`."""
+        """Restore the state of a checkpoint."""
 
 
 def total_steps(cfg: Training, per_epoch: int) -> int:
-    """Optimization steps of one level, of `per_epoch` steps an epoch."""
+    """Return the number of steps of a level, with `per_epoch` steps per epoch."""
     return cfg.max_steps or math.ceil(Fraction(str(cfg.epochs)) * per_epoch)  # exact: in floats 1.1 * 10 is above 11
 
 
@@ -79,11 +79,11 @@ def train(
     recorder: Recorder | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Loop:
-    """Train `params` to minimise `loss` from step `start` to the last.
+    """Train `params`, the network's parameters or any other leaf tensors, to minimize `loss`, from step `start` to the last.
 
-    `params` may hold further leaves beside the network's. `schedule` is the learning rate by step (a linear decay to zero unless
-    given), `optimizer` a key of `step.OPTIMIZERS`, `moments` its state to begin with. (cfg, seed) fixes the outcome: a step's
-    batch and dropout are the same at every level, so that two levels differ by their masks alone.
+    `schedule` maps a step to its learning rate (default: linear decay to zero). `optimizer` is a key of `step.OPTIMIZERS`,
+    `moments` its initial state. The batch and the dropout of a step depend only on the seed and the step, so that two levels
+    differ only by their masks. Raises `UserError` if memory runs out.
     """
     device, steps = batches.store.device, total_steps(cfg, batches.per_epoch)
     step = Step(loss, params, cfg, mask, device, recorder, group, optimizer)
@@ -93,15 +93,15 @@ def train(
     try:
         for hook in hooks:
             hook.begin(loop)
-        while loop.at < steps:
-            torch.manual_seed(derive(cfg.seed, *dropout, loop.at))  # each step's own: no state to carry
+        while loop.at < loop.steps:
+            torch.manual_seed(derive(cfg.seed, *dropout, loop.at))  # no generator state to save
             loop.loss = step(batches.parts(loop.at), loop.schedule(loop.at))
             loop.at += 1
             for hook in hooks:
-                if loop.at % hook.every == 0 or loop.at == steps:
+                if loop.at % hook.every == 0 or loop.at == loop.steps:
                     hook(loop)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if not _is_out_of_memory(error):
             raise
         advice = f"--grad-accum {2 * cfg.grad_accum} splits each batch into smaller parts"
         raise UserError(f"out of memory in step {loop.at}: {first_line(error)}. {advice}") from None
@@ -109,3 +109,8 @@ def train(
         for hook in hooks:
             hook.end(loop)
     return loop
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    texts = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # of the RuntimeErrors that torch raises then
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)

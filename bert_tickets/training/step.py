@@ -1,4 +1,4 @@
-"""One optimisation step of a masked network. Every trick of speed and every rule of exactness of a step lives here."""
+"""One optimization step of a masked network: its precision, masking, clipping and optimizer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from bert_tickets.modeling.packing import Batch
 from bert_tickets.training.cuda_graphs import Graphs, Recorder
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
 
-Loss = Callable[[Batch], Tensor]  # a packed batch to its mean loss, a scalar
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+Loss = Callable[[Batch], Tensor]  # the mean loss of a packed batch, a scalar
 
 
 def precision_of(asked: str, device: torch.device) -> str:
-    """`auto` as what it stands for: fp16 on CUDA, fp32 elsewhere."""
+    """Resolve `auto`: fp16 on CUDA, fp32 elsewhere. Raises `UserError` for bf16 on a GPU without it."""
     if asked == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     if asked == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -30,45 +29,45 @@ def precision_of(asked: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context of forward passes; fp32 has none."""
+    """Return the autocast context of forward passes; none for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 class LossScale:
-    """What fp16 losses are multiplied by, so that small gradients do not vanish (Micikevicius et al. 2018).
+    """The factor of fp16 losses, so that small gradients do not underflow (Micikevicius et al. 2018).
 
-    It halves when gradients overflow and doubles after 2,000 steps without, as `torch.amp.GradScaler`'s, whose constants
-    these are; but AdamW unscales the gradients in its own pass. Both tensors stay on the device: a step never synchronises.
+    Halved when gradients overflow and doubled after 2,000 steps without overflow, as in `torch.amp.GradScaler`; but AdamW
+    unscales the gradients, and both tensors stay on the device, so that a step never synchronizes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.factor = torch.full((), 2.0**16, device=device)
-        self.clean = torch.zeros((), dtype=torch.int32, device=device)  # steps since it changed
+        self.clean = torch.zeros((), dtype=torch.int32, device=device)  # steps since the last change
 
     def update(self, overflowed: Tensor) -> None:
-        """Count a step; `overflowed` is 1.0 or 0.0."""
+        """Update the factor after a step; `overflowed` is 1.0 or 0.0."""
         torch._amp_update_scale_(self.factor, self.clean, overflowed, 2.0, 0.5, 2000)
 
     def state_dict(self) -> dict[str, float]:
-        return {"scale": self.factor.item(), "_growth_tracker": self.clean.item()}  # GradScaler's names
+        return {"scale": self.factor.item(), "_growth_tracker": self.clean.item()}  # as in GradScaler
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.factor.fill_(state["scale"])
         self.clean.fill_(state["_growth_tracker"])
 
 
+# Optimizers by name. Each takes `lr`, `eps` and `fused`, and its fused kernel takes `grad_scale` and `found_inf`.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW}
 
 
 class Step:
-    """Forward, backward, mask the gradients, clip, optimizer. Calling it takes one step and returns the loss, on the device.
+    """Forward, backward, mask the gradients, clip, optimizer. A call takes one step and returns the loss, on the device.
 
-    `params` are the tensors to train, by name; those the mask names must be zero already where it prunes. Their gradients are
-    multiplied by the mask after the backward pass and before unscaling and clipping, as `torch.nn.utils.prune` computes it (in
-    fp32 bit for bit): no pruned gradient reaches the norm or Adam's moments. Where several processes divide a batch, their
-    gradients are summed first, and all take the same step. With a `recorder` and one process, steps are replayed as CUDA graphs.
+    `params` are the tensors to train, by name; pruned weights must be zero already. Gradients are summed over the processes,
+    then multiplied by the mask, then unscaled and clipped, so that no pruned gradient reaches the norm or AdamW's moments. In
+    fp32 this equals `torch.nn.utils.prune` bit for bit. With a `recorder`, steps of one part are replayed as CUDA graphs.
     """
 
     def __init__(
@@ -86,10 +85,12 @@ class Step:
         self.loss, self.params, self.cfg, self.device = loss, dict(params), cfg, device
         self.precision = precision_of(cfg.precision, device)
         self.loss_scale = LossScale(device) if self.precision == "fp16" else None
-        self.masks = {  # in the gradients' own dtype, so that one fused product masks them; all-true ones do nothing
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {optimizer}; there are {', '.join(OPTIMIZERS)}")
+        self.masks = {  # in the dtype of the gradients, for one fused product
             name: kept.to(device, params[name].dtype)
             for name, kept in (mask or {}).items()
-            if name in params and not kept.all()  # a frozen tensor is zero where the mask says, and stays so
+            if name in params and not kept.all()  # frozen tensors are not in `params`, and stay as they are
         }
         no_decay = [name.endswith("bias") or "LayerNorm" in name for name in self.params]
         groups = [
@@ -101,14 +102,14 @@ class Step:
         ]
         self.optimizer = OPTIMIZERS[optimizer](
             groups,
-            lr=torch.full((), cfg.lr, device=device) if recorder else cfg.lr,  # a captured graph reads the tensor
+            lr=torch.full((), cfg.lr, device=device) if recorder else cfg.lr,  # graphs read the tensor
             eps=cfg.adam_epsilon,
             fused=True,
         )
         self.graphs = Graphs(recorder) if recorder else None
 
     def __call__(self, batch: Batch | Sequence[Batch], lr: float) -> Tensor:
-        """One step on a batch, or on the parts that it is divided into, whose gradients are added up."""
+        """Take a step on a batch, or on its parts with their gradients accumulated."""
         parts = [batch] if isinstance(batch, Batch) else list(batch)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -123,11 +124,11 @@ class Step:
         try:
             losses = [self._backward(part) for part in parts]
             return self._update(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
-        finally:  # also after an error: the next step begins without gradients
+        finally:  # also after an error, so that the next step begins without gradients
             self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, part: Batch) -> Tensor:
-        """Add the gradients of one part of the batch to the parameters'; returns its part of the mean loss."""
+        """Accumulate the gradients of one part of the batch; returns its part of the mean loss."""
         with autocast(self.precision, self.device):
             loss = self.loss(part)
         if part.shard is not None:
@@ -136,7 +137,7 @@ class Step:
         return loss.detach()
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Sum over the processes, mask, clip, take the step; returns the loss of the whole batch."""
+        """Sum over the processes, mask, clip, and update the parameters; returns the loss of the whole batch."""
         if self.group.world_size > 1:
             self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
         if self.masks:
@@ -145,17 +146,17 @@ class Step:
             nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
         else:
             self._clip_in_adamw()
-        if self.graphs and self.device.type == "cuda":  # torch warns of capturable outside of a capture
+        if self.graphs and self.device.type == "cuda":  # torch warns if capturable is set outside of a capture
             for group in self.optimizer.param_groups:
                 group["capturable"] = torch.cuda.is_current_stream_capturing()
         self.optimizer.step()
         return loss
 
     def _clip_in_adamw(self) -> None:
-        """Have AdamW divide the gradients by the loss scale and by what clips them, in its own pass over them.
+        """Let AdamW's kernel divide the gradients by the loss scale and the clipping factor, which saves two passes.
 
-        This saves two passes; the result is the same to rounding, and to the bit where nothing is clipped. Where fp16
-        gradients overflowed, so does their norm: AdamW then changes nothing, and the loss scale is halved.
+        The result is the same to rounding, and bit for bit if nothing is clipped. If fp16 gradients overflow, so does their
+        norm: AdamW then changes nothing, and the loss scale is halved.
         """
         norm = nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None], foreach=True)
         scale, optimizer = self.loss_scale, self.optimizer
@@ -169,38 +170,38 @@ class Step:
     def _grads(self, names: Iterable[str]) -> Iterator[Tensor]:
         for name in names:
             grad = self.params[name].grad
-            assert grad is not None, f"{name} is masked and takes no part in the loss"
+            assert grad is not None, f"{name} is masked, and the loss does not depend on it"
             yield grad
 
     def _state(self) -> list[Tensor]:
-        """Every tensor that a step changes, but for its loss."""
-        moments = [state[moment] for state in self.optimizer.state.values() for moment in MOMENTS]
+        """Every tensor that a step changes, except its loss."""
+        moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         scale = [self.loss_scale.factor, self.loss_scale.clean] if self.loss_scale else []
         return [*self.params.values(), *moments, *scale]
 
-    # ---- what a checkpoint holds ----
+    # ---- the optimizer's state ----
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state as `<moment>/<parameter name>`; empty before the first step."""
+        """Return the optimizer's state as `<moment>/<parameter name>`; empty before the first step."""
         return {
-            f"{moment}/{name}": self.optimizer.state[p][moment]
+            f"{moment}/{name}": tensor
             for name, p in self.params.items()
             if p in self.optimizer.state
-            for moment in MOMENTS
+            for moment, tensor in self.optimizer.state[p].items()
         }
 
     def taken(self, before: Mapping[str, Tensor] | None = None) -> int:
-        """How many steps changed the weights: AdamW's count, less that of the moments `before`. Waits for the device."""
-        begun = max((int(tensor) for name, tensor in (before or {}).items() if name.startswith("step/")), default=0)
-        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0) - begun
+        """Count the steps that changed the weights: AdamW's count, minus that of the moments `before`. Waits for the device."""
+        initial = max((int(tensor) for name, tensor in (before or {}).items() if name.startswith("step/")), default=0)
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0) - initial
 
     @torch.no_grad()
     def set_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of `moments`. What the mask removes gets none: a moment left there would move a pruned weight."""
-        for name, p in self.params.items():
-            if f"step/{name}" in moments:
-                state = {moment: moments[f"{moment}/{name}"].to(self.device, copy=True) for moment in MOMENTS}
-                for moment in MOMENTS[:2]:
-                    if name in self.masks:
-                        state[moment].mul_(self.masks[name])
-                self.optimizer.state[p] = state
+        """Set the optimizer's state, the inverse of `moments`. Zeroes the moments of pruned weights, which would change them."""
+        for key, tensor in moments.items():
+            moment, name = key.split("/", 1)
+            if name in self.params:
+                p = self.params[name]
+                value = tensor.to(self.device, copy=True)
+                masked = name in self.masks and value.shape == p.shape
+                self.optimizer.state[p][moment] = value.mul_(self.masks[name]) if masked else value

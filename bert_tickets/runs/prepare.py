@@ -1,0 +1,97 @@
+"""Load the model and the data of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert_tickets.config import Config
+from bert_tickets.data.batches import Batches, Store
+from bert_tickets.errors import UserError
+from bert_tickets.files import has_facts, read_facts, read_tensors, sha256_of
+from bert_tickets.masking.mask import Mask
+from bert_tickets.modeling.bert import Net
+from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights, head_weights, prunable, untie_decoder
+from bert_tickets.runs.session import Session
+from bert_tickets.runs.writer import Run
+from bert_tickets.tasks import Task
+from bert_tickets.training.cuda_graphs import recorder
+from bert_tickets.training.device import prepare_device, set_tf32
+from bert_tickets.training.step import precision_of
+
+# The fields of a model's configuration, beside the shapes of its weights, that affect the result.
+ARCHITECTURE = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
+
+
+def prepare(task: Task, run: Run) -> Session:
+    """Load the model and the data onto the device, and record them in run.json."""
+    cfg, group = run.cfg, run.group
+    device = prepare_device(cfg.device, group.local_rank)
+    precision = precision_of(cfg.train.precision, device)
+    set_tf32(cfg.train.tf32, precision, device)
+    graphs = recorder(cfg.train.graphs, device, group.world_size)
+    parts = group.world_size * cfg.train.grad_accum
+    if cfg.train.batch_size < parts:
+        raise UserError(f"--batch-size {cfg.train.batch_size} cannot be divided into {parts} parts")
+    net, tokenizer = _load_net(task, cfg)
+    train_set, evals = group.main_first(lambda: task.load_data(cfg, tokenizer, device))
+    run.describe(_fingerprint(cfg, net, device, precision, train_set, evals))
+    batches = Batches(
+        train_set,
+        cfg.train.batch_size,
+        cfg.train.seed,
+        bucketed=graphs is not None,
+        augment_batch=lambda batch, step: task.augment_batch(batch, step, cfg.train.seed),
+        grad_accum=cfg.train.grad_accum,
+        rank=group.rank,
+        world_size=group.world_size,
+    )
+    net.to(device)
+    return Session(run, net, task, batches, evals, tokenizer, graphs)
+
+
+def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:
+    """Load the network and its tokenizer. If the mask covers the word embeddings, untie the MLM decoder from them."""
+    net, tokenizer = task.load_net(cfg)
+    limit = net.config.max_position_embeddings
+    if cfg.max_length > limit:
+        raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
+    if WORD_EMBEDDINGS in _covered(net, cfg.settings) and cfg.task == "mlm":
+        untie_decoder(net)
+    return net, tokenizer
+
+
+def _covered(net: Net, settings: Any) -> Collection[str]:
+    """The parameters that the run's masks cover. Raises `UserError` for a given mask that does not fit the network."""
+    if (given := getattr(settings, "mask", None)) is None:
+        return prunable(net, getattr(settings, "prunable", "matrices")).keys()
+    mask = Mask.load(given)
+    mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
+    return mask.keys()
+
+
+def _fingerprint(
+    cfg: Config, net: Net, device: torch.device, precision: str, train_set: Store, evals: Mapping[str, Store]
+) -> dict[str, Any]:
+    """Return the fingerprints in run.json, which must not change when a run is resumed."""
+    return {
+        "device": device.type,
+        "precision": precision,
+        "model": sha256_of(encoder_weights(net)),
+        "init": _init_facts(cfg.init),
+        "head": sha256_of(head_weights(net)),
+        "architecture": {key: value for key, value in net.config.to_dict().items() if key in ARCHITECTURE},
+        "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
+        "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},
+    }
+
+
+def _init_facts(init: str) -> dict[str, Any] | None:
+    """Read the metadata of an --init file that this package wrote. Raises `Damaged` if its checksum does not match."""
+    if init in ("pretrained", "random") or not has_facts(Path(init)):
+        return None
+    read_tensors(Path(init))
+    return read_facts(Path(init))
