@@ -23,14 +23,16 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch
+from crash_harness import Harness
+from fake_cuda import why_not
 from paragraphs import content
+from trainrun import THREE_LEVELS, Runs
 from transformers import BertConfig, BertModel
 
-from bert_tickets.bench.fake_cuda import why_not
 from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
-needs_pretending = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+needs_fake_cuda = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
 OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "“quoted”", '"', "the", "a", "was", "is", "and"]
 
@@ -70,10 +72,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail whatever opens a connection."""
+    connect = socket.socket.connect
 
     def refuse(self: socket.socket, address: object) -> None:
         if self.family != socket.AF_UNIX:
             raise AssertionError(f"a test opened a connection to {address}")
+        connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
@@ -211,6 +215,28 @@ def commands(bert_dir: Path, glue_dir: Path, squad_dir: Path, corpus_dir: Path) 
         "lt_pretrain.py": f"--data-dir {corpus_dir} --max-length 16 --batch-size 8 --max-steps 6 --limit-eval 9",
     }
     return {script: f"{line} --model {bert_dir} --lr 1e-3 --log-every 2".split() for script, line in words.items()}
+
+
+@pytest.fixture
+def script() -> str:
+    """The training script that `runs` runs; tests parametrize it."""
+    return "lt_glue.py"
+
+
+@pytest.fixture
+def runs(script: str, commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Runs of the script in this process: three levels of six steps or eight, a checkpoint every two."""
+    return Runs(script, [*commands[script], *THREE_LEVELS], tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    """A process that forks runs of the training scripts. In the folder `harness.added` methods and presets may be added."""
+    added = tmp_path_factory.mktemp("added")
+    for folder in ("methods", "presets"):
+        (added / "bert_tickets" / folder).mkdir(parents=True)
+    with Harness(added) as harness:
+        yield harness
 
 
 DEPRECATED = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"  # as pyproject.toml has it

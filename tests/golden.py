@@ -1,7 +1,7 @@
-"""Ten training steps a task, padded as Hugging Face pads or packed as we pack; `python tests/golden.py` writes the file, given
-the folders of conftest's fixtures calm_bert_dir, glue_dir, squad_dir and corpus_dir.
+"""The losses of ten training steps of each task, on padded batches of Hugging Face's own model or on our packed ones.
 
-Run it only when a task or the training itself is meant to change, and say in the commit why the numbers moved.
+`python tests/golden.py FOLDERS` writes golden_losses.json, given the folders of conftest's fixtures calm_bert_dir, glue_dir,
+squad_dir and corpus_dir. Run it only when a task or the training is meant to change, and give the reason in the commit.
 """
 
 import json
@@ -10,15 +10,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bert_tickets.config import Config, build, tasks
+from bert_tickets.config import TASKS, Config, build
 from bert_tickets.data.batches import Batches
 from bert_tickets.masking.mask import Mask
 from bert_tickets.masking.prune import magnitude, prune
 from bert_tickets.modeling.parameters import prunable
 from bert_tickets.tasks import Task
-from bert_tickets.tasks.glue import Glue
-from bert_tickets.tasks.mlm import Mlm
-from bert_tickets.tasks.squad import Squad
+from bert_tickets.tasks.create import create
 from bert_tickets.training.step import Step
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -26,19 +24,16 @@ STEPS = 10
 
 
 def cases(bert_dir, glue_dir, squad_dir, corpus_dir) -> dict[str, tuple[Task, Config]]:
-    """Every task, with small settings."""
-    given = {"model": str(bert_dir), "batch_size": 8, "lr": 1e-3}
-    found: dict[str, tuple[Task, Config]] = {}
-    for name in tasks("glue"):
-        found[name] = Glue(name), build("glue", {**given, "task": name, "data_dir": str(glue_dir), "max_length": 48})
-    windows = {"task": "squad", "data_dir": str(squad_dir), "max_length": 100, "doc_stride": 32}
-    found["squad"] = Squad(), build("squad", {**given, **windows})
-    found["mlm"] = Mlm(), build("mlm", {**given, "task": "mlm", "data_dir": str(corpus_dir), "max_length": 24})
-    return found
+    """Return every task with small settings."""
+    settings = {name: {"data_dir": str(glue_dir), "max_length": 48} for name in TASKS["glue"]}
+    settings["squad"] = {"data_dir": str(squad_dir), "max_length": 100, "doc_stride": 32}
+    settings["mlm"] = {"data_dir": str(corpus_dir), "max_length": 24}
+    common = {"model": str(bert_dir), "batch_size": 8, "lr": 1e-3}
+    return {name: (create(name), build({"task": name, **common, **own})) for name, own in settings.items()}
 
 
 def losses(task: Task, cfg: Config, *, packed: bool) -> list[float]:
-    """The losses of ten masked steps (30 % pruned)."""
+    """Return the losses of ten masked steps (30 % pruned)."""
     net, tokenizer = task.load_net(cfg)
     store, _ = task.load_data(cfg, tokenizer, torch.device("cpu"))
     seed = cfg.train.seed
@@ -47,7 +42,7 @@ def losses(task: Task, cfg: Config, *, packed: bool) -> list[float]:
     mask.apply(prunable(net))
     if not packed:
         net.set_attn_implementation("eager")
-    loss = task.loss if packed else HUGGING_FACES[cfg.task if cfg.task in ("squad", "mlm") else "glue"]
+    loss = task.loss if packed else PADDED_LOSSES[cfg.kind]
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     step = Step(lambda batch: loss(net, batch), params, cfg.train, mask, store.device)
     net.train()
@@ -60,11 +55,11 @@ def glue_loss(net, batch) -> torch.Tensor:
 
 
 def squad_loss(net, batch) -> torch.Tensor:
-    """Hugging Face's, but for the padding, which its softmax counts."""
+    """Compute Hugging Face's loss, without the padding in its softmax."""
     inputs = padded(batch)
     found = net(**inputs)
-    nowhere = (inputs["attention_mask"] == 0) * -1e30
-    begin, end = (F.cross_entropy(logits + nowhere, batch.labels[:, i]) for i, logits in enumerate(found[:2]))
+    ignored = (inputs["attention_mask"] == 0) * -1e30
+    begin, end = (F.cross_entropy(logits + ignored, batch.labels[:, i]) for i, logits in enumerate(found[:2]))
     return (begin + end) / 2
 
 
@@ -74,11 +69,11 @@ def mlm_loss(net, batch) -> torch.Tensor:
     return net(**padded(batch), labels=labels.view(len(batch.lengths), -1)).loss
 
 
-HUGGING_FACES = {"glue": glue_loss, "squad": squad_loss, "mlm": mlm_loss}
+PADDED_LOSSES = {"glue": glue_loss, "squad": squad_loss, "mlm": mlm_loss}
 
 
 def padded(batch) -> dict[str, torch.Tensor]:
-    """A packed batch, padded to its longest example."""
+    """Pad a packed batch to its longest example."""
     rows, longest = len(batch.lengths), batch.longest
     places = batch.rows * longest + batch.position_ids[0]
 

@@ -1,4 +1,4 @@
-"""Paragraphs in SQuAD's layout: several answers, answers at a paragraph's ends, Unicode, windows that cut, long questions."""
+"""Generated paragraphs in SQuAD's layout: several answers, answers at the ends, Unicode, long contexts and questions."""
 
 import random
 
@@ -6,7 +6,7 @@ WORDS = ["good", "film", "Song", "plot", "was", "song", "café", "it's", "東京
 
 
 def question(rng: random.Random, number: int, words: int) -> dict:
-    """A paragraph with one question; up to three gold answers of one to three words each, some at its very ends."""
+    """Make a paragraph with one question and up to three gold answers of one to three words, some at its ends."""
     chosen, text, places = rng.choices(WORDS, k=words), " " * (number % 3 == 0), []
     for word in chosen:
         places.append((len(text), len(text) + len(word)))

@@ -1,197 +1,174 @@
-"""Files that say when they are damaged."""
+"""Files that are written atomically, and that are found to be damaged."""
 
-import errno
-import fcntl
 import json
 import os
-import threading
-from pathlib import Path
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from bert_tickets.errors import Busy, Refused, UserError, in_words
+from bert_tickets.errors import Busy, Damaged
 from bert_tickets.files import (
-    HEADER,
-    OBJECT,
-    check,
+    file_sha256,
+    has_facts,
+    locked,
     read_checksummed,
     read_facts,
-    read_info,
     read_json,
     read_tensors,
-    take_lock,
     write,
     write_checksummed,
     write_tensors,
+    writing,
 )
 
-TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
-SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5), "c": torch.zeros(0), "d": torch.tensor(1.5)}
+SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
 
 
-def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    link = tmp_path / "link"  # a rename would take the link's place, and nothing be as the user meant it
-    link.symlink_to(os.devnull)
-    for path in (pipe, link, Path("")):
-        with pytest.raises(UserError, match="cannot write"):
-            write(path, b"text")
-    assert sorted(tmp_path.iterdir()) == [link, pipe]
-    assert pipe.is_fifo()
-    assert link.is_symlink()
-    with pytest.raises(UserError, match="is no file"):
-        read_json(pipe)
+# ---- writing ----
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path, error):
+    write(tmp_path / "new" / "t", b"old")
+
+    def fail() -> None:
+        with writing(tmp_path / "new" / "t") as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert (tmp_path / "new" / "t").read_bytes() == b"old"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t"]
+
+
+def test_equal_tensors_and_facts_give_equal_bytes(tmp_path):
+    write_tensors(tmp_path / "one", TENSORS, {"x": 1, "y": [2.5]})
+    write_tensors(tmp_path / "two", dict(reversed(TENSORS.items())), {"y": [2.5], "x": 1})
+    write_tensors(tmp_path / "other", TENSORS, {"x": 2, "y": [2.5]})
+    assert file_sha256(tmp_path / "one") == file_sha256(tmp_path / "two") != file_sha256(tmp_path / "other")
+
+
+# ---- tensors ----
 
 
 def test_tensors_and_facts_come_back(tmp_path):
-    write_tensors(tmp_path / "t", TENSORS, {"é": [1, 2.5]})
+    write_tensors(tmp_path / "t", TENSORS, {"é": [1, 2.5], "nested": {"x": None}})
     found = read_tensors(tmp_path / "t")
-    assert set(found) == set(TENSORS)
+    assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
-    assert read_facts(tmp_path / "t") == {"é": [1, 2.5]}
-    assert len(read_info(tmp_path / "t")["checksum"]) == 64
+    assert read_facts(tmp_path / "t") == {"é": [1, 2.5], "nested": {"x": None}}
+
+
+def test_facts_are_read_without_torch(tmp_path):
+    write_tensors(tmp_path / "t", TENSORS, {"x": 1})
+    program = f"""
+import sys
+from pathlib import Path
+from bert_tickets.files import read_facts
+assert read_facts(Path({str(tmp_path / "t")!r})) == {{"x": 1}}
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of a file of tensors."""
+    path = tmp_path_factory.mktemp("whole") / "t"
+    write_tensors(path, TENSORS, {"step": 3})
+    return path.read_bytes()
 
 
 @SAME_FOLDER
 @given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_any_flipped_bit_of_a_tensor_file_is_found(tmp_path, at, bit):
-    write_tensors(tmp_path / "t", TENSORS, {"step": 3})
-    data = bytearray((tmp_path / "t").read_bytes())
+def test_any_flipped_bit_of_a_tensor_file_is_found(tmp_path, whole, at, bit):
+    data = bytearray(whole)
     data[int(at * len(data))] ^= 1 << bit
     (tmp_path / "t").write_bytes(data)
-    try:
-        read = read_tensors(tmp_path / "t")
-    except UserError:
-        return
-    # a bit of the padding between header and tensors, or of the checksum's own name: nothing that is read
-    assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
-    assert read_facts(tmp_path / "t") == {"step": 3}
-
-
-@SAME_FOLDER
-@given(length=st.integers(0, 400))
-def test_a_file_that_was_cut_is_found(tmp_path, length):
-    write_tensors(tmp_path / "t", TENSORS)
-    data = (tmp_path / "t").read_bytes()
-    (tmp_path / "t").write_bytes(data[: min(length, len(data) - 1)])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(Damaged):
         read_tensors(tmp_path / "t")
 
 
-def test_a_header_that_claims_terabytes_is_refused_at_once(tmp_path):
-    (tmp_path / "t").write_bytes((2**44).to_bytes(8, "little") + b"{}")
-    with pytest.raises(UserError, match="damaged"):
-        check(tmp_path / "t")
+@SAME_FOLDER
+@given(length=st.integers(0, 2000))
+def test_a_truncated_tensor_file_is_found(tmp_path, whole, length):
+    (tmp_path / "t").write_bytes(whole[: min(length, len(whole) - 1)])
+    with pytest.raises(Damaged, match=r"/t is damaged"):
+        read_tensors(tmp_path / "t")
 
 
-def test_a_header_that_is_too_large_for_a_run_is_refused_unread(tmp_path):
-    with (tmp_path / "t").open("wb") as file:
-        file.write((HEADER + 8).to_bytes(8, "little"))
-        file.truncate(2 * HEADER)
-    with pytest.raises(UserError, match="its header is said to have 33554440 bytes"):
-        check(tmp_path / "t")
+def test_tensors_of_another_package_are_told_apart(tmp_path):
+    save_file(TENSORS, tmp_path / "plain")
+    write_tensors(tmp_path / "ours", TENSORS)
+    assert [has_facts(tmp_path / name) for name in ("plain", "ours")] == [False, True]
+    with pytest.raises(Damaged, match="was not written by bert_tickets"):
+        read_tensors(tmp_path / "plain")
 
 
-def test_an_object_that_is_too_large_for_a_run_is_refused_unread(tmp_path):
-    with (tmp_path / "run.json").open("wb") as file:
-        file.truncate(OBJECT + 1)
-    with pytest.raises(UserError, match="of its 67,108,865 bytes at most 67,108,864 can be a run's"):
-        read_checksummed(tmp_path / "run.json")
-
-
-def test_files_of_older_versions_are_read(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file(TENSORS, tmp_path / "t")
-    assert torch.equal(read_tensors(tmp_path / "t")["a"], TENSORS["a"])
-    (tmp_path / "j").write_text('{"a": 1}')
-    assert read_checksummed(tmp_path / "j") == {"a": 1}
-
+# ---- JSON ----
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=9)
 
 
 @SAME_FOLDER
 @given(st.dictionaries(st.text().filter(lambda key: key != "checksum"), JSON))
-def test_a_sealed_object_comes_back(tmp_path, value):
+def test_a_checksummed_object_comes_back(tmp_path, value):
     write_checksummed(tmp_path / "j", value)
     assert read_checksummed(tmp_path / "j") == value
 
 
-@pytest.mark.parametrize("change", [{"a": 2}, {"b": 1}, {"checksum": "0" * 64}])
-def test_a_sealed_object_that_was_edited_is_refused(tmp_path, change):
+@pytest.mark.parametrize("change", [{"a": 2}, {"b": 1}, {"checksum": "0" * 64}, {"checksum": None}])
+def test_an_edited_object_is_refused(tmp_path, change):
     write_checksummed(tmp_path / "j", {"a": 1})
     (tmp_path / "j").write_text(json.dumps(json.loads((tmp_path / "j").read_text()) | change))
-    with pytest.raises(UserError, match="damaged or was edited"):
+    with pytest.raises(Damaged, match="damaged or was edited"):
         read_checksummed(tmp_path / "j")
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "null", "{", '{"a": NaN', "\udcff"])
-def test_what_is_no_object_is_refused(tmp_path, text):
-    (tmp_path / "j").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match="damaged"):
+@pytest.mark.parametrize("text", [b"", b"[1]", b"null", b"{", b'{"a": NaN', b"\xff", b"[" * 10**5, b"1" * 10**5])
+def test_content_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "j").write_bytes(text)
+    with pytest.raises(Damaged, match="/j is"):
         read_checksummed(tmp_path / "j")
 
 
-# ---- what the file system refuses ----
+@pytest.mark.parametrize("read", [read_json, read_checksummed, read_facts, read_tensors, has_facts])
+def test_a_file_that_is_missing_or_a_folder_is_an_os_error(tmp_path, read):
+    for path in (tmp_path / "t", tmp_path):
+        with pytest.raises(OSError, match=str(path)):
+            read(path)
 
 
-@pytest.mark.parametrize("before", ["", "process 1 on another\n"])
-def test_a_lock_of_this_moment_is_not_said_to_be_anybody_elses(tmp_path, before):
-    """Its holder has it before its name is written."""
-    (tmp_path / "lock").write_text(before)
-    with (tmp_path / "lock").open("r+") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        naming = threading.Timer(0.03, (tmp_path / "lock").write_text, ["process 7 on this"])
-        naming.start()
-        with pytest.raises(Busy, match="in use by process 7 on this; wait"):
-            take_lock(tmp_path / "lock")
-        naming.join()
+# ---- locks ----
 
 
-def test_a_lock_whose_folder_its_holder_removed_is_busy(tmp_path):
-    with pytest.raises(Busy, match="just given up"):
-        take_lock(tmp_path / "gone" / "lock")
+HOLDER = """
+import sys
+from pathlib import Path
+from bert_tickets.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
-def test_a_lock_that_its_holder_removes_meanwhile_is_busy(tmp_path, monkeypatch):
-    plain = fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", lambda file, how: (plain(file, how), (tmp_path / "lock").unlink()))
-    with pytest.raises(Busy, match="just given up"):
-        take_lock(tmp_path / "lock")
-
-
-@pytest.mark.parametrize("read", [read_json, read_checksummed, check, read_facts, read_tensors])
-def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, read):
-    write_tensors(tmp_path / "t", TENSORS)
-
-    def refuse(path, *_, **options):
-        raise OSError(errno.EIO, "no", str(path))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(Refused, match=r"cannot read .*/t: Input/output error"):
-        read(tmp_path / "t")
-
-
-def test_what_a_library_in_rust_says_of_the_disk_is_a_refusal(tmp_path):
-    with pytest.raises(Refused, match=r"cannot write .*: the disk is full"), in_words(tmp_path):
-        raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
-    with pytest.raises(ValueError, match="a bug"), in_words(tmp_path):
-        raise ValueError("a bug")
-
-
-@pytest.mark.parametrize("place", [".", "file/below", "folder", "link/below"])
-def test_what_is_no_place_for_a_file_is_refused_in_words(tmp_path, monkeypatch, place):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("older")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(UserError, match=f"^cannot write {place}: "):
-        write(Path(place), b"newer")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder", "link"}
-    assert (tmp_path / "file").read_text() == "older"
+def test_a_lock_that_another_process_holds_is_busy_until_that_process_dies(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(Busy, match=f"in use by process {process.pid} on {socket.gethostname()}"), locked(tmp_path / "lock"):
+        pass
+    process.kill()
+    process.communicate()
+    with locked(tmp_path / "lock"):
+        assert (tmp_path / "lock.holder").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    assert not (tmp_path / "lock.holder").exists()

@@ -1,13 +1,10 @@
-"""A text is tokenised once; the cache is never out of date, and a damaged entry is made again."""
-
-import os
-from pathlib import Path
+"""Texts are tokenized once; the cache is never out of date, and a damaged entry is made again."""
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from bert_tickets.data import token_cache as tokens
+from bert_tickets.data import token_cache
 from bert_tickets.data.token_cache import Tokens, tokenize
 
 TEXTS = ["the film was good", "a café is naïve", "", "it's bad"]
@@ -15,13 +12,13 @@ TEXTS = ["the film was good", "a café is naïve", "", "it's bad"]
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(token_cache, "HF_HOME", str(tmp_path))
     return tmp_path / "bert_tickets"
 
 
 @pytest.fixture
 def tokenizer(bert_dir):
-    """Counts how often it is asked."""
+    """A tokenizer that counts its calls."""
     plain = AutoTokenizer.from_pretrained(bert_dir)
 
     class Counting:
@@ -41,20 +38,21 @@ def same(a: Tokens, b: Tokens) -> bool:
 
 
 @pytest.mark.parametrize("columns", [[TEXTS], [TEXTS, TEXTS[::-1]]])
-def test_the_second_call_reads_what_the_first_wrote(cache, tokenizer, columns):
+def test_the_second_call_reads_what_the_first_wrote(cache, tokenizer, columns, monkeypatch):
+    monkeypatch.setattr(token_cache, "CHUNK", 3)  # of the four texts
     first, second = tokenize(tokenizer, columns, 12), tokenize(tokenizer, columns, 12)
-    assert tokenizer.calls == 1
+    assert tokenizer.calls == 2
     assert same(first, second)
     starts = np.cumsum(first.lengths) - first.lengths
     for i, texts in enumerate(zip(*columns, strict=True)):
-        # A batch of one: a plain call takes an empty second text for none at all.
+        # a batch of one: a plain call takes an empty second text for none at all
         alone = tokenizer(*([text] for text in texts), truncation="longest_first", max_length=12)
         part = slice(starts[i], starts[i] + first.lengths[i])
         assert first.ids[part].tolist() == alone["input_ids"][0]
         assert first.types[part].tolist() == alone["token_type_ids"][0]
 
 
-def test_another_text_cut_column_or_tokenizer_is_another_entry(cache, tokenizer):
+def test_another_text_length_column_or_tokenizer_is_another_entry(cache, tokenizer):
     tokenize(tokenizer, [TEXTS], 12)
     tokenize(tokenizer, [TEXTS], 11)
     tokenize(tokenizer, [TEXTS[:3]], 12)
@@ -65,47 +63,21 @@ def test_another_text_cut_column_or_tokenizer_is_another_entry(cache, tokenizer)
     assert tokenizer.calls == 6 == len(list(cache.iterdir()))
 
 
-def test_an_entry_that_is_a_pipe_is_not_waited_for(cache, tokenizer, capsys):
-    first = tokenize(tokenizer, [TEXTS], 12)
-    (entry,) = cache.iterdir()
-    entry.unlink()
-    os.mkfifo(entry)
-    assert same(first, tokenize(tokenizer, [TEXTS], 12))
-    assert "the tokens are not cached" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_damaged_entry_is_made_again(cache, tokenizer, damage):
     expected = tokenize(tokenizer, [TEXTS], 12)
     (entry,) = cache.iterdir()
     data = bytearray(entry.read_bytes())
     if damage == "flip":
         data[-3] ^= 1
-    entry.write_bytes({"cut": data[:-9], "flip": data, "empty": b"", "foreign": b"\x10" + bytes(7) + b"{}" + b" " * 14}[damage])
-    assert same(tokenize(tokenizer, [TEXTS], 12), expected)
-    assert tokenizer.calls == 2
-    assert same(tokenize(tokenizer, [TEXTS], 12), expected)
-    assert tokenizer.calls == 2
+    entry.write_bytes({"cut": data[:-9], "flip": data, "empty": b""}[damage])
+    for _ in range(2):
+        assert same(tokenize(tokenizer, [TEXTS], 12), expected)
+        assert tokenizer.calls == 2
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, tokenizer, capsys):
+def test_a_cache_that_cannot_be_written_is_reported_and_not_needed(tmp_path, monkeypatch, tokenizer, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(tokens, "HF_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(token_cache, "HF_HOME", str(tmp_path / "file"))
     assert len(tokenize(tokenizer, [TEXTS], 12).lengths) == 4
     assert "not cached" in capsys.readouterr().out
-    assert Path(tmp_path / "file").is_file()
-
-
-@pytest.mark.parametrize("columns", [[TEXTS * 3], [TEXTS * 3, TEXTS[::-1] * 3]])
-def test_texts_tokenised_in_parts_are_texts_tokenised_at_once(tmp_path, monkeypatch, tokenizer, columns):
-    monkeypatch.setattr(tokens, "HF_HOME", str(tmp_path / "whole"))
-    whole = tokenize(tokenizer, columns, 12)
-    monkeypatch.setattr(tokens, "HF_HOME", str(tmp_path / "parts"))
-    monkeypatch.setattr(tokens, "CHUNK", 5)
-    assert same(tokenize(tokenizer, columns, 12), whole)
-    assert tokenizer.calls == 1 + 3
-
-
-def test_columns_of_different_lengths_are_refused(cache, tokenizer):
-    with pytest.raises(ValueError, match="columns of 4, 5 texts"):
-        tokenize(tokenizer, [TEXTS, [*TEXTS, "more"]], 12)

@@ -1,45 +1,43 @@
-"""The experiments, run small: what each level starts from, and each quirk of the protocols."""
+"""Iterative magnitude pruning, run small: what each level starts from, and each quirk of the protocols."""
 
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from trainrun import Killed, dying, train
 
-import lt_glue
-from bert_tickets.cli import parse
-from bert_tickets.errors import UserError
-from bert_tickets.files import sha256_of
+from bert_tickets.files import read_tensors, sha256_of
 from bert_tickets.masking.mask import Mask
 from bert_tickets.masking.prune import magnitude, prune
-from bert_tickets.methods.imp import oneshot
+from bert_tickets.methods import imp
 from bert_tickets.modeling.loading import load_bert
-from bert_tickets.modeling.parameters import encoder_weights, prunable, snapshot
-from bert_tickets.runs.session import Run
+from bert_tickets.modeling.parameters import encoder_weights, snapshot
+from bert_tickets.runs import session
+from bert_tickets.runs.directory import level_dir, results
 from bert_tickets.training.step import Step
+
+STEPS = 6  # of a level: 44 examples, 16 a step, two epochs
 
 
 @pytest.fixture
-def run_glue(bert_dir, glue_dir, tmp_path, monkeypatch):
-    """`lt_glue.py` in this process with small settings: (run, results)."""
+def run_imp(bert_dir, glue_dir, tmp_path, monkeypatch):
+    """A function that runs `lt_glue.py` in this process with small settings: the run directory and its results."""
     monkeypatch.chdir(tmp_path)
 
-    def go(*extra, model=bert_dir):
-        argv = f"--task sst2 --model {model} --data-dir {glue_dir} --batch-size 16 --lr 1e-3"
-        argv += "" if "--mask" in extra else " --levels 3 --rate 0.3"
-        argv += "" if "--max-steps" in extra else " --epochs 2"
-        cfg = parse("glue", None, f"{argv} --log-every 2".split() + [str(word) for word in extra])
-        lt_glue.main(cfg)
-        run = Run(cfg, "glue")
-        return run, run.results()
+    def go(*more):
+        words = f"--task sst2 --model {bert_dir} --data-dir {glue_dir} --batch-size 16 --lr 1e-3 --log-every 2 --levels 3"
+        words += " --rate 0.3" + (" --epochs 2" if "--max-steps" not in more else "")
+        run, _ = train("lt_glue.py", [*words.split(), *more])
+        return run, results(run)
 
     return go
 
 
 @pytest.fixture
 def watched(monkeypatch):
-    """What every step is called with and starts from: a list of (step object, learning rate, head before)."""
-    seen = []
-    plain = Step.__call__
+    """A list that grows by (step object, learning rate, head before) with every training step."""
+    seen, plain = [], Step.__call__
 
     def call(self, batch, lr):
         seen.append((self, lr, self.params["classifier.weight"].detach().clone()))
@@ -49,323 +47,254 @@ def watched(monkeypatch):
     return seen
 
 
-def theta0(bert_dir, seed=57):
-    return snapshot(load_bert(str(bert_dir), "classifier", "pretrained", seed)[0])
+@pytest.fixture(scope="session")
+def theta0(bert_dir):
+    """Every parameter before training, at the default seed."""
+    return snapshot(load_bert(str(bert_dir), "classifier", "pretrained", 57)[0])
 
 
-def test_each_level_starts_at_its_mask_times_theta0(run_glue, bert_dir):
-    run, results = run_glue()
-    weights = {name: w for name, w in theta0(bert_dir).items() if name.startswith("bert.")}
-    for result in results:
-        mask = Mask.load(run.level_dir(result["level"]) / "mask.safetensors")
-        start = {name: w * mask[name] if name in mask else w for name, w in weights.items()}
-        assert result["init_sha256"] == sha256_of(start)
+def mask_of(run, level):
+    return Mask.load(level_dir(run, level) / "mask.safetensors")
+
+
+def sha256_of_masked(theta, mask):
+    """The sha256 of the encoder m * theta."""
+    return sha256_of({name: w * mask[name] if name in mask else w for name, w in theta.items() if name.startswith("bert.")})
+
+
+# ---- Algorithm 1 ----
+
+
+def test_each_level_starts_from_its_mask_times_theta0(run_imp, theta0):
+    run, found = run_imp()
+    for result in found:
+        mask = mask_of(run, result["level"])
+        assert result["init_sha256"] == sha256_of_masked(theta0, mask)
         assert result["sparsity"] == pytest.approx(0.3 * result["level"], abs=1 / result["total"])
         assert result["mask_sha256"] == mask.sha256()
+        assert (mask.info["method"], mask.info["task"], mask.info["level"]) == ("imp", "sst2", result["level"])
 
 
-def test_each_mask_is_the_magnitude_of_what_the_level_before_trained(run_glue):
-    from safetensors.torch import load_file
-
-    run, _ = run_glue("--levels", "2", "--keep-models")
-    trained = load_file(run.level_dir(0) / "model" / "model.safetensors")
-    mask0, mask1 = (Mask.load(run.level_dir(level) / "mask.safetensors") for level in (0, 1))
+def test_each_mask_is_by_the_magnitude_that_the_level_before_trained(run_imp):
+    run, _ = run_imp("--levels", "2", "--keep-models")
+    trained = load_file(level_dir(run, 0) / "model" / "model.safetensors")
+    mask0, mask1 = mask_of(run, 0), mask_of(run, 1)
     assert prune(mask0, magnitude({name: trained[name] for name in mask0}), 0.3) == mask1
-    final = load_file(run.level_dir(1) / "weights.safetensors")
+    final = read_tensors(level_dir(run, 1) / "weights.safetensors")
     assert all((final[name][~kept] == 0).all() for name, kept in mask1.items())
 
 
-@pytest.mark.parametrize("extra", [[], ["--rewind", "none"], ["--rewind", "none", "--reset-optimizer"]])
-def test_pruning_first_starts_level_1_from_theta0_as_if_there_were_no_level_0(run_glue, bert_dir, extra, monkeypatch):
-    from bert_tickets.methods import imp as lottery
-
-    plain, given = lottery.train, []
-    monkeypatch.setattr(lottery, "train", lambda *args, **kept: given.append(bool(kept["moments"])) or plain(*args, **kept))
-    run, results = run_glue("--prune-first", *extra)
-    masks = [Mask.load(run.level_dir(level) / "mask.safetensors") for level in range(3)]
-    weights = {name: w for name, w in theta0(bert_dir).items() if name.startswith("bert.")}
-    assert prune(masks[0], magnitude({name: weights[name] for name in masks[0]}), 0.3) == masks[1]
-    starts = [sha256_of({name: w * mask[name] if name in mask else w for name, w in weights.items()}) for mask in masks]
-    found = [result["init_sha256"] for result in results]
-    assert found[:2] == starts[:2]
-    assert (found[2] == starts[2]) == (not extra)
-    assert given == [False, False, extra == ["--rewind", "none"]]
+def test_training_learns(run_imp):
+    _, (result,) = run_imp("--levels", "1", "--max-steps", "60", "--lr", "5e-3")
+    assert result["losses"][-1][1] < 0.8 * result["losses"][0][1]
+    assert result["metrics"]["accuracy"] > 0.6
 
 
-def test_a_level_learns(run_glue):
-    _, results = run_glue("--levels", "1", "--epochs", "20", "--lr", "5e-3")
-    assert results[0]["losses"][-1][1] < 0.8 * results[0]["losses"][0][1]
-    assert results[0]["metrics"]["accuracy"] > 0.6
+@pytest.mark.parametrize("schedule", ["linear", "geometric"])
+def test_schedules_of_sparsity(run_imp, schedule):
+    _, found = run_imp("--schedule", schedule, "--max-steps", "1")
+    expected = [0.3 * level if schedule == "linear" else 1 - 0.7**level for level in range(3)]
+    assert [result["sparsity"] for result in found] == pytest.approx(expected, abs=2 / found[0]["total"])
 
 
-def test_paper_protocol_decays_to_zero_in_each_level_and_rewinds_the_head(run_glue, watched, bert_dir):
-    _, results = run_glue()
-    steps = results[0]["steps"]
-    assert len(watched) == 3 * steps
-    for level in range(3):
-        rates = [lr for _, lr, _ in watched[level * steps : (level + 1) * steps]]
-        assert rates == pytest.approx([1e-3 * (1 - i / steps) for i in range(steps)])
-        assert torch.equal(watched[level * steps][2], theta0(bert_dir)["classifier.weight"])
+def test_tensor_scope_prunes_every_matrix_alike(run_imp):
+    run, _ = run_imp("--scope", "tensor", "--levels", "2", "--max-steps", "1")
+    assert all(abs(kept.float().mean().item() - 0.7) < 1e-2 for kept in mask_of(run, 1).values())
 
 
-def test_released_protocol_spans_all_levels_and_carries_the_head_on(run_glue, watched, bert_dir):
-    _, results = run_glue("--protocol", "released")
-    steps = results[0]["steps"]
-    heads = [watched[level * steps][2] for level in range(3)]
-    for level in range(3):
-        rates = [lr for _, lr, _ in watched[level * steps : (level + 1) * steps]]
-        assert rates == pytest.approx([1e-3 * (1 - i / (4 * steps)) for i in range(steps)])  # four levels at --rate 0.3
-    assert torch.equal(heads[0], theta0(bert_dir)["classifier.weight"])
-    assert not torch.equal(heads[1], heads[0])
-    assert not torch.equal(heads[2], heads[1])
+@pytest.mark.parametrize(
+    ("prunable", "covered"),
+    [
+        ("matrices+biases", "bert.encoder.layer.0.intermediate.dense.bias"),
+        ("matrices+embeddings", "bert.embeddings.word_embeddings.weight"),
+        ("heads", "bert.encoder.layer.1.attention.self.query.bias"),
+    ],
+)
+def test_other_prunable_sets_train_and_rewind(run_imp, theta0, prunable, covered):
+    run, found = run_imp("--prunable", prunable)
+    mask, final = mask_of(run, 2), read_tensors(level_dir(run, 2) / "weights.safetensors")
+    assert covered in mask
+    assert found[2]["init_sha256"] == sha256_of_masked(theta0, mask)
+    assert found[2]["sparsity"] == pytest.approx(0.6, abs=2 / mask.total)
+    assert all((final[name][~kept] == 0).all() for name, kept in mask.items())
 
 
-def test_released_standard_pruning_lets_the_rate_fall_once_and_keeps_its_adamw(run_glue, watched):
-    """As the released run_glue_prun.py: the rate never begins anew, and reaches zero at the end of the run."""
-    _, results = run_glue("--protocol", "released", "--rewind", "none")
-    steps = results[0]["steps"]
-    assert [lr for _, lr, _ in watched] == pytest.approx([1e-3 * (1 - i / (3 * steps)) for i in range(3 * steps)])
-    last = watched[-1][0]
-    assert {int(state["step"]) for state in last.optimizer.state.values()} == {3 * steps}
-    for level in (1, 2):  # the head goes on from where the level before left it
-        assert not torch.equal(watched[level * steps][2], watched[0][2])
+def test_masked_word_embeddings_leave_the_mlm_decoder_dense(commands, tmp_path):
+    words = [*commands["lt_pretrain.py"], "--prunable", "matrices+embeddings", "--levels", "2", "--rate", "0.5"]
+    run, _ = train("lt_pretrain.py", [*words, "--output-dir", tmp_path])
+    weights = read_tensors(level_dir(run, 1) / "weights.safetensors")
+    pruned = ~mask_of(run, 1)["bert.embeddings.word_embeddings.weight"]
+    assert pruned.float().mean() > 0.2
+    assert (weights["bert.embeddings.word_embeddings.weight"][pruned] == 0).all()
+    assert (weights["cls.predictions.decoder.weight"][pruned] != 0).all()
 
 
-def test_a_fall_over_the_run_goes_on_where_it_was_after_a_kill(run_glue, watched, monkeypatch):
-    extra = ["--protocol", "released", "--rewind", "none", "--save-steps", "2"]
-    expected = run_glue(*extra, "--output-dir", "whole")[1]
-    calls, plain = 0, Step.__call__
-
-    def dying(self, batch, lr):
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            raise KeyboardInterrupt
-        return plain(self, batch, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run_glue(*extra, "--output-dir", "killed")
-    assert run_glue(*extra, "--output-dir", "killed")[1] == expected
+@pytest.mark.parametrize("init", ["random", "w.safetensors"])
+def test_init_gives_the_first_weights(run_imp, bert_dir, init):
+    weights = encoder_weights(load_bert(str(bert_dir), "classifier", "random" if init == "random" else "pretrained", 57)[0])
+    if init != "random":
+        weights = {name: p.detach() + 1 for name, p in weights.items()}
+        save_file(weights, init)
+    _, (result,) = run_imp("--levels", "1", "--max-steps", "1", "--init", init)
+    assert result["init_sha256"] == sha256_of(weights)
 
 
-def test_each_quirk_has_its_own_flag(run_glue):
-    names = {
-        run_glue("--levels", "1", *flags)[0].dir.name
-        for flags in ([], ["--decay", "run"], ["--no-rewind-head"], ["--protocol", "released"])
-    }
-    assert len(names) == 4
+# ---- rewinding ----
 
 
 @pytest.mark.parametrize("rewind", ["2", "34%"])
-def test_rewinding_to_a_later_step_starts_there(run_glue, watched, rewind):
-    run, results = run_glue("--rewind", rewind)
-    steps = 6  # 44 examples, 16 a step, two epochs
-    assert [result["steps"] for result in results] == [steps, steps - 2, steps - 2]
-    theta = run.load_rewind()
-    for result in results[1:]:
-        mask = Mask.load(run.level_dir(result["level"]) / "mask.safetensors")
-        start = {name: w * mask[name] if name in mask else w for name, w in theta.items() if name.startswith("bert.")}
-        assert result["init_sha256"] == sha256_of(start)
-    assert watched[steps][1] == pytest.approx(1e-3 * (1 - 2 / steps))  # the schedule goes on from the rewinding step
-    assert torch.equal(watched[steps][2], theta["classifier.weight"])
+def test_rewinding_to_a_later_step_starts_there(run_imp, watched, rewind):
+    run, found = run_imp("--rewind", rewind)
+    assert [result["steps"] for result in found] == [STEPS, STEPS - 2, STEPS - 2]
+    theta = read_tensors(run / "rewind.safetensors")
+    for result in found[1:]:
+        assert result["init_sha256"] == sha256_of_masked(theta, mask_of(run, result["level"]))
+    assert watched[STEPS][1] == pytest.approx(1e-3 * (1 - 2 / STEPS))  # the schedule goes on from the rewinding step
+    assert torch.equal(watched[STEPS][2], theta["classifier.weight"])
     assert not torch.equal(watched[0][2], theta["classifier.weight"])
 
 
-def test_standard_pruning_trains_on_without_rewinding(run_glue, watched):
-    run, results = run_glue("--rewind", "none", "--levels", "2", "--keep-models")
-    from safetensors.torch import load_file
-
-    trained = load_file(run.level_dir(0) / "model" / "model.safetensors")
-    mask = Mask.load(run.level_dir(1) / "mask.safetensors")
-    start = {name: w * mask[name] if name in mask else w for name, w in trained.items() if name.startswith("bert.")}
-    assert results[1]["init_sha256"] == sha256_of(start)
-    assert watched[6][0].optimizer.state[watched[6][0].params["classifier.weight"]]["step"] == 12  # AdamW went on
-    assert [line["skipped_steps"] for line in results] == [0, 0]
+@pytest.mark.parametrize("resets", [False, True])
+def test_standard_pruning_trains_on_without_rewinding(run_imp, watched, resets):
+    run, found = run_imp("--rewind", "none", "--levels", "2", "--keep-models", *["--reset-optimizer"] * resets)
+    trained = load_file(level_dir(run, 0) / "model" / "model.safetensors")
+    assert found[1]["init_sha256"] == sha256_of_masked(trained, mask_of(run, 1))
+    optimizer = watched[STEPS][0].optimizer
+    assert optimizer.state[watched[STEPS][0].params["classifier.weight"]]["step"] == STEPS * (1 if resets else 2)
+    assert [result["skipped_steps"] for result in found] == [0, 0]
 
 
-def test_standard_pruning_with_a_new_optimiser(run_glue, watched):
-    run_glue("--rewind", "none", "--levels", "2", "--reset-optimizer")
-    assert watched[6][0].optimizer.state[watched[6][0].params["classifier.weight"]]["step"] == 6
+@pytest.mark.parametrize("more", [[], ["--rewind", "none"], ["--rewind", "none", "--reset-optimizer"]], ids=" ".join)
+def test_prune_first_starts_level_1_from_theta0(run_imp, theta0, more, monkeypatch):
+    plain, moments = session.train, []
+    monkeypatch.setattr(session, "train", lambda *args, **kept: moments.append(bool(kept["moments"])) or plain(*args, **kept))
+    run, found = run_imp("--prune-first", *more)
+    masks = [mask_of(run, level) for level in range(3)]
+    assert prune(masks[0], magnitude({name: theta0[name] for name in masks[0]}), 0.3) == masks[1]
+    starts = [sha256_of_masked(theta0, mask) for mask in masks]
+    assert [result["init_sha256"] == start for result, start in zip(found, starts, strict=True)] == [True, True, not more]
+    assert moments == [False, False, more == ["--rewind", "none"]]
 
 
-def test_geometric_levels_are_algorithm_1_to_the_letter(run_glue):
-    _, results = run_glue("--schedule", "geometric")
-    for result in results:
-        assert result["sparsity"] == pytest.approx(1 - 0.7 ** result["level"], abs=2 / result["total"])
+# ---- the learning rate and the head, by protocol ----
 
 
-def test_a_tensor_scope_prunes_every_matrix_alike(run_glue):
-    run, _ = run_glue("--scope", "tensor", "--levels", "2")
-    mask = Mask.load(run.level_dir(1) / "mask.safetensors")
-    assert all(abs(kept.float().mean().item() - 0.7) < 1e-2 for kept in mask.values())
+@pytest.mark.parametrize(
+    ("more", "span", "restarts", "head_rewound"),
+    [
+        ([], 1, True, True),
+        (["--protocol", "released"], 4, True, False),  # four levels at --rate 0.3
+        (["--protocol", "released", "--rewind", "none"], 3, False, False),
+        (["--decay", "once"], 3, False, True),
+        (["--protocol", "released", "--rewind-head"], 4, True, True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_decay_and_head_of_each_level(run_imp, watched, theta0, more, span, restarts, head_rewound):
+    run_imp(*more)
+    assert len(watched) == 3 * STEPS
+    for level in range(3):
+        first = 0 if restarts else level * STEPS
+        expected = [1e-3 * (1 - (first + i) / (span * STEPS)) for i in range(STEPS)]
+        assert [lr for _, lr, _ in watched[level * STEPS : (level + 1) * STEPS]] == pytest.approx(expected)
+        assert torch.equal(watched[level * STEPS][2], theta0["classifier.weight"]) == (head_rewound or level == 0)
+    taken = {int(state["step"]) for state in watched[-1][0].optimizer.state.values()}
+    assert taken == {3 * STEPS if "none" in more else STEPS}  # one AdamW throughout, or a new one for each level
 
 
-def test_a_given_ticket_is_trained_once(run_glue, tmp_path, bert_dir):
-    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
-    mask = oneshot(net, 0.5, "random", 3)
-    mask.write("m.safetensors", method="oneshot random")
-    run, results = run_glue("--mask", "m.safetensors")
-    assert len(results) == 1
-    assert results[0]["sparsity"] == 0.5
-    kept = Mask.load(run.level_dir(0) / "mask.safetensors")
-    assert kept == mask
-    assert kept.info == {"method": "oneshot random"}
-    weights = {n: w * mask[n] if n in mask else w for n, w in theta0(bert_dir).items() if n.startswith("bert.")}
-    assert results[0]["init_sha256"] == sha256_of(weights)
+def test_decay_over_the_run_goes_on_after_a_kill(run_imp, monkeypatch):
+    more = ["--protocol", "released", "--rewind", "none", "--save-steps", "2"]
+    _, expected = run_imp(*more, "--output-dir", "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", dying(Step.__call__, 9))
+        with pytest.raises(Killed):
+            run_imp(*more, "--output-dir", "killed")
+    assert run_imp(*more, "--output-dir", "killed")[1] == expected
 
 
-def test_a_mask_of_another_checkpoint_is_pointed_out(run_glue, tmp_path, bert_dir, capsys):
-    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
-    mask = oneshot(net, 0.5, "magnitude", 0)
-    for base, said in [("bert-base-cased", True), (str(bert_dir), False)]:
-        mask.write(tmp_path / "m.safetensors", base_model=base)
-        run_glue("--mask", tmp_path / "m.safetensors", "--max-steps", 1)
-        assert ("the mask was found on bert-base-cased" in capsys.readouterr().out) == said
+# ---- determinism ----
 
 
-def test_a_released_mask_pt_trains_as_the_mask_it_holds(run_glue, bert_dir):
-    mask = oneshot(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0], 0.5, "magnitude", 0)
-    mask.write("m.safetensors")
-    torch.save({f"{name}_mask": kept.float() for name, kept in mask.items()}, "mask.pt")
-    (_, ours), (_, released) = run_glue("--mask", "m.safetensors"), run_glue("--mask", "mask.pt")
-    names = [line.pop("run") for line in (*ours, *released)]
-    assert names[0] != names[1]  # a mask counts by its file's content
-    assert ours == released
-
-
-@pytest.mark.parametrize("init", ["random", "file"])
-def test_the_ticket_starts_from_the_weights_asked_for(run_glue, bert_dir, init):
-    if init == "file":
-        from safetensors.torch import save_file
-
-        net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
-        save_file({name: p.detach() + 1 for name, p in encoder_weights(net).items()}, "w.safetensors")
-        expected, init = {name: p.detach() + 1 for name, p in encoder_weights(net).items()}, "w.safetensors"
-    else:
-        expected = encoder_weights(load_bert(str(bert_dir), "classifier", "random", 57)[0])
-    _, results = run_glue("--levels", "1", "--init", init)
-    assert results[0]["init_sha256"] == sha256_of(expected)
-
-
-def test_a_mask_of_another_architecture_names_the_tensor(run_glue, bert_dir):
-    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
-    tensors = {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(net).items()}
-    name = "bert.encoder.layer.1.output.dense.weight"
-    Mask(tensors | {name: torch.ones(2, 2, dtype=torch.bool)}).write("m.safetensors")
-    with pytest.raises(UserError, match=rf"{name} is 32 x 64 in the model and 2 x 2 in the mask"):
-        run_glue("--mask", "m.safetensors")
-
-
-@pytest.mark.parametrize("method", ["magnitude", "random"])
-def test_a_oneshot_mask_of_tensor_scope_takes_the_share_of_every_matrix(bert_dir, method):
-    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
-    mask = oneshot(net, 0.4, method, 1, "tensor")
-    assert all(int((~kept).sum()) == round(0.4 * kept.numel()) for kept in mask.values())
-    if method == "magnitude":
-        weights = prunable(net)
-        for name, kept in mask.items():
-            assert weights[name][kept].abs().min() >= weights[name][~kept].abs().max()
-
-
-@pytest.mark.parametrize("method", ["magnitude", "random"])
-def test_oneshot_masks(bert_dir, method):
-    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
-    mask = oneshot(net, 0.4, method, 1)
-    assert mask.kept == mask.total - round(0.4 * mask.total)
-    if method == "magnitude":
-        import torch.nn.utils.prune as torch_prune
-
-        modules = [(net.get_submodule(name.removesuffix(".weight")), "weight") for name in prunable(net)]
-        torch_prune.global_unstructured(modules, torch_prune.L1Unstructured, amount=0.4)
-        assert all(torch.equal(kept, net.get_submodule(n.removesuffix(".weight")).weight_mask.bool()) for n, kept in mask.items())
-    else:
-        assert mask != oneshot(net, 0.4, method, 2)
-        assert mask == oneshot(net, 0.4, method, 1)
-
-
-def test_equal_settings_give_equal_results_and_another_seed_other_ones(run_glue, tmp_path):
-    _, first = run_glue("--output-dir", "a")
-    _, second = run_glue("--output-dir", "b")
-    _, other = run_glue("--output-dir", "a", "--seed", "58")
+def test_equal_settings_give_equal_results(run_imp):
+    (_, first), (_, second), (_, other) = (
+        run_imp("--output-dir", folder, "--seed", seed) for folder, seed in (("a", "57"), ("b", "57"), ("a", "58"))
+    )
     assert first == second
     assert first[0]["losses"] != other[0]["losses"]
 
 
-def test_a_nan_loss_ends_the_run_in_words_and_saves_nothing_of_it(run_glue, watched, monkeypatch):
-    plain = Step.__call__
-
-    def poisoned(self, batch, lr):
-        loss = plain(self, batch, lr)
-        return loss * float("nan") if len(watched) > 8 else loss
-
-    monkeypatch.setattr(Step, "__call__", poisoned)
-    with pytest.raises(UserError, match="loss became nan"):
-        run_glue("--save-steps", "1")
-    monkeypatch.undo()
+def test_levels_differ_by_their_masks_alone(run_imp, monkeypatch):
+    monkeypatch.setattr("bert_tickets.masking.prune.prune", lambda mask, *_: mask)
+    _, (dense, same) = run_imp("--levels", "2")
+    assert dense["losses"] == same["losses"]
+    assert dense["metrics"] == same["metrics"]
 
 
-def test_an_all_ones_level_from_theta_i_replays_the_dense_level(run_glue, monkeypatch):
-    """Levels differ by their masks alone: with nothing pruned, and AdamW new at the step both start from, so do not they."""
-    monkeypatch.setattr("bert_tickets.methods.imp.prune", lambda mask, *_: mask)
-    _, results = run_glue("--levels", "2")
-    assert results[0]["losses"] == results[1]["losses"]
-    assert results[0]["metrics"] == results[1]["metrics"]
-
-
-def test_dropout_of_a_step_does_not_depend_on_where_training_began(run_glue, monkeypatch):
-    draws: dict[int, list[float]] = {}
-    plain = Step.__call__
+def test_dropout_of_a_step_does_not_depend_on_where_training_began(run_imp, monkeypatch):
+    draws, plain = {}, Step.__call__
 
     def call(self, batch, lr):
-        draws.setdefault(round(6 * (1 - lr / 1e-3)), []).append(torch.rand(1).item())
+        draws.setdefault(round(STEPS * (1 - lr / 1e-3)), []).append(torch.rand(1).item())
         return plain(self, batch, lr)
 
     monkeypatch.setattr(Step, "__call__", call)
-    run_glue("--rewind", "2", "--levels", "2")
-    assert [len(draws[step]) for step in range(6)] == [1, 1, 2, 2, 2, 2]
+    run_imp("--rewind", "2", "--levels", "2")
+    assert [len(draws[step]) for step in range(STEPS)] == [1, 1, 2, 2, 2, 2]
     assert all(len(set(values)) == 1 for values in draws.values())
-    assert len({values[0] for values in draws.values()}) == 6
+    assert len({values[0] for values in draws.values()}) == STEPS
 
 
-def test_a_mask_may_name_biases_and_must_cover_every_matrix(run_glue, bert_dir):
-    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
-    ones = dict(Mask.ones(prunable(net)))
-    bias = "bert.encoder.layer.0.intermediate.dense.bias"
-    Mask(ones | {bias: torch.arange(64) % 2 == 0}).write("bias.safetensors")
-    run, _ = run_glue("--mask", "bias.safetensors", "--keep-models")
-    from safetensors.torch import load_file
-
-    trained = load_file(run.level_dir(0) / "weights.safetensors")[bias]
-    assert (trained[1::2] == 0).all()
-    assert (trained[::2] != 0).all()
-    ones.pop("bert.pooler.dense.weight")
-    Mask(ones).write("part.safetensors")
-    with pytest.raises(UserError, match=r"the model has bert\.pooler\.dense\.weight, which the mask does not cover"):
-        run_glue("--mask", "part.safetensors")
+def test_max_steps_and_limits(run_imp):
+    run, (result,) = run_imp("--max-steps", "3", "--limit-train", "20", "--limit-eval", "7", "--levels", "1")
+    assert result["steps"] == 3
+    fingerprint = json.loads((run / "run.json").read_text())["fingerprint"]
+    assert fingerprint["train"]["examples"] == 20
+    assert fingerprint["evaluation"]["validation"]["examples"] == 7
 
 
-def test_max_steps_and_limits(run_glue):
-    run, results = run_glue("--max-steps", "3", "--limit-train", "20", "--limit-eval", "7", "--levels", "1")
-    assert results[0]["steps"] == 3
-    facts = json.loads((run.dir / "run.json").read_text())["fingerprint"]
-    assert facts["train"]["examples"] == 20
-    assert facts["evaluation"]["validation"]["examples"] == 7
+# ---- settings ----
 
 
-def test_a_mnli_run_reports_both_sets(run_glue):
-    _, results = run_glue("--task", "mnli", "--levels", "1")
-    assert set(results[0]["metrics"]) == {"accuracy", "accuracy_mm"}
-    assert results[0]["metric"] == "accuracy"
+@pytest.mark.parametrize(("rewind", "step"), [("0", 0), ("none", 0), ("20", 20), ("5%", 10), ("0%", 0), ("99%", 198)])
+def test_rewind_is_a_step_or_a_percentage_of_a_level(rewind, step):
+    assert imp.Settings(rewind=rewind).rewind_step(200) == step
 
 
-def test_golden_losses_of_ten_steps_a_task(calm_bert_dir, glue_dir, squad_dir, corpus_dir):
-    """Computed once with padded batches of Hugging Face's own model (`python tests/golden.py` makes them again)."""
-    from golden import GOLDEN, cases, losses
+@pytest.mark.parametrize("rewind", ["200", "99.9%"])
+def test_rewinding_to_the_end_of_a_level_is_refused(rewind):
+    with pytest.raises(imp.UserError, match="nothing would be trained"):
+        imp.Settings(rewind=rewind).rewind_step(200)
 
-    golden = json.loads(GOLDEN.read_text())
-    found = cases(calm_bert_dir, glue_dir, squad_dir, corpus_dir)
-    assert set(golden) == set(found)
-    for task, expected in golden.items():
-        assert losses(*found[task], packed=True) == pytest.approx(expected, abs=2e-5), task
+
+@pytest.mark.parametrize(
+    ("given", "span"),
+    [
+        ({}, 10),
+        ({"levels": 4}, 10),  # a shorter run is the beginning of the whole one
+        ({"rate": 0.3}, 4),
+        ({"schedule": "geometric", "levels": 5}, 10),
+    ],
+)
+def test_decay_run_restarts_a_decay_over_all_levels_in_each(given, span):
+    for level in (0, 2):
+        rate = imp.Settings(decay="run", **given).learning_rate(1.0, level, 100)
+        assert [rate(step) for step in (0, 50, 100)] == pytest.approx([1 - k / span for k in (0, 0.5, 1)])
+
+
+@pytest.mark.parametrize("prune_first", [False, True])
+def test_decay_once_is_one_decay_over_the_run(prune_first):
+    """With --prune-first level 0 is for comparison, and decays by itself."""
+    s = imp.Settings(decay="once", levels=3, prune_first=prune_first)
+    rates = [s.learning_rate(1.0, level, 100)(step) for level in range(3) for step in range(100)]
+    compared = [1 - k / 100 for k in range(100)] if prune_first else []
+    assert rates == pytest.approx([*compared, *(1 - k / (300 - len(compared)) for k in range(300 - len(compared)))])
+
+
+def test_rate_alone_takes_as_many_levels_as_it_allows():
+    assert [imp.Settings(rate=rate).levels for rate in (0.2, 0.3, 0.05)] == [5, 4, 10]
+    assert imp.Settings(rate=0.2, schedule="geometric").levels == 10
+
+
+@pytest.mark.parametrize(("rewind", "resets", "expected"), [("0", None, True), ("none", None, False), ("none", True, True)])
+def test_the_optimizer_is_new_at_each_level_unless_nothing_is_rewound(rewind, resets, expected):
+    assert imp.Settings(rewind=rewind, reset_optimizer=resets).resets_optimizer is expected

@@ -1,49 +1,63 @@
 """A ticket found by any of the three scripts trains under any of them; as do one-shot tickets and perturbed weights."""
 
 import pytest
-from test_session import SCRIPTS
+import torch
+from trainrun import KINDS, train
 
-from bert_tickets.cli import parse
-from bert_tickets.files import sha256_of
+from bert_tickets.errors import UserError
+from bert_tickets.files import read_tensors, sha256_of, write_tensors
 from bert_tickets.masking.mask import Mask
+from bert_tickets.methods.oneshot import oneshot
+from bert_tickets.methods.perturb import perturb
 from bert_tickets.modeling.loading import load_bert
-from bert_tickets.modeling.parameters import encoder_weights
-from bert_tickets.runs.session import Run
+from bert_tickets.modeling.parameters import encoder_weights, prunable
+from bert_tickets.runs.directory import level_dir, results
 
 
 @pytest.fixture(scope="module")
 def tickets(commands, tmp_path_factory):
-    """The ticket of each script's task, 30 % removed."""
+    """The mask file of a ticket of each script's task, 30 % pruned."""
     found, folder = {}, tmp_path_factory.mktemp("sources")
-    for script, (module, preset) in SCRIPTS.items():
-        cfg = parse(preset, None, [*commands[script], *f"--levels 2 --rate 0.3 --output-dir {folder}".split()])
-        module.main(cfg)
-        found[script] = Run(cfg, preset).level_dir(1) / "mask.safetensors"
+    for script in KINDS:
+        run, _ = train(script, [*commands[script], *f"--levels 2 --rate 0.3 --output-dir {folder}".split()])
+        found[script] = level_dir(run, 1) / "mask.safetensors"
     return found
 
 
-def transfer(target: str, commands, folder, *words: object):
-    """What training a ticket on the target's task says: (mask, result)."""
-    module, preset = SCRIPTS[target]
-    cfg = parse(preset, None, [*commands[target], *f"--output-dir {folder}".split(), *map(str, words)])
-    module.main(cfg)
-    run = Run(cfg, preset)
-    (result,) = run.results()
-    return Mask.load(run.level_dir(0) / "mask.safetensors"), result
+@pytest.fixture(scope="module")
+def net(bert_dir):
+    return load_bert(str(bert_dir), "classifier", "pretrained", 57)[0]
 
 
-@pytest.mark.parametrize("target", SCRIPTS)
-@pytest.mark.parametrize("source", SCRIPTS)
-def test_any_ticket_trains_on_any_task(tickets, commands, bert_dir, tmp_path, source, target):
+@pytest.fixture
+def transfer(commands, tmp_path):
+    """A function that trains a mask on a script's task: the run directory and its one result."""
+
+    def go(mask, *more, script="lt_glue.py"):
+        run, _ = train(script, [*commands[script], "--mask", mask, "--output-dir", tmp_path / "runs", *more])
+        (result,) = results(run)
+        return run, result
+
+    return go
+
+
+def start_of(net, mask):
+    """The sha256 of the encoder m * theta_0."""
+    return sha256_of({name: p.detach() * mask[name] if name in mask else p for name, p in encoder_weights(net).items()})
+
+
+@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("source", KINDS)
+def test_any_ticket_trains_on_any_task(tickets, transfer, net, source, target):
     ticket = Mask.load(tickets[source])
-    mask, result = transfer(target, commands, tmp_path, "--mask", tickets[source])
-    assert mask == ticket
-    weights = {
-        name: p.detach().clone() for name, p in encoder_weights(load_bert(str(bert_dir), "qa", "pretrained", 0)[0]).items()
-    }
-    ticket.apply(weights)
-    assert result["init_sha256"] == sha256_of(weights)  # the ticket's mask over theta_0, whatever the head
+    run, result = transfer(tickets[source], script=target)
+    found = Mask.load(level_dir(run, 0) / "mask.safetensors")
+    assert found == ticket
+    assert found.info == ticket.info  # where it was found, not where it trained
+    assert result["init_sha256"] == start_of(net, ticket)  # whatever the head
     assert result["sparsity"] == pytest.approx(0.3, abs=1e-3)
+    assert (result["method"], result["level"]) == ("transfer", 0)
+    assert run.name.startswith(f"{result['task']}-transfer-s57-")
 
 
 def test_tickets_of_different_tasks_differ_and_cover_the_same(tickets):
@@ -53,25 +67,79 @@ def test_tickets_of_different_tasks_differ_and_cover_the_same(tickets):
             assert 0 < mask.distance(other) < 0.2  # mostly theta_0's own small weights, after so few steps
 
 
-@pytest.mark.parametrize("target", SCRIPTS)
-def test_oneshot_tickets_and_perturbed_weights_go_anywhere(target, commands, bert_dir, tmp_path, run_script):
-    made = run_script("oneshot.py", *f"--rate 0.4 --method random --model {bert_dir} --output random.safetensors".split())
-    assert made.returncode == 0, made.stderr
-    spoilt = run_script("perturb_weight.py", *f"--shuffle entries --model {bert_dir} --output shuffled.safetensors".split())
-    assert spoilt.returncode == 0, spoilt.stderr
-    words = ["--mask", tmp_path / "random.safetensors", "--init", tmp_path / "shuffled.safetensors"]
-    mask, result = transfer(target, commands, tmp_path, *words)
-    assert mask.sparsity == pytest.approx(0.4, abs=1e-3)
-    plain = transfer(target, commands, tmp_path, *words[:2])[1]
-    assert plain["init_sha256"] != result["init_sha256"]
+def test_a_oneshot_ticket_trains_from_perturbed_weights(transfer, net, tmp_path):
+    mask = oneshot(net, 0.4, "random", 3)
+    mask.write(tmp_path / "m.safetensors", method="oneshot random")
+    weights, facts = perturb(encoder_weights(net), "entries", 0, 1)
+    write_tensors(tmp_path / "w.safetensors", weights, facts)
+    run, result = transfer(tmp_path / "m.safetensors", "--init", tmp_path / "w.safetensors")
+    assert result["sparsity"] == pytest.approx(0.4, abs=1e-3)
+    assert Mask.load(level_dir(run, 0) / "mask.safetensors").info == {"method": "oneshot random"}
+    masked = {name: w * mask[name] if name in mask else w for name, w in weights.items()}
+    assert result["init_sha256"] == sha256_of(masked)
 
 
-@pytest.mark.parametrize("target", ["lt_squad.py", "lt_pretrain.py"])
-def test_a_mask_of_another_network_is_refused_by_name(target, commands, tickets, tmp_path):
-    from bert_tickets.errors import UserError
+def test_damaged_initial_weights_are_refused(transfer, net, tmp_path):
+    oneshot(net, 0.4, "random", 3).write(tmp_path / "m.safetensors")
+    write_tensors(tmp_path / "w.safetensors", encoder_weights(net), {"perturbed": "nothing"})
+    data = bytearray((tmp_path / "w.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "w.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"w\.safetensors is damaged"):
+        transfer(tmp_path / "m.safetensors", "--init", tmp_path / "w.safetensors")
 
-    mask = Mask.load(tickets["lt_glue.py"])
-    smaller = Mask({name: kept for name, kept in mask.items() if "pooler" not in name})  # as of a model without one
-    smaller.write(tmp_path / "smaller.safetensors")
-    with pytest.raises(UserError, match=r"bert\.pooler\.dense\.weight"):
-        transfer(target, commands, tmp_path, "--mask", tmp_path / "smaller.safetensors")
+
+def test_a_released_mask_pt_trains_as_the_mask_it_holds(transfer, net, tmp_path):
+    mask = oneshot(net, 0.5, "magnitude", 0)
+    mask.write(tmp_path / "m.safetensors")
+    torch.save({f"{name}_mask": kept.float() for name, kept in mask.items()}, tmp_path / "mask.pt")
+    (_, ours), (_, released) = transfer(tmp_path / "m.safetensors"), transfer(tmp_path / "mask.pt")
+    assert ours.pop("run") != released.pop("run")  # a mask counts by its file's content
+    assert ours == released
+
+
+def test_masked_word_embeddings_leave_the_mlm_decoder_dense(transfer, net, tmp_path):
+    name = "bert.embeddings.word_embeddings.weight"
+    kept = torch.rand(net.get_parameter(name).shape) < 0.5
+    Mask({name: kept}).write(tmp_path / "m.safetensors")
+    run, _ = transfer(tmp_path / "m.safetensors", script="lt_pretrain.py")
+    weights = read_tensors(level_dir(run, 0) / "weights.safetensors")
+    assert (weights[name][~kept] == 0).all()
+    assert (weights["cls.predictions.decoder.weight"][~kept] != 0).any()
+
+
+@pytest.mark.parametrize("script", KINDS)
+def test_a_mask_may_cover_biases_or_some_matrices_only(transfer, net, tmp_path, script):
+    bias, matrix = "bert.encoder.layer.0.intermediate.dense.bias", "bert.encoder.layer.1.output.dense.weight"
+    kept = {bias: torch.arange(64) % 2 == 0, matrix: torch.rand(prunable(net)[matrix].shape) < 0.5}
+    Mask(kept).write(tmp_path / "m.safetensors")
+    run, result = transfer(tmp_path / "m.safetensors", script=script)
+    trained = read_tensors(level_dir(run, 0) / "weights.safetensors")
+    for name, mask in kept.items():
+        assert (trained[name][~mask] == 0).all()
+        assert (trained[name][mask] != 0).any()
+    dense = min(prunable(net).keys() - {matrix})
+    assert f"the mask does not cover 12 of the model's matrices, {dense} among them: they stay dense" in result["warnings"]
+
+
+def test_a_mask_of_another_checkpoint_is_warned_about(transfer, net, tmp_path, bert_dir):
+    mask = oneshot(net, 0.5, "magnitude", 0)
+    for base, warned in [("bert-base-cased", True), (str(bert_dir), False)]:
+        mask.write(tmp_path / "m.safetensors", base_model=base)
+        _, result = transfer(tmp_path / "m.safetensors")
+        assert any("the mask was found on bert-base-cased" in warning for warning in result["warnings"]) == warned
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bert.encoder.layer.1.output.dense.weight", "is 32 x 64 in the model and 2 x 2 in the mask"),
+        ("bert.encoder.layer.7.output.dense.weight", "which the model does not have"),
+    ],
+)
+def test_a_mask_of_another_architecture_names_the_tensor(transfer, net, tmp_path, name, said):
+    tensors = dict(Mask.ones(prunable(net))) | {name: torch.ones(2, 2, dtype=torch.bool)}
+    Mask(tensors).write(tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=f"{name}.* {said}"):
+        transfer(tmp_path / "m.safetensors")
+    assert list((tmp_path / "runs").iterdir()) == []

@@ -1,598 +1,279 @@
-"""A run that is killed at any moment and started again ends as if nothing had happened."""
+"""The run directory: what it holds, what it answers, what it refuses."""
 
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
+import types
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conftest import ROOT
+from trainrun import KINDS, MAY_DIFFER, train
 
-import lt_glue
-import lt_pretrain
-import lt_squad
-from bert_tickets import Busy, Diverged, Stopped, UserError, files
-from bert_tickets.cli import parse
-from bert_tickets.methods import imp as lottery
-from bert_tickets.report.results import read_records
-from bert_tickets.runs.directory import failure, is_strict, results, results_lines, seconds
-from bert_tickets.runs.session import Run
+from bert_tickets.cli import parse, run_command
+from bert_tickets.errors import Diverged, UserError
+from bert_tickets.files import read_checksummed, write_checksummed
+from bert_tickets.methods import main as program
+from bert_tickets.runs import session
+from bert_tickets.runs.directory import events, failure, run_dir
+from bert_tickets.runs.writer import Run
 from bert_tickets.training.step import Step
 
-ROOT = Path(__file__).parent.parent
-MAY_DIFFER = {"log.jsonl", "lock"}  # when and where it ran
 
+def state(folder):
+    """The paths below a folder, with sizes and times of change."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
 
+# ---- a run directory ----
 
-@pytest.fixture
-def script():
-    """The script that a test is of; a test that is parametrised by it is of all three."""
-    return "lt_glue.py"
 
-
-@pytest.fixture
-def command(script, commands):
-    return [*commands[script], *["--levels", "3", "--rate", "0.25", "--save-steps", "2"]]
-
-
-SCRIPTS = {"lt_glue.py": (lt_glue, "glue"), "lt_squad.py": (lt_squad, "squad"), "lt_pretrain.py": (lt_pretrain, "mlm")}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in MAY_DIFFER
-    }
-
-
-@pytest.fixture
-def go(script, command, tmp_path, monkeypatch):
-    """Run the command in a folder of the test's; `interrupt` patches something first. Returns all files but the log."""
-    monkeypatch.setattr(sys, "argv", [script])  # run.json holds it
-    module, preset = SCRIPTS[script]
-
-    def run(name: str, *extra: str) -> dict[str, bytes]:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        with monkeypatch.context() as patch:
-            patch.chdir(folder)
-            module.main(parse(preset, None, [*command, *extra]))
-        return contents(folder)
-
-    return run
-
-
-def dying(function, at: int, *, before: bool = True):
-    """`function`, killed at its call number `at`, before or after doing its work."""
-    calls = 0
-
-    def call(*arguments, **options):
-        nonlocal calls
-        calls += 1
-        if calls == at and before:
-            raise Killed
-        result = function(*arguments, **options)
-        if calls == at:
-            raise Killed
-        return result
-
-    return call
-
-
-def die(go, monkeypatch, step: int, *words: str) -> None:
-    """A run in the folder "run", killed at this step of all its levels (six each)."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", dying(Step.__call__, step))
-        with pytest.raises(Killed):
-            go("run", *words)
-
-
-VARIANTS = [("lt_glue.py", words.split()) for words in ("", "--rewind 3", "--rewind none", "--protocol released")]
-VARIANTS += [("lt_squad.py", []), ("lt_pretrain.py", []), ("lt_pretrain.py", ["--protocol", "released"])]
-
-
-@pytest.mark.parametrize(("script", "variant"), VARIANTS, ids=lambda words: words if isinstance(words, str) else " ".join(words))
-def test_killed_at_every_step_in_turn_it_ends_bit_identical(go, monkeypatch, variant):
-    """The run dies at its 5th step, is started again, dies at the 5th from there, and so on until it is through."""
-    expected = go("undisturbed", *variant)
-    deaths = 0
-    while True:
-        with monkeypatch.context() as patch:
-            patch.setattr(Step, "__call__", dying(Step.__call__, 5))
-            try:
-                found = go("killed", *variant)
-                break
-            except Killed:
-                deaths += 1
-    assert deaths >= 3
-    assert found == expected
-
-
-def test_killed_in_its_writes_it_ends_bit_identical(go, monkeypatch):
-    """Before and after flushes and renames all through a run that writes every kind of file."""
-    variant = ["--rewind", "3"]
-    expected = go("undisturbed", *variant)
-    for target, name in [(os, "fsync"), (Path, "replace"), (Path, "rename")]:
-        for before in (True, False):
-            at, done = 1, False
-            while not done:
-                folder = f"{name}-{at}-{before}"
-                with monkeypatch.context() as patch:
-                    patch.setattr(target, name, dying(getattr(target, name), at, before=before))
-                    try:
-                        go(folder, *variant)
-                        done = True
-                    except Killed:
-                        pass
-                if not done:
-                    assert go(folder, *variant) == expected, folder
-                at += 9 if name != "rename" else 1
-
-
-def test_what_is_renamed_is_on_the_disk_before_and_its_new_name_after(go, monkeypatch):
-    """Or a machine that fails leaves a file in place that is empty."""
-    flushed, unflushed, moved = set(), set(), 0
-    sync, plain, unlink = os.fsync, {name: getattr(Path, name) for name in ("rename", "replace")}, Path.unlink
-
-    def state(place: os.stat_result) -> tuple[int, int]:
-        return place.st_ino, place.st_mtime_ns
-
-    def flush(descriptor: int) -> None:
-        flushed.add(state(os.fstat(descriptor)))
-        unflushed.discard(os.fstat(descriptor).st_ino)
-        sync(descriptor)
-
-    def move(name: str, path: Path, target: Path) -> Path:
-        nonlocal moved
-        moved += 1
-        for place in [path, *path.rglob("*")]:
-            assert state(place.stat()) in flushed, place
-        unflushed.add(target.parent.stat().st_ino)
-        return plain[name](path, target)
-
-    def remove(path: Path, **options: bool) -> None:
-        assert not unflushed, path  # what takes its place may not be there
-        unlink(path, **options)
-
-    monkeypatch.setattr(os, "fsync", flush)
-    monkeypatch.setattr(Path, "unlink", remove)
-    for name in plain:
-        monkeypatch.setattr(Path, name, lambda path, target, name=name: move(name, path, target))
-    go("run", "--rewind", "3", "--keep-models")
-    assert moved > 20
-    assert not unflushed
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_sigkill_for_real(script, command, tmp_path):
-    """The process itself is killed, twice, at moments of its own choosing."""
-
-    def start(folder: Path) -> subprocess.Popen:
-        folder.mkdir(exist_ok=True)
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / script), *command, "--max-steps", "30"],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    undisturbed = start(tmp_path / "a")
-    assert undisturbed.wait(120) == 0
-    for pause in (0.1, 0.6):
-        process = start(tmp_path / "b")
-        (run_dir,) = wait_for(lambda: list((tmp_path / "b").glob("runs/*")))
-        before = (run_dir / "log.jsonl").read_text() if (run_dir / "log.jsonl").exists() else ""
-        wait_for(
-            lambda run_dir=run_dir, before=before: (
-                (run_dir / "log.jsonl").exists() and (run_dir / "log.jsonl").read_text() != before
-            )
-        )
-        time.sleep(pause)
-        process.kill()
-        assert process.wait(30) == -signal.SIGKILL
-    assert start(tmp_path / "b").wait(120) == 0
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-def wait_for(condition, seconds: float = 60):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return value
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(go, monkeypatch, number, code, tmp_path):
-    plain, calls = Step.__call__, 0
-    expected = go("undisturbed", "--save-steps", "999")
-
-    def call(self, batch, lr):
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            os.kill(os.getpid(), number)
-        return plain(self, batch, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", call)
-        with pytest.raises(Stopped, match=r"level 1 after step 3, saved in runs/.*the same command goes on") as stop:
-            go("stopped", "--save-steps", "999")
-    assert stop.value.code == code
-    assert list((tmp_path / "stopped").rglob("checkpoint.safetensors"))
-    calls = 0
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", plain)
-        assert go("stopped", "--save-steps", "999") == expected
-    assert not list((tmp_path / "stopped").rglob("checkpoint.safetensors"))
-
-
-def test_a_signal_that_comes_in_a_finaliser_is_not_lost(go, monkeypatch, tmp_path):
-    """Python drops what is raised in one, as in a callback of weakref, with a traceback on the screen."""
-    plain, dropped = lottery.prepare, []
-
-    class Thing:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def prepare(*arguments):
-        thing = Thing()
-        del thing
-        return plain(*arguments)
-
-    expected = go("undisturbed")
-    with monkeypatch.context() as patch:
-        patch.setattr(lottery, "prepare", prepare)
-        patch.setattr(sys, "unraisablehook", dropped.append)
-        with pytest.raises(Stopped, match="stopped in level 0 after step 1, saved") as stop:
-            go("run")
-    assert [type(one.exc_value) for one in dropped] == [Stopped]
-    assert stop.value.code == 143
-    assert go("run") == expected
-
-
-def test_a_finished_run_answers_at_once_and_writes_nothing(go, monkeypatch, capsys):
-    expected = go("run")
-    said = capsys.readouterr().out
-    table = said[said.index("level  sparsity") :].splitlines()
-    monkeypatch.setattr("bert_tickets.methods.imp.prepare", lambda *_: pytest.fail("it loaded a model"))
-    assert go("run") == expected
-    assert capsys.readouterr().out.splitlines() == table
-    assert table[0].split()[:3] == ["level", "sparsity", "accuracy"]
-
-
-def test_a_finished_run_is_looked_at_before_it_answers(go, tmp_path, capsys):
-    expected = go("run")
-    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    (run_dir / "results.jsonl").write_bytes(b"{}\n")
-    assert go("run") == expected
-    assert "results.jsonl is damaged or was edited: it is written again from the levels' metrics.json" in capsys.readouterr().out
-    (run_dir / "level_02" / "weights.safetensors").unlink()
-    go("run")
-    assert "level_02/weights.safetensors is missing: " in capsys.readouterr().out
-    mask = run_dir / "level_00" / "mask.safetensors"
-    mask.write_bytes(mask.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"level_00/mask\.safetensors is damaged"):
-        go("run")
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """The steps that are taken, one after another, of all runs of the test."""
-    taken, plain = [], Step.__call__
-
-    def counting(*arguments):
-        taken.append(len(taken) + 1)
-        return plain(*arguments)
-
-    monkeypatch.setattr(Step, "__call__", counting)
-    return taken
-
-
-def test_finished_levels_are_not_trained_again(go, monkeypatch, steps):
-    die(go, monkeypatch, 14)
-    steps.clear()
-    go("run")
-    assert len(steps) == 18 - 12  # level 2 from its start: its first checkpoint was not reached
-
-
-def test_what_a_kill_left_half_written_is_removed(go, monkeypatch, tmp_path):
-    expected = go("undisturbed")
-    die(go, monkeypatch, 8)
-    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    (run_dir / ".checkpoint.safetensors.elsewhere.1.tmp").write_bytes(b"half")
-    (run_dir / ".level_07.tmp").mkdir()  # of a number that this run does not come to
-    (run_dir / ".level_07.tmp" / "mask.safetensors").write_bytes(b"half")
-    assert go("run") == expected
-
-
-def test_a_level_that_was_killed_in_its_evaluation_is_not_trained_again(go, monkeypatch, steps):
-    expected = go("undisturbed", "--save-steps", "999")
-    monkeypatch.setattr("bert_tickets.training.loop.EVALUATION", 0.0)  # in minutes; a level here takes less than a second
-    with monkeypatch.context() as patch:
-        patch.setattr(lottery, "evaluate", dying(lottery.evaluate, 2))
-        with pytest.raises(Killed):
-            go("run", "--save-steps", "999")
-    steps.clear()
-    assert go("run", "--save-steps", "999") == expected
-    assert len(steps) == 6  # level 2's
-
-
-def test_what_a_run_directory_holds(go, tmp_path):
-    found = go("run")
-    names = {name.split("/", 2)[2] for name in found}
+def test_files_of_a_finished_run(runs):
+    found = runs("run")
+    run = runs.dir("run")
     levels = {f"level_0{level}/{file}" for level in range(3) for file in ("mask.safetensors", "metrics.json")}
-    assert names == {"run.json", "results.jsonl", "level_02/weights.safetensors", *levels}
-    about = json.loads(next(data for name, data in found.items() if name.endswith("run.json")))
-    assert about["config"]["lr"] == 1e-3
+    assert found.keys() == {"run.json", "results.jsonl", "level_02/weights.safetensors", *levels}
+    assert {path.name for path in run.iterdir()} & MAY_DIFFER == {"log.jsonl", "train.jsonl", "lock"}
+    about = read_checksummed(run / "run.json")
+    assert (about["run"], about["config"]["method"], about["config"]["lr"]) == (run.name, "imp", 1e-3)
     assert about["differs_from_preset"]["levels"] == 3
     assert set(about["fingerprint"]) == {"device", "precision", "model", "init", "head", "architecture", "train", "evaluation"}
     assert {"torch", "transformers", "python"} <= set(about["environment"]["versions"])
-    lines = next(data for name, data in found.items() if name.endswith("results.jsonl")).splitlines()
-    assert [json.loads(line)["level"] for line in lines] == [0, 1, 2]
+    lines = [json.loads(line) for line in found["results.jsonl"].splitlines()]
+    assert [(line["level"], line["method"], line["task"]) for line in lines] == [(level, "imp", "rte") for level in range(3)]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_level_begins_again(go, monkeypatch, capsys, tmp_path):
-    expected = go("undisturbed")
-    die(go, monkeypatch, 10)
-    (checkpoint,) = (tmp_path / "run").rglob("checkpoint.safetensors")
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    assert go("run") == expected
-    assert "checkpoint.safetensors is damaged" in capsys.readouterr().out
+def test_train_jsonl_grows_while_a_level_trains(runs, monkeypatch):
+    seen, plain = [], Step.__call__
+
+    def call(self, batch, lr):
+        seen.append(sum(1 for _ in events(runs.dir("run") / "train.jsonl")))
+        return plain(self, batch, lr)
+
+    monkeypatch.setattr(Step, "__call__", call)
+    runs("run", "--levels", "1")
+    assert seen == [0, 0, 1, 1, 2, 2]  # --log-every 2
+    lines = list(events(runs.dir("run") / "train.jsonl"))
+    assert all(line.keys() == {"level", "step", "loss", "lr", "seconds"} for line in lines)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    losses = read_checksummed(runs.dir("run") / "level_00" / "metrics.json")["losses"]
+    assert [[line["step"], line["loss"]] for line in lines] == losses
 
 
-@pytest.mark.parametrize("file", ["run.json", "level_00/metrics.json", "level_01/weights.safetensors"])
-def test_damaged_state_is_named_and_refused(go, monkeypatch, tmp_path, file):
-    die(go, monkeypatch, 15)
-    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    data = (run_dir / file).read_bytes()
-    (run_dir / file).write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=file.split("/")[-1].replace(".", r"\.") + " is damaged"):
-        go("run")
+def test_losses_go_to_tensorboard_where_it_is_installed(runs, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        flush = close = lambda self: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr("bert_tickets.runs.train_log.importlib.util.find_spec", lambda name: name)
+    runs("run", "--levels", "1")
+    assert written[0].endswith("tensorboard/level_00")
+    assert written[1:] == [(name, step) for step in (2, 4, 6) for name in ("loss", "lr")]
 
 
-def test_a_changed_model_or_other_data_are_not_mixed_in(go, monkeypatch, tmp_path):
-    die(go, monkeypatch, 8)
-    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    about = files.read_checksummed(run_dir / "run.json")
+def test_kept_models_open_in_transformers(runs):
+    from transformers import AutoModelForSequenceClassification
+
+    runs("run", "--keep-models")
+    for level in range(3):
+        net = AutoModelForSequenceClassification.from_pretrained(runs.dir("run") / f"level_0{level}" / "model")
+        zeros = (net.bert.encoder.layer[0].output.dense.weight == 0).float().mean()
+        assert (zeros > 0.1) == (level > 0)
+
+
+def test_a_kept_model_does_not_depend_on_the_token_cache(runs, monkeypatch, tmp_path):
+    """A tokenizer remembers its last call, and is saved with it."""
+    monkeypatch.setattr("bert_tickets.data.token_cache.HF_HOME", tmp_path / "cache")
+    assert runs("cold", "--keep-models", "--levels", "1") == runs("warm", "--keep-models", "--levels", "1")
+
+
+# ---- a finished run ----
+
+
+def test_a_finished_run_answers_at_once_and_writes_nothing(runs, monkeypatch, capsys):
+    runs("run")
+    table = capsys.readouterr().out.partition("level  sparsity  accuracy")
+    before = state(runs.place / "run")
+    monkeypatch.setattr(program, "train", lambda cfg: pytest.fail("it takes the lock"))
+    runs("run")
+    assert "".join(table[1:]) == capsys.readouterr().out
+    assert state(runs.place / "run") == before
+
+
+def test_a_finished_run_answers_from_a_read_only_folder_without_torch(runs):
+    runs("run")
+    place = runs.place / "run"
+    for path in [*place.rglob("*"), place]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = state(place)
+    command = [sys.executable, "-X", "importtime", str(ROOT / "lt_glue.py"), *runs.command]
+    ran = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0
+    assert ran.stdout.startswith("level  sparsity")
+    assert state(place) == before
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ran.stderr.splitlines()}
+    assert "bert_tickets" in imported
+    assert imported.isdisjoint({"torch", "transformers", "filelock"})
+
+
+# ---- refusals ----
+
+
+def exits(capsys, main, *arguments):
+    """The exit code of a script's main function, and the last line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, *arguments)
+    return stop.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_held_directory_is_busy(runs, capsys):
+    cfg = parse("glue", None, [*runs.command, "--output-dir", str(runs.place)])
+    with Run(cfg):
+        code, line = exits(capsys, program.run, cfg)
+    assert code == 75
+    assert line == f"error: {run_dir(cfg)} is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, or stop it"
+    assert not run_dir(cfg).exists()  # nothing was begun
+    with Run(cfg):
+        pass
+
+
+def test_another_format_is_refused_in_one_line(runs, capsys):
+    runs.killed_at(8, "run")
+    run = runs.dir("run")
+    write_checksummed(run / "run.json", read_checksummed(run / "run.json") | {"format": 2})
+    for step in ("unfinished", "finished"):
+        cfg = parse("glue", None, [*runs.command, "--output-dir", str(run.parent)])
+        code, line = exits(capsys, program.run, cfg)
+        assert code == 2, step
+        assert line == f"error: {run} has format 2, and this version reads format 3: give another --output-dir"
+        for level in (1, 2):
+            shutil.copytree(run / "level_00", run / f"level_0{level}", dirs_exist_ok=True)
+
+
+def test_another_model_or_other_data_are_not_mixed_in(runs):
+    run = runs.killed_at(8, "run")
+    about = read_checksummed(run / "run.json")
     for key in about["fingerprint"]:
-        files.write_checksummed(run_dir / "run.json", about | {"fingerprint": about["fingerprint"] | {key: "another"}})
-        with pytest.raises(UserError, match=rf"was begun with {key} .* would mix two runs"):
-            go("run")
+        write_checksummed(run / "run.json", about | {"fingerprint": about["fingerprint"] | {key: "another"}})
+        with pytest.raises(UserError, match=rf"was started with {key} .* would mix two runs"):
+            runs("run")
 
 
-def test_another_environment_is_said_and_written_down(go, monkeypatch, capsys, tmp_path):
-    """It may change the bits, so it is not silent; but a cluster's next node may well be another, so it is not refused."""
-    die(go, monkeypatch, 8)
-    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    about = files.read_checksummed(run_dir / "run.json")
+def test_a_directory_of_another_run_is_refused(runs):
+    run, other = runs.killed_at(8, "run"), runs.killed_at(8, "other", "--seed", "58")
+    shutil.rmtree(run)
+    shutil.copytree(other, run)
+    with pytest.raises(UserError, match=rf"{run.name}/run\.json belongs to {other.name}"):
+        runs("run")
+
+
+def test_another_environment_is_printed_and_logged(runs, capsys):
+    """It may change the bits; but the next node of a cluster may well be another, so it is not refused."""
+    run = runs.killed_at(8, "run")
+    about = read_checksummed(run / "run.json")
     about["environment"]["threads"] = 99
-    files.write_checksummed(run_dir / "run.json", about)
-    go("run")
-    assert "begun with 99: the bits may differ" in capsys.readouterr().out
-    events = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    (resume,) = (event for event in events if event["event"] == "resume")
+    write_checksummed(run / "run.json", about)
+    runs("run")
+    assert "started with 99: results may differ in the last bits" in capsys.readouterr().out
+    (resume,) = (event for event in events(run / "log.jsonl") if event["event"] == "resume")
     assert list(resume["changed"]) == ["threads"]
 
 
-def test_a_torn_line_of_the_log_harms_nothing(go, tmp_path):
-    go("run")
-    (log,) = (tmp_path / "run").rglob("log.jsonl")
-    log.write_text(log.read_text() + '{"event": "le')
-    go("run")
-    run = Run(parse("glue", None, ["--task", "rte"]), "glue")
-    run.dir = log.parent
-    run.log("later")
-    assert sorted(seconds(log.parent)) == [0, 1, 2]
-    assert json.loads(log.read_text().splitlines()[-1])["event"] == "later"
+@pytest.mark.parametrize("words", ["--mask nowhere.safetensors", "--model nowhere", "--data-dir nowhere", "--init nowhere"])
+@pytest.mark.parametrize("script", KINDS)
+def test_a_mistake_leaves_no_directory(commands, tmp_path, script, words):
+    with pytest.raises(UserError, match="nowhere"):
+        train(script, [*commands[script], *words.split(), "--output-dir", tmp_path])
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- levels without a result ----
 
 
 @pytest.fixture
-def diverge(go, monkeypatch, tmp_path):
-    """Have the run in a folder meet a weight that is not finite, in its second level; returns the run directory."""
+def diverge(runs, monkeypatch):
+    """A function that sets `weight` of the network to `value` after step `step` of the run in a folder; the run directory."""
     plain = Step.__call__
 
-    def run(name: str) -> Path:
+    def run(name, step, weight, value, match):
         calls = 0
 
         def breaking(self, batch, lr):  # the loss of this very step is still finite
             nonlocal calls
             calls += 1
             loss = plain(self, batch, lr)
-            if calls == 8:
-                self.params["bert.pooler.dense.weight"].data[0, 0] = float("nan")
+            if calls == step:
+                self.params[weight].data[0] = value
             return loss
 
         with monkeypatch.context() as patch:
             patch.setattr(Step, "__call__", breaking)
-            with pytest.raises(Diverged, match=r"became infinite or NaN by step 2\. It is no result, and results\.jsonl says so"):
-                go(name)
-        (found,) = (tmp_path / name / "runs").iterdir()
-        return found
+            with pytest.raises(Diverged, match=match):
+                runs(name)
+        return runs.dir(name)
 
     return run
 
 
-def test_a_level_that_diverges_is_never_saved_and_the_results_say_so(go, diverge, capsys):
-    expected, run = go("undisturbed"), diverge("run")
+def test_a_level_that_diverges_is_recorded_and_tried_again(runs, diverge, capsys):
+    expected = runs("undisturbed")
+    said = r"level 1/2, .*became infinite or NaN by step 2\. results\.jsonl records it; finished levels are intact"
+    run = diverge("run", 8, "bert.pooler.dense.weight", float("nan"), said)
+    line = {"run": run.name, "task": "rte", "level": 1, "ended": "a weight became infinite or NaN by step 2"}
+    assert failure(run) == line
     first, last = map(json.loads, (run / "results.jsonl").read_text().splitlines())
-    assert first["level"] == 0
-    assert last == {"run": run.name, "task": "rte", "level": 1, "ended": "a weight became infinite or NaN by step 2"}
+    assert (first["level"], last) == (0, line)
     assert not (run / "checkpoint.safetensors").exists()
     capsys.readouterr()
-    assert go("run") == expected  # it is tried again, and nothing is left of the failure
-    out = capsys.readouterr().out
-    assert "level 1 came to no result before: a weight became infinite or NaN by step 2; it is tried again" in out
-    assert "was edited" not in out
+    assert runs("run") == expected  # nothing is left of the failure
+    assert f"level 1 diverged before ({line['ended']}); it is trained again" in capsys.readouterr().out
 
 
-def test_killed_between_a_level_that_was_tried_again_and_its_results_it_says_no_failure(go, diverge, monkeypatch):
-    expected = go("undisturbed")
-    run = diverge("run")
+def test_an_infinite_weight_without_an_effect_is_no_result(diverge):
+    """The embedding of [PAD] reaches no output of packed batches."""
+    diverge("run", 6, "bert.embeddings.word_embeddings.weight", float("inf"), "a weight became infinite or NaN by step 6")
+
+
+def test_predictions_that_are_not_finite_are_no_result(runs, monkeypatch):
+    plain = session.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr("bert_tickets.runs.session.settle", dying(lambda *_: None, 1))
-        with pytest.raises(Killed):
-            go("run")
-    assert (run / "failure.json").exists()
-    assert failure(run) is None
-    assert go("run") == expected
+        patch.setattr(session, "evaluate", lambda *arguments: plain(*arguments) * float("inf"))
+        with pytest.raises(Diverged, match="predictions on validation are not finite"):
+            runs("run", "--levels", "1")
+    assert runs("run", "--levels", "1") == runs("undisturbed", "--levels", "1")
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b'{"level": 1, "ended": "all is well", "run": "another"}'])
-def test_a_damaged_failure_is_named_and_removed(go, diverge, capsys, damage):
-    expected, run = go("undisturbed"), diverge("run")
-    (run / "failure.json").write_bytes(damage)
-    assert failure(run) is None
-    capsys.readouterr()
-    assert go("run") == expected
-    out = capsys.readouterr().out
-    assert "failure.json is damaged" in out
-    assert "; it is removed" in out
+def test_a_nan_loss_is_no_result(runs, monkeypatch):
+    plain = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *arguments: plain(*arguments) * float("nan"))
+    with pytest.raises(Diverged, match=r"loss became nan by step 2.*A lower --lr, or --precision bf16 or fp32, may help"):
+        runs("run")
 
 
-def test_a_weight_that_ends_infinite_is_no_result_though_no_output_tells(go, monkeypatch):
-    plain, calls = Step.__call__, 0
+def test_an_emptied_matrix_is_named_in_the_warnings(runs, monkeypatch):
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    plain = session.Session.train_level
 
-    def breaking(self, batch, lr):
-        nonlocal calls
-        calls += 1
-        loss = plain(self, batch, lr)
-        if calls == 6:  # the last of the level
-            self.params["bert.embeddings.word_embeddings.weight"].data[0] = float("inf")  # of [PAD], which packing never reads
-        return loss
+    def emptied(self, level, mask, **options):
+        tensors = dict(mask)
+        tensors[name] = torch.zeros_like(tensors[name]) if level else tensors[name]
+        plain(self, level, type(mask)(tensors), **options)
 
-    monkeypatch.setattr(Step, "__call__", breaking)
-    with pytest.raises(Diverged, match="a weight became infinite or NaN by step 6"):
-        go("run", "--save-steps", "999")
-
-
-def test_outputs_that_are_not_finite_are_no_result(go, monkeypatch):
-    plain = lottery.evaluate
-    with monkeypatch.context() as patch:
-        patch.setattr(lottery, "evaluate", lambda *arguments: plain(*arguments) * float("inf"))
-        with pytest.raises(Diverged, match="outputs on validation are not finite"):
-            go("run")
-    assert go("run") == go("undisturbed")
-
-
-def test_a_read_only_archive_of_a_finished_run_still_answers(go, monkeypatch, capsys):
-    go("run")
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr("bert_tickets.runs.session.take_lock", lambda path: (_ for _ in ()).throw(PermissionError(13, "no")))
-        go("run")
-    assert "sparsity" in capsys.readouterr().out
-
-
-HELD = ["run.json", "level_00/metrics.json", "level_00/mask.safetensors", "level_00/weights.safetensors"]
-
-
-@pytest.mark.parametrize("name", HELD)
-def test_a_flipped_bit_is_never_trained_on_nor_reported(name, go, monkeypatch, tmp_path):
-    die(go, monkeypatch, 8)
-    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    data = bytearray((run_dir / name).read_bytes())
-    data[len(data) * 2 // 3] ^= 1
-    (run_dir / name).write_bytes(data)
-    with pytest.raises(UserError, match=f"{name} is damaged"):
-        go("run")
-
-
-def test_a_level_that_is_gone_before_others_is_not_trained_again(go, monkeypatch, tmp_path):
-    """It might come to other weights now, and the others would be of none."""
-    die(go, monkeypatch, 15)
-    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    shutil.rmtree(run_dir / "level_00")
-    with pytest.raises(UserError, match=r"level_00 is missing, and a later level is there.*put back a copy"):
-        go("run")
-
-
-def test_a_newer_run_directory_is_refused(go, tmp_path):
-    go("run")
-    (about,) = (tmp_path / "run").rglob("run.json")
-    files.write_checksummed(about, files.read_checksummed(about) | {"format": 99})
-    with pytest.raises(UserError, match="format 99; this version reads up to"):
-        go("run")
-
-
-def as_format_1(run: Path) -> None:
-    """Have a run directory be as the first version wrote it: nothing has a checksum, or says which run it is of."""
-    for path in sorted(run.rglob("*.json")):
-        value = {key: value for key, value in files.read_checksummed(path).items() if key != "run"}
-        path.write_text(json.dumps(value | ({"format": 1} if path.name == "run.json" else {}), indent=1, sort_keys=True))
-    (run / "results.jsonl").write_bytes(results_lines(run))
-    for path in sorted(run.rglob("*.safetensors")):
-        info = {key: value for key, value in files.read_info(path).items() if key not in ("checksum", "run")}
-        if "facts" in info:
-            info["facts"] = json.dumps({key: value for key, value in json.loads(info["facts"]).items() if key != "run"})
-        save_file(load_file(path), path, info)
-
-
-@pytest.mark.parametrize(  # in a level, and before the first step of one
-    ("variant", "step"), [("", 9), ("", 13), ("--rewind 3", 9), ("--rewind 3", 10), ("--rewind none", 9), ("--rewind none", 13)]
-)
-def test_a_run_that_an_older_version_began_is_gone_on_with(go, monkeypatch, tmp_path, variant, step):
-    go("undisturbed", *variant.split())
-    die(go, monkeypatch, step, *variant.split())
-    (run,), (other,) = ((tmp_path / name / "runs").iterdir() for name in ("run", "undisturbed"))
-    as_format_1(run)
-    assert is_strict(other)
-    assert not is_strict(run)
-    go("run", *variant.split())
-    for ours, theirs in zip(results(run), results(other), strict=True):
-        assert {key: value for key, value in theirs.items() if key in ours} == ours
-        assert ours["losses"]
-    newest = "level_02/weights.safetensors"
-    assert load_file(run / newest).keys() == load_file(other / newest).keys()
-    assert all(torch.equal(tensor, load_file(other / newest)[name]) for name, tensor in load_file(run / newest).items())
-    assert read_records([run])[2].metrics == read_records([other])[2].metrics
-
-
-def test_a_second_process_is_told_who_holds_the_directory(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cfg = parse("glue", None, command)
-    with Run(cfg, "glue"), pytest.raises(Busy, match=f"in use by process {os.getpid()}"), Run(cfg, "glue"):
-        pass
-
-
-@pytest.mark.parametrize("code", ["ENOSPC", "EROFS"])
-def test_a_full_or_read_only_disk_ends_the_run_in_words_and_loses_nothing(go, monkeypatch, code):
-    import errno
-
-    expected = go("undisturbed")
-    number, plain, calls = getattr(errno, code), os.fsync, 0
-
-    def full(descriptor):
-        nonlocal calls
-        calls += 1
-        if calls > 9:
-            raise OSError(number, os.strerror(number))
-        plain(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        words = {"ENOSPC": "the disk is full", "EROFS": "the file system is read-only"}[code]
-        with pytest.raises(UserError, match=f"cannot write .*: {words}"):
-            go("run")
-    assert go("run") == expected
-
-
-def test_kept_models_open_in_transformers(go, tmp_path):
-    from transformers import AutoModelForSequenceClassification
-
-    go("run", "--keep-models")
-    (run_dir,) = (tmp_path / "run" / "runs").iterdir()
-    for level in range(3):
-        net = AutoModelForSequenceClassification.from_pretrained(run_dir / f"level_0{level}" / "model")
-        zeros = (net.bert.encoder.layer[0].output.dense.weight == 0).float().mean()
-        assert (zeros > 0.1) == (level > 0)
+    monkeypatch.setattr(session.Session, "train_level", emptied)
+    runs("run", "--levels", "2")
+    first, second = (read_checksummed(runs.dir("run") / f"level_0{level}" / "metrics.json")["warnings"] for level in (0, 1))
+    warning = f"nothing is left of {name}; --scope tensor ranks each matrix by itself"
+    assert warning in second
+    assert warning not in first

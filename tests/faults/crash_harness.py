@@ -1,0 +1,221 @@
+"""Runs of the training scripts that meet a fault: a signal or an error of the file system, at a call of a function or any moment.
+
+Each run is a fork of one process that has everything imported, which spares it the seconds of importing torch. A fork is a
+process of its own: the signals are real. `python tests/faults/crash_harness.py` is that process: it reads a line of JSON for a
+run, and answers with one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+KINDS = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}
+# Where a fault may occur: a function, by module (and class) and name, and what it belongs to.
+PLACES = {
+    "bert_tickets.runs.prepare:prepare": "start",
+    "bert_tickets.runs.writer:Run.describe": "start",
+    "bert_tickets.training.step:Step.__call__": "step",
+    "bert_tickets.runs.session:evaluate": "evaluation",
+    "bert_tickets.training.evaluate:autocast": "evaluation",
+    "bert_tickets.masking.prune:prune": "pruning",
+    "bert_tickets.modeling.parameters:rewind": "pruning",
+    "bert_tickets.runs.writer:write_tensors": "checkpoint",
+    "bert_tickets.runs.writer:write_checksummed": "level files",
+    "bert_tickets.masking.mask:Mask.write": "level files",
+    "bert_tickets.runs.writer:append_line": "log line",
+    "bert_tickets.runs.train_log:append_line": "log line",
+    "os:fsync": "flush",
+    "pathlib:Path.replace": "rename",
+    "pathlib:Path.rename": "rename",
+    "pathlib:Path.unlink": "removal",
+    "bert_tickets.runs.resume:write": "results",
+}
+FILE_SYSTEM = {  # where it is an error of the file system
+    "os:fsync": "flush",
+    "pathlib:Path.open": "open",
+    "pathlib:Path.mkdir": "mkdir",
+    "pathlib:Path.replace": "rename",
+    "pathlib:Path.rename": "rename",
+    "pathlib:Path.unlink": "removal",
+    "pathlib:Path.read_bytes": "read",
+    "bert_tickets.runs.writer:read_tensors": "read",
+}
+STEP = "bert_tickets.training.step:Step.__call__"
+ANY_MOMENT = "any moment"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A signal or an error (a name of `errno`), at a call of a function or so many seconds after the start."""
+
+    name: str  # SIGKILL, SIGTERM, SIGINT, ENOSPC, ...
+    place: str = ANY_MOMENT  # of `PLACES` or `FILE_SYSTEM`
+    call: int = 0  # from 1
+    before: bool = True  # or after the call has done its work
+    twice: bool = False  # the signal
+    after: float = 0.0  # seconds, at any moment
+
+    def occur(self) -> None:
+        """Send the signal to this process, or raise the error."""
+        if self.name.startswith("E"):
+            number = getattr(errno, self.name)
+            raise OSError(number, os.strerror(number), "a file")
+        for _ in range(1 + self.twice):
+            os.kill(os.getpid(), getattr(signal, self.name))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    code: int  # the exit code; of a killed process minus the signal's number
+    output: str
+    calls: dict[str, int]  # of each place, of a run that came to its end
+    seconds: float
+    pid: int
+
+
+class Harness:
+    """The process that forks. A context manager. `added` is a folder on its PYTHONPATH."""
+
+    def __init__(self, added: Path | None = None) -> None:
+        self.added = added
+
+    def __enter__(self) -> Harness:
+        path = os.pathsep.join(str(folder) for folder in (self.added, ROOT) if folder)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        command = [sys.executable, str(Path(__file__))]
+        self.process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def run(self, folder: Path, script: str, words: Sequence[object], fault: Fault | None = None) -> Outcome:
+        """Run a script in `folder`, which is made if it is not there, and wait for its end."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = {"folder": str(folder), "script": script, "words": list(map(str, words)), "fault": fault and asdict(fault)}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return Outcome(**json.loads(self.process.stdout.readline()))
+
+
+# ---- in the process that forks ----
+
+
+def serve() -> None:
+    os.environ["HF_HUB_OFFLINE"], os.environ["TOKENIZERS_PARALLELISM"] = "1", "false"
+    import scipy.stats  # noqa: F401
+    import sklearn.metrics  # noqa: F401
+    from tqdm import tqdm
+    from transformers import BertForMaskedLM, BertTokenizerFast  # noqa: F401
+
+    from bert_tickets.runs import session, train_log, writer  # noqa: F401
+    from bert_tickets.runs.provenance import environment
+    from bert_tickets.tasks import glue, mlm, squad  # noqa: F401
+
+    tqdm.monitor_interval = 0  # its thread would not live on in a fork
+    known = environment("cpu")
+    writer.environment = lambda device: known  # asking git takes as long as a level here
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        asked = json.loads(line)
+        fault = asked["fault"] and Fault(**asked["fault"])
+        answers.write(json.dumps(asdict(_fork(Path(asked["folder"]), asked["script"], asked["words"], fault))) + "\n")
+        answers.flush()
+
+
+def _fork(folder: Path, script: str, words: list[str], fault: Fault | None) -> Outcome:
+    began, output, calls = time.monotonic(), folder / "output.txt", folder / "calls.json"
+    calls.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        _become(folder, script, words, fault)
+    if fault and fault.place == ANY_MOMENT:
+        time.sleep(fault.after)
+        os.kill(child, getattr(signal, fault.name))  # not waited for yet, so that its number is nobody else's
+    _, status = os.waitpid(child, 0)
+    counted = json.loads(calls.read_text()) if calls.exists() else {}
+    code, spent = os.waitstatus_to_exitcode(status), time.monotonic() - began
+    return Outcome(code, output.read_text(errors="replace") if output.exists() else "", counted, spent, child)
+
+
+def _become(folder: Path, script: str, words: list[str], fault: Fault | None) -> None:
+    """Be the script's own process from here on."""
+    from bert_tickets.data import mlm_dataset, token_cache
+    from bert_tickets.methods.main import main
+
+    code: Any = 70
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(120)  # ends a run that hangs
+        os.chdir(folder)
+        with open("output.txt", "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        token_cache.HF_HOME = mlm_dataset.HF_HOME = "cache"  # its writes may meet a fault, too
+        sys.argv = [script]  # run.json holds it
+        calls = dict.fromkeys(PLACES | FILE_SYSTEM, 0)
+        for place in calls:
+            _watch(place, calls, fault)
+        try:
+            main(KINDS[script], None, words)
+        except SystemExit as leave:
+            code = leave.code
+        with open("calls.json", "w") as file:  # not by `Path`, where a fault may occur
+            json.dump(calls, file)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 70)
+
+
+def _watch(place: str, calls: dict[str, int], fault: Fault | None) -> None:
+    """Count the calls of a function, and have the fault occur at one of them."""
+    module, _, path = place.partition(":")
+    owner: Any = import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    setattr(owner, name, _counting(getattr(owner, name), place, calls, fault))
+
+
+def _counting(function: Callable[..., Any], place: str, calls: dict[str, int], fault: Fault | None) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls[place] += 1
+        now = fault is not None and (fault.place, fault.call) == (place, calls[place])
+        if now and fault.before:
+            fault.occur()
+        result = function(*arguments, **options)
+        if now and not fault.before:
+            fault.occur()
+        return result
+
+    return call
+
+
+if __name__ == "__main__":
+    serve()

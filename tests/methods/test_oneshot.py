@@ -1,0 +1,77 @@
+"""One-shot masks, and the script that writes them."""
+
+import pytest
+import torch
+import torch.nn.utils.prune as torch_prune
+
+import oneshot as script
+from bert_tickets.files import read_facts, write_tensors
+from bert_tickets.masking.mask import Mask
+from bert_tickets.masking.prune import magnitude, prune
+from bert_tickets.methods.oneshot import oneshot
+from bert_tickets.methods.perturb import perturb
+from bert_tickets.modeling.loading import load_bert
+from bert_tickets.modeling.parameters import encoder_weights, prunable
+
+
+@pytest.fixture
+def net(bert_dir):
+    return load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
+
+
+@pytest.mark.parametrize("ranking", ["magnitude", "random"])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_the_rate_is_exact(net, ranking, scope):
+    mask = oneshot(net, 0.4, ranking, 1, scope)
+    parts = list(mask.values()) if scope == "tensor" else [torch.cat([kept.flatten() for kept in mask.values()])]
+    assert all(int((~kept).sum()) == round(0.4 * kept.numel()) for kept in parts)
+    assert mask == oneshot(net, 0.4, ranking, 1, scope)
+    assert (mask == oneshot(net, 0.4, ranking, 2, scope)) == (ranking == "magnitude")
+
+
+def test_magnitude_equals_torchs_global_pruning(net):
+    mask = oneshot(net, 0.4, "magnitude", 1)
+    modules = [(net.get_submodule(name.removesuffix(".weight")), "weight") for name in prunable(net)]
+    torch_prune.global_unstructured(modules, torch_prune.L1Unstructured, amount=0.4)
+    assert all(torch.equal(kept, net.get_submodule(n.removesuffix(".weight")).weight_mask.bool()) for n, kept in mask.items())
+
+
+def test_magnitude_by_tensor_keeps_the_largest_of_each(net):
+    weights = prunable(net)
+    for name, kept in oneshot(net, 0.4, "magnitude", 1, "tensor").items():
+        assert weights[name][kept].abs().min() >= weights[name][~kept].abs().max()
+
+
+def test_the_script_ranks_the_weights_of_init_and_writes_their_facts(net, bert_dir, tmp_path, capsys):
+    weights, _ = perturb(encoder_weights(net), "entries", 0, 1)
+    write_tensors(tmp_path / "w.safetensors", weights)
+    words = ["--model", bert_dir, "--init", tmp_path / "w.safetensors", "--rate", "0.3", "--output", tmp_path / "m.safetensors"]
+    script.main(script.parse([str(word) for word in words]))
+    mask = Mask.load(tmp_path / "m.safetensors")
+    assert mask == prune(Mask.ones(prunable(net)), magnitude(weights), 0.3)
+    assert mask.info == {
+        "base_model": str(bert_dir),
+        "method": "oneshot magnitude",
+        "init": str(words[3]),
+        "seed": 57,
+        "rate": 0.3,
+    }
+    assert read_facts(tmp_path / "m.safetensors")["density"] == pytest.approx(0.7, abs=1e-4)
+    assert "30.0% of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--output m", "required: --rate"),
+        ("--rate 1 --output m", "--rate 1.0: must be"),
+        ("--rate nan --output m", "--rate nan"),
+        ("--rate 0.5 --output m --seed -1", "--seed -1"),
+        ("--rate 0.5 --output m --scope layer", "invalid choice: 'layer'"),
+    ],
+)
+def test_mistakes_exit_with_2(capsys, words, said):
+    with pytest.raises(SystemExit) as stop:
+        script.parse(words.split())
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err

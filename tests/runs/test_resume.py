@@ -1,0 +1,328 @@
+"""A run that is killed at any moment and started again ends as if nothing had happened."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+from trainrun import THREE_LEVELS, Killed, Runs, contents, dying
+
+from bert_tickets.errors import Damaged, Stopped
+from bert_tickets.files import read_checksummed, write_checksummed
+from bert_tickets.runs import prepare as preparing
+from bert_tickets.runs import session, writer
+from bert_tickets.runs.directory import events, failure, seconds
+from bert_tickets.runs.integrity import problems
+from bert_tickets.training.step import Step
+
+VARIANTS = [
+    *(("lt_glue.py", words) for words in ("", "--protocol released", "--rewind 3 --prunable matrices+biases")),
+    ("lt_glue.py", "--rewind none --prune-first --prunable matrices+embeddings --grad-accum 2"),
+    ("lt_squad.py", ""),
+    ("lt_pretrain.py", "--protocol released"),
+    ("lt_pretrain.py", "--prunable matrices+embeddings"),
+]
+
+
+@pytest.fixture(scope="module")
+def source(commands, tmp_path_factory):
+    """`expected`, what a run ends with, and `killed`, a run that was killed in level 2, each in a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        runs = Runs("lt_glue.py", [*commands["lt_glue.py"], *THREE_LEVELS], tmp_path_factory.mktemp("source"), patch)
+        runs("expected")
+        runs.killed_at(16, "killed", "--rewind", "1")
+        yield runs
+
+
+@pytest.fixture
+def expected(source):
+    """The files of an undisturbed run, by path."""
+    return contents(source.dir("expected"))
+
+
+@pytest.mark.parametrize(("script", "variant"), VARIANTS, ids=lambda value: value.removesuffix(".py"))
+def test_a_run_killed_again_and_again_ends_bit_identical(runs, monkeypatch, variant):
+    """The run dies at its 6th step, is started again, dies at the 6th from there, and so on until it is through."""
+    expected, deaths = runs("undisturbed", *variant.split()), 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(Step, "__call__", dying(Step.__call__, 6))
+            try:
+                found = runs("killed", *variant.split())
+                break
+            except Killed:
+                deaths += 1
+    assert deaths >= 2
+    assert found == expected
+    assert list(problems(runs.dir("killed"))) == []
+
+
+@pytest.mark.parametrize(("target", "name", "pace"), [(os, "fsync", 9), (Path, "replace", 5), (Path, "rename", 1)])
+def test_a_run_killed_in_its_writes_ends_bit_identical(runs, monkeypatch, target, name, pace):
+    """Before and after flushes and renames in turn, all through a run, until it is killed in none."""
+    expected, at, deaths = runs("undisturbed", "--rewind", "3", "--levels", "2"), 1, 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, dying(getattr(target, name), at, before=deaths % 2 == 0))
+            try:
+                runs(f"killed-{at}", "--rewind", "3", "--levels", "2")
+                break
+            except Killed:
+                deaths += 1
+        assert runs(f"killed-{at}", "--rewind", "3", "--levels", "2") == expected, at
+        at += pace
+    assert deaths >= 2
+
+
+def test_files_are_flushed_before_their_rename_and_folders_after(runs, monkeypatch):
+    """Otherwise a power cut leaves an empty file in place."""
+    flushed, unflushed, moved = set(), set(), 0
+    sync, plain, unlink = os.fsync, {name: getattr(Path, name) for name in ("rename", "replace")}, Path.unlink
+
+    def flush(descriptor: int) -> None:
+        state = os.fstat(descriptor)
+        flushed.add((state.st_ino, state.st_mtime_ns))
+        unflushed.discard(state.st_ino)
+        sync(descriptor)
+
+    def move(name: str, path: Path, target: Path) -> Path:
+        nonlocal moved
+        moved += 1
+        for place in [path, *path.rglob("*")]:
+            assert (place.stat().st_ino, place.stat().st_mtime_ns) in flushed, place
+        unflushed.add(target.parent.stat().st_ino)
+        return plain[name](path, target)
+
+    def remove(path: Path, **options: bool) -> None:
+        assert not unflushed, path  # the file that replaces it may not be there
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "unlink", remove)
+    for name in plain:
+        monkeypatch.setattr(Path, name, lambda path, target, name=name: move(name, path, target))
+    runs("run", "--rewind", "3", "--keep-models")
+    assert moved > 20
+    assert not unflushed
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_sigterm_and_ctrl_c_save_and_stop(runs, expected, monkeypatch, number, code):
+    plain, calls = Step.__call__, 0
+
+    def call(self, batch, lr):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            os.kill(os.getpid(), number)
+        return plain(self, batch, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", call)
+        with pytest.raises(Stopped, match=r"level 1 after step 3, saved in runs/.*the same command resumes") as stop:
+            runs("stopped")
+    assert stop.value.code == code
+    run = runs.dir("stopped")
+    assert (run / "checkpoint.safetensors").exists()
+    assert runs("stopped") == expected
+    assert not (run / "checkpoint.safetensors").exists()
+
+
+def test_a_signal_before_the_first_level_stops_at_once(runs, expected, monkeypatch):
+    plain = preparing.prepare
+
+    def prepare(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "prepare", prepare)
+        with pytest.raises(Stopped, match=r"^stopped; finished levels are in runs/"):
+            runs("run")
+    assert list((runs.place / "run" / "runs").iterdir()) == []  # nothing was begun
+    assert runs("run") == expected
+
+
+def test_a_signal_in_a_finaliser_is_not_lost(runs, expected, monkeypatch):
+    """Python drops an exception that is raised in one."""
+    plain, dropped = preparing.prepare, []
+
+    class Thing:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def prepare(*arguments):
+        thing = Thing()
+        del thing
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "prepare", prepare)
+        patch.setattr(sys, "unraisablehook", dropped.append)
+        with pytest.raises(Stopped, match="stopped in level 0 after step 1, saved"):
+            runs("run")
+    assert [type(one.exc_value) for one in dropped] == [Stopped]
+    assert runs("run") == expected
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that grows by one with every training step."""
+    taken, plain = [], Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *arguments: (taken.append(1), plain(*arguments))[1])
+    return taken
+
+
+def test_finished_levels_are_not_trained_again(runs, steps):
+    runs.killed_at(14, "run")
+    steps.clear()
+    runs("run")
+    assert len(steps) == 18 - 12  # level 2 from its start: its first checkpoint was not reached
+
+
+def test_a_level_killed_in_its_evaluation_is_not_trained_again(runs, monkeypatch, steps):
+    expected = runs("undisturbed", "--save-steps", "4")
+    monkeypatch.setattr("bert_tickets.training.hooks.EVALUATION", 0.0)  # minutes; a level here takes less than a second
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "evaluate", dying(session.evaluate, 2))
+        with pytest.raises(Killed):
+            runs("run", "--save-steps", "4")
+    steps.clear()
+    assert runs("run", "--save-steps", "4") == expected
+    assert len(steps) == 6  # of level 2
+
+
+def test_temporary_files_of_a_killed_run_are_removed(runs, expected):
+    run = runs.killed_at(8, "run")
+    (run / ".checkpoint.safetensors.elsewhere.1.tmp").write_bytes(b"half")
+    (run / ".level_07.tmp").mkdir()
+    (run / ".level_07.tmp" / "mask.safetensors").write_bytes(b"half")
+    assert runs("run") == expected
+
+
+def test_train_jsonl_and_log_jsonl_are_appended_to_after_a_torn_line(runs):
+    run = runs.killed_at(9, "run")
+    for name in ("train.jsonl", "log.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"event": "le')
+    runs("run")
+    assert sorted(seconds(run)) == [0, 1, 2]
+    steps = [(line["level"], line["step"]) for line in events(run / "train.jsonl")]
+    assert steps == [(level, step) for level in range(3) for step in (2, 4, 6)]
+    assert [event["event"] for event in events(run / "log.jsonl")] == ["start", "level", "resume", "level", "level"]
+
+
+# ---- damaged files ----
+
+NEEDED = ["run.json", "level_00/metrics.json", "level_00/mask.safetensors", "level_01/weights.safetensors", "rewind.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+@pytest.mark.parametrize("name", NEEDED)
+def test_damaged_files_are_named_and_end_the_run(runs, source, name, damage):
+    shutil.copytree(source.place / "killed", runs.place / "run")
+    run = runs.dir("run")
+    data = bytearray((run / name).read_bytes())
+    data[len(data) * 2 // 3] ^= 1
+    (run / name).write_bytes(data[: len(data) // 2] if damage == "cut" else data)
+    if damage == "gone":
+        (run / name).unlink()
+    with pytest.raises(Damaged, match=rf"{name}.* restore a copy"):
+        runs("run", "--rewind", "1")
+    assert any(name in problem for problem in problems(run)) or (damage, name) == ("gone", "rewind.safetensors")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_level_begins_again(runs, expected, capsys):
+    run = runs.killed_at(10, "run")
+    checkpoint = run / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    assert any("checkpoint.safetensors is damaged" in problem for problem in problems(run))
+    assert runs("run") == expected
+    assert "checkpoint.safetensors is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["level_00/metrics.json", "level_01/weights.safetensors", "checkpoint.safetensors"])
+def test_files_of_another_run_are_not_used(runs, source, expected, capsys, name):
+    run, other = runs.killed_at(16, "run"), source.dir("killed")
+    shutil.copy(other / name, run / name)
+    if name == "checkpoint.safetensors":
+        assert runs("run") == expected
+        assert f"belongs to {other.name}" in capsys.readouterr().out
+    else:
+        with pytest.raises(Damaged, match=f"belongs to {other.name}"):
+            runs("run")
+
+
+def test_a_missing_level_before_others_ends_the_run(runs):
+    """If it were trained again, it might end with other weights than those the later levels came from."""
+    run = runs.killed_at(15, "run")
+    shutil.rmtree(run / "level_00")
+    with pytest.raises(Damaged, match=r"level_00 is missing, and a later level exists.*restore a copy"):
+        runs("run")
+
+
+def test_damaged_results_are_written_again(runs, source, expected):
+    shutil.copytree(source.place / "expected", runs.place / "run")
+    (runs.dir("run") / "results.jsonl").write_bytes(b"{}\n")
+    assert any("results.jsonl" in problem for problem in problems(runs.dir("run")))
+    assert runs("run") == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", None])
+def test_a_damaged_or_outdated_failure_is_removed(runs, expected, capsys, content):
+    run = runs.killed_at(9, "run")
+    line = {"run": run.name, "task": "rte", "level": 0, "ended": "the loss became nan"}  # level 0 is finished
+    write_checksummed(run / "failure.json", line) if content is None else (run / "failure.json").write_bytes(content)
+    assert failure(run) is None
+    assert runs("run") == expected
+    assert "failure.json is damaged, or its level was finished later" in capsys.readouterr().out
+
+
+# ---- the disk ----
+
+
+@pytest.mark.parametrize("at", [1, 9, 16])
+def test_a_full_disk_ends_the_run_and_loses_nothing(runs, expected, monkeypatch, at):
+    plain, calls = os.fsync, 0
+
+    def full(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls >= at:
+            raise OSError(28, os.strerror(28))
+        plain(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            runs("run")
+    assert not list(runs.place.glob("run/runs/*/.*"))  # temporary files may be what fills the disk
+    assert runs("run") == expected
+
+
+def test_a_full_disk_under_a_kept_model_is_an_os_error(runs, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    expected = runs("undisturbed", "--keep-models")
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_tickets.modeling.loading.save_plain", full)
+        with pytest.raises(OSError, match=r"cannot write runs/.*/model: .*No space left"):
+            runs("run", "--keep-models")
+    assert not list(runs.place.glob("run/runs/*/.*"))
+    assert runs("run", "--keep-models") == expected
+
+
+def test_a_kill_between_a_retried_level_and_its_results_leaves_no_failure(runs, expected, monkeypatch):
+    run = runs.killed_at(9, "run")
+    write_checksummed(run / "failure.json", {"run": run.name, "task": "rte", "level": 1, "ended": "the loss became nan"})
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "tidy", dying(lambda *_: None, 1))
+        with pytest.raises(Killed):
+            runs("run")
+    assert read_checksummed(run / "failure.json")["level"] == 1
+    assert failure(run) is None
+    assert runs("run") == expected

@@ -1,0 +1,169 @@
+"""Presets, and the run's name."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bert_tickets.config import (
+    TASKS,
+    build,
+    differences,
+    fields_of,
+    flat,
+    from_flat,
+    kind_of,
+    methods,
+    preset_values,
+    run_name,
+    set_by_preset,
+)
+from bert_tickets.errors import UserError
+
+# A value for every field of a run on GLUE, none of them the default.
+GIVEN = {"task": "mrpc", "model": "some/folder", "data_dir": "glue_data", "output_dir": "elsewhere", "protocol": "released"}
+GIVEN |= {"init": "random", "max_length": 64, "limit_train": 100, "limit_eval": 50, "device": "cuda:1", "keep_models": True}
+GIVEN |= {"check_metrics": True, "dry_run": True, "epochs": 0.5, "batch_size": 16, "grad_accum": 2, "lr": 3e-5, "max_steps": 7}
+GIVEN |= {"weight_decay": 0.01, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "graphs": "off", "tf32": True, "precision": "bf16"}
+GIVEN |= {"seed": 1, "log_every": 10, "save_steps": 7, "save_minutes": 2.5}
+OF_IMP = {"levels": 4, "rate": 0.05, "schedule": "geometric", "scope": "tensor", "prunable": "matrices+biases", "rewind": "5%"}
+OF_IMP |= {"prune_first": True, "rewind_head": False, "decay": "once", "reset_optimizer": False}
+NOT_IN_THE_NAME = {"output_dir", "device", "keep_models", "check_metrics", "dry_run", "save_steps", "save_minutes"}
+
+
+def name(**given):
+    return run_name(build({"task": "rte", **given}))
+
+
+# ---- presets ----
+
+TABLE_1 = {  # Chen et al. 2020
+    "glue": {"epochs": 3.0, "max_steps": None, "batch_size": 32, "lr": 2e-5, "max_length": 128},
+    "squad": {"epochs": 2.0, "max_steps": None, "batch_size": 16, "lr": 3e-5, "max_length": 384, "doc_stride": 128},
+    "mlm": {"max_steps": 10_000, "batch_size": 16, "lr": 5e-5, "max_length": 512, "prune_first": True},
+}
+ALIKE = {"levels": 10, "rate": 0.1, "schedule": "linear", "scope": "global", "prunable": "matrices", "rewind": "0"}
+ALIKE |= {"rewind_head": True, "decay": "level", "reset_optimizer": True, "weight_decay": 0.0, "adam_epsilon": 1e-8}
+ALIKE |= {"max_grad_norm": 1.0}
+RELEASED = {  # where the released code differs
+    "glue": {"rewind_head": False, "decay": "run"},
+    "squad": {"rewind_head": False, "decay": "run", "epochs": 4.0},
+    "mlm": {"rewind": "none"},
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_presets_are_table_1_and_the_released_code(kind):
+    paper, released = (flat(build({"task": TASKS[kind][0], "protocol": protocol})) for protocol in ("paper", "released"))
+    expected = ALIKE | TABLE_1[kind]
+    assert {field: paper[field] for field in expected} == expected
+    differ = {field: value for field, value in released.items() if value != paper[field]}
+    assert differ == {"protocol": "released", **RELEASED[kind]}
+    transfer = flat(build({"task": TASKS[kind][0], "mask": "m", "method": "transfer"}))
+    common = {field: paper[field] for field in transfer.keys() & paper.keys() - {"method"}}
+    assert {field: transfer[field] for field in common} == common
+
+
+@pytest.mark.parametrize("task", ["rte", "squad", "mlm"])
+def test_released_standard_pruning_decays_once_and_keeps_its_adamw(task):
+    cfg = build({"task": task, "protocol": "released", "rewind": "none"})
+    assert (cfg.settings.decay, cfg.settings.resets_optimizer, cfg.settings.prune_first) == ("once", False, task == "mlm")
+    own = {"decay", "reset_optimizer"} if task == "mlm" else {"decay"}
+    assert set_by_preset(flat(cfg), differences(cfg)) == own
+    assert build({"task": task, "protocol": "released", "rewind": "none", "decay": "level"}).settings.decay == "level"
+    assert build({"task": task, "rewind": "none"}).settings.decay == "level"  # of the paper's protocol
+
+
+def test_a_flag_overrides_the_preset():
+    cfg = build({"task": "rte", "protocol": "released", "rewind_head": True})
+    assert (cfg.settings.rewind_head, cfg.settings.decay) == (True, "run")
+    mlm = build({"task": "mlm", "epochs": 1.0})
+    assert (mlm.train.epochs, mlm.train.max_steps) == (1.0, None)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("protocol", ["paper", "released"])
+def test_presets_set_only_fields_of_their_kind(kind, protocol):
+    assert methods(kind) == ["imp", "transfer"]
+    for method in methods(kind):
+        fields = fields_of(method)
+        for values in (preset_values(method, kind, protocol), preset_values(method, kind, protocol, {"rewind": "none"})):
+            assert all(fields[name].metadata["kind"] in (None, kind) for name in values)
+
+
+def test_unknown_tasks_methods_and_settings_are_named():
+    assert [kind_of(task) for task in ("cola", "squad", "mlm")] == ["glue", "squad", "mlm"]
+    for values, said in [
+        ({"task": "imdb"}, "unknown task imdb; the tasks are cola,"),
+        ({"task": "rte", "method": "perturb"}, "unknown method perturb; the methods are imp, transfer"),
+        ({"task": "rte", "speed": 9}, "no setting speed"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            build(values)
+
+
+def test_epochs_beside_max_steps_are_refused():
+    with pytest.raises(UserError, match="--epochs has no effect with --max-steps"):
+        build({"task": "rte", "epochs": 1.0, "max_steps": 10})
+
+
+@pytest.mark.parametrize("values", [{}, OF_IMP, {"rewind": "none"}])
+def test_flat_and_from_flat_are_inverse(values):
+    cfg = build({"task": "rte", **values})
+    assert from_flat(flat(cfg)) == cfg
+
+
+# ---- the run's name ----
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(sorted((GIVEN | OF_IMP).keys() - {"rewind", "epochs"})))
+def test_a_name_does_not_depend_on_the_order_of_the_flags(order):
+    values = GIVEN | OF_IMP
+    assert name(**{field: values[field] for field in order}) == name(**{field: values[field] for field in sorted(order)})
+
+
+@pytest.mark.parametrize("field", sorted((GIVEN | OF_IMP).keys() - {"task"}))
+def test_a_name_depends_on_what_affects_the_result(field):
+    assert (name(**{field: (GIVEN | OF_IMP)[field]}) == name()) == (field in NOT_IN_THE_NAME)
+
+
+def test_a_default_that_is_written_out_changes_no_name():
+    defaults = {field: value for field, value in flat(build({"task": "rte"})).items() if field not in ("epochs", "doc_stride")}
+    assert name(**defaults) == name()
+    assert differences(build(defaults)) == {}
+
+
+@pytest.mark.parametrize("zero", ["0", "00", "+0", "0%", "0.0%"])
+def test_other_words_for_the_same_settings_change_no_name(zero):
+    assert name(rewind=zero) == name()
+    assert name(reset_optimizer=True) == name() != name(reset_optimizer=False)
+    assert name(rewind="none", reset_optimizer=False) == name(rewind="none") != name(rewind="none", reset_optimizer=True)
+    assert name(rate=0.3, levels=4) == name(rate=0.3)
+
+
+def test_a_name_tells_task_method_protocol_and_seed():
+    assert re.fullmatch(r"rte-imp-s57-[0-9a-f]{8}", name())
+    assert re.fullmatch(r"mnli-imp-released-s3-[0-9a-f]{8}", name(task="mnli", protocol="released", seed=3))
+    assert re.fullmatch(r"rte-transfer-s57-[0-9a-f]{8}", name(method="transfer", mask="mask.pt"))
+    assert len({name(task=task) for task in sum(TASKS.values(), ())}) == 11
+
+
+@pytest.mark.parametrize("field", ["mask", "init"])
+def test_a_file_counts_by_its_content(tmp_path, field):
+    given = {"method": "transfer", "mask": "m"} if field == "mask" else {}
+    for file, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / file).write_bytes(content)
+    a, b, c = (name(**given | {field: str(tmp_path / file)}) for file in "abc")
+    assert a == b != c
+    (tmp_path / "a").write_bytes(b"2")
+    assert name(**given | {field: str(tmp_path / "a")}) != a
+
+
+def test_a_folder_counts_by_its_path(tmp_path, monkeypatch):
+    (tmp_path / "glue").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert name(data_dir="glue") == name(data_dir=str(tmp_path / "glue")) == name(data_dir="./glue/") != name()

@@ -1,0 +1,259 @@
+"""The training loop and its hooks: schedule, loss curve, checkpoints with the hooks' state, checks, stopping."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bert_tickets.config import Training
+from bert_tickets.data.batches import Batches, TokenStore
+from bert_tickets.data.token_cache import Tokens
+from bert_tickets.errors import Diverged, Stopped
+from bert_tickets.files import sha256_of
+from bert_tickets.training.hooks import At, CheckFinite, Checkpoint, LossCurve, ProgressBar
+from bert_tickets.training.loop import Hook, Loop, total_steps, train
+from bert_tickets.training.schedule import decay_span, linear_decay
+
+EXAMPLES, STEPS = 20, 23
+CFG = Training(max_steps=STEPS, lr=0.1, log_every=4, weight_decay=0.01, precision="fp32")
+STORE = TokenStore(Tokens.of([[i] for i in range(EXAMPLES)], [[0]] * EXAMPLES), np.arange(EXAMPLES))
+
+
+class Problem:
+    """Two leaves and a loss with random numbers, as dropout draws them."""
+
+    def __init__(self) -> None:
+        self.params = {"w": torch.zeros(EXAMPLES, requires_grad=True), "bias": torch.zeros((), requires_grad=True)}
+
+    def loss(self, batch) -> Tensor:
+        target = batch.labels / EXAMPLES
+        return ((self.params["w"][batch.labels] * torch.rand(len(target)) + self.params["bias"] - target) ** 2).mean()
+
+    def train(self, hooks=(), cfg: Training = CFG, **options) -> Loop:
+        return train(self.loss, self.params, Batches(STORE, 6, cfg.seed), cfg, hooks=hooks, **options)
+
+
+class Average(Hook):
+    """A hook with state: the mean of the weights over the steps."""
+
+    def begin(self, loop: Loop) -> None:
+        self.sum, self.count = torch.zeros(EXAMPLES), 0
+
+    def __call__(self, loop: Loop) -> None:
+        self.sum += loop.step.params["w"].detach()
+        self.count += 1
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        return {"sum": self.sum}, {"count": self.count}
+
+    def load_state(self, tensors, facts) -> None:
+        self.sum, self.count = tensors["sum"].clone(), facts["count"]
+
+
+class MemoryFile:
+    """A `CheckpointFile` in memory."""
+
+    def __init__(self) -> None:
+        self.saved, self.stop_requested, self.at = None, False, []
+
+    def load(self):
+        return self.saved
+
+    def save(self, tensors, facts) -> None:
+        self.saved = {name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(facts))
+        self.at.append(facts["step"])
+
+    def stop(self, step: int) -> None:
+        raise Stopped(f"stopped at {step}", 143)
+
+
+def outcome(loop: Loop, average: Average, curve: LossCurve) -> tuple:
+    tensors = {**loop.step.params, **loop.step.moments(), "sum": average.sum, "loss": loop.loss}
+    return sha256_of(tensors), average.count, curve.losses, loop.at
+
+
+def run(file: MemoryFile, kill_at: int | None = None, save_steps: int | None = 5, cfg: Training = CFG) -> tuple:
+    """Train with all hooks; with `kill_at`, raise `KeyboardInterrupt` after that step. Returns all that must be reproducible."""
+
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    average, curve = Average(), LossCurve(cfg.log_every)
+    hooks = [curve, average, Checkpoint(file, [curve, average], 1e9, save_steps), ProgressBar("test", curve, {})]
+    loop = Problem().train([*hooks, *([At(kill_at, kill)] if kill_at else [])], cfg)
+    return outcome(loop, average, curve)
+
+
+# ---- the loop ----
+
+
+def test_hooks_are_called_after_every_nth_step_and_the_last():
+    calls = []
+
+    class Third(Hook):
+        every = 3
+
+        def begin(self, loop: Loop) -> None:
+            calls.append("begin")
+
+        def __call__(self, loop: Loop) -> None:
+            calls.append(loop.at)
+
+        def end(self, loop: Loop) -> None:
+            calls.append("end")
+
+    Problem().train([Third(), At(20, lambda: calls.append("at 20"))])
+    assert calls == ["begin", *range(3, 19, 3), "at 20", 21, 23, "end"]
+    calls.clear()
+    with pytest.raises(ZeroDivisionError):
+        Problem().train([Third(), At(4, lambda: 1 / 0)])
+    assert calls == ["begin", 3, "end"]
+
+
+def test_a_hook_may_end_the_loop_and_change_what_is_trained():
+    class Stop(Hook):
+        def __call__(self, loop: Loop) -> None:
+            if loop.at == 7:
+                loop.step.params["w"].data.fill_(5)
+                loop.steps = 7
+
+    problem = Problem()
+    assert problem.train([Stop()]).at == 7
+    assert (problem.params["w"] == 5).all()
+
+
+def losses_of(problem: Problem, start: int = 0, seed: int = 57) -> list[float]:
+    """Return the losses of the steps from `start` on, at a learning rate of 0."""
+    losses: list[float] = []
+
+    class Record(Hook):
+        def __call__(self, loop: Loop) -> None:
+            losses.append(loop.loss.item())
+
+    loop = problem.train([Record()], replace(CFG, seed=seed, weight_decay=0.0), start=start, schedule=lambda step: 0.0)
+    assert (loop.start, loop.at, loop.step.taken()) == (start, STEPS, STEPS - start)
+    return losses
+
+
+def test_batch_and_random_numbers_of_a_step_depend_on_the_seed_and_the_step_alone():
+    assert losses_of(Problem(), start=10) == losses_of(Problem())[10:]
+    assert losses_of(Problem(), seed=1) != losses_of(Problem())
+
+
+def test_training_goes_on_from_given_moments():
+    whole, parts = Problem(), Problem()
+    whole.train()
+    rest = parts.train(cfg=replace(CFG, max_steps=10), schedule=linear_decay(CFG.lr, STEPS)).step.moments()
+    loop = parts.train(start=10, moments=rest)
+    assert sha256_of(parts.params) == sha256_of(whole.params)
+    assert loop.step.taken(rest) == STEPS - 10
+
+
+def test_the_learning_rate_is_the_schedules():
+    rates, seen = [], []
+
+    class Rate(Hook):
+        def __call__(self, loop: Loop) -> None:
+            seen.append(loop.step.optimizer.param_groups[0]["lr"])
+
+    Problem().train([Rate(), curve := LossCurve(4, lambda line: rates.append(line["lr"]))])
+    assert seen == [linear_decay(0.1, STEPS)(step) for step in range(STEPS)]
+    assert seen[0] == 0.1
+    assert rates == [seen[step - 1] for step, _ in curve.losses]
+    assert linear_decay(1.0, 10, levels=4, level=2)(5) == pytest.approx(1 - 25 / 40)
+    assert linear_decay(1.0, 10)(11) == 0
+
+
+def test_the_number_of_steps_is_exact():
+    assert total_steps(Training(epochs=1.1), 10) == 11  # in floats 1.1 * 10 is above 11
+    assert total_steps(Training(epochs=0.15), 10) == 2
+    assert total_steps(Training(epochs=3.0, max_steps=5), 10) == 5
+
+
+def test_decays_of_the_learning_rate_span_their_levels():
+    assert decay_span("level", 3, 5, 10, False) == (1, 0)
+    assert decay_span("run", 3, 5, 10, False) == (10, 0)
+    assert [decay_span("once", 3, 5, 10, prune_first) for prune_first in (False, True)] == [(5, 3), (4, 2)]
+    assert decay_span("once", 0, 5, 10, True) == (1, 0)
+
+
+# ---- the loss curve ----
+
+
+def test_the_loss_curve_has_means_of_log_every_steps():
+    losses, lines = [], []
+
+    class Record(Hook):
+        def __call__(self, loop: Loop) -> None:
+            losses.append(loop.loss.item())
+
+    Problem().train([Record(), curve := LossCurve(4, lines.append)])
+    assert [step for step, _ in curve.losses] == [4, 8, 12, 16, 20, 23]
+    assert [mean for _, mean in curve.losses] == pytest.approx([np.mean(losses[at : at + 4]) for at in range(0, STEPS, 4)])
+    assert [(line["step"], line["loss"]) for line in lines] == curve.losses
+    Problem().train([late := LossCurve(4)], start=6)
+    assert [step for step, _ in late.losses] == [8, 12, 16, 20, 23]
+
+
+def test_a_loss_or_a_weight_that_is_not_finite_is_divergence():
+    problem = Problem()
+    problem.loss = lambda batch: (problem.params["w"] * float("nan")).sum() + 0 * problem.params["bias"]
+    with pytest.raises(Diverged, match="the loss became nan by step 4"):
+        problem.train([LossCurve(4)])
+
+    def spoil() -> None:
+        problem.params["bias"].data.fill_(float("inf"))
+
+    problem = Problem()
+    with pytest.raises(Diverged, match=f"a weight became infinite or NaN by step {STEPS}"):
+        problem.train([At(STEPS, spoil), CheckFinite()])
+    problem, file = Problem(), MemoryFile()
+    with pytest.raises(Diverged, match="a weight became infinite or NaN by step 5"):
+        problem.train([At(5, spoil), Checkpoint(file, [], 1e9, 5)])
+    assert file.saved is None
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize("kill_at", [4, 5, 13, 23])
+def test_a_killed_run_continues_with_the_same_bits(kill_at):
+    """Weights, moments, the loss curve, and the tensor that another hook keeps."""
+    expected, file = run(MemoryFile()), MemoryFile()
+    with pytest.raises(KeyboardInterrupt):
+        run(file, kill_at)
+    assert file.at == list(range(5, kill_at + 1, 5))
+    assert run(file) == expected
+
+
+def test_a_stop_is_saved_at_once_and_continues_with_the_same_bits():
+    expected, file = run(MemoryFile()), MemoryFile()
+    file.stop_requested = True
+    with pytest.raises(Stopped, match="stopped at 1"):
+        run(file, save_steps=None)
+    assert file.at == [1]
+    file.stop_requested = False
+    assert run(file) == expected
+
+
+def test_checkpoints_follow_the_clock_and_keep_the_seconds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    class Tick(Hook):
+        def __call__(self, loop: Loop) -> None:
+            now[0] += 50
+
+    file = MemoryFile()
+    loop = Problem().train([Tick(), Checkpoint(file, [], 4.0, None)])
+    assert file.at == [5, 10, 15, 20, 23]  # the last one before the evaluation
+    assert loop.seconds == 50 * STEPS
+    file.at.clear()
+    now[0] += 1e6
+    assert Problem().train([Tick(), Checkpoint(file, [], 4.0, None)]).seconds == 50 * STEPS
+    assert file.at == []

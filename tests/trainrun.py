@@ -1,0 +1,86 @@
+"""Training runs of the three scripts in this process, with small settings, and runs that are killed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bert_tickets.cli import parse
+from bert_tickets.config import Config
+from bert_tickets.methods.main import run as run_config
+from bert_tickets.runs.directory import run_dir
+
+KINDS = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}
+MAY_DIFFER = {"log.jsonl", "train.jsonl", "lock", "lock.holder"}  # when and where it ran, and the steps taken twice
+THREE_LEVELS = ["--levels", "3", "--rate", "0.25", "--save-steps", "2"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: the package does not catch it."""
+
+
+def dying(function: Callable[..., Any], at: int, *, before: bool = True) -> Callable[..., Any]:
+    """`function`, killed at its call number `at`, before or after it does its work."""
+    calls = 0
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at and before:
+            raise Killed
+        result = function(*arguments, **options)
+        if calls == at:
+            raise Killed
+        return result
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder by path, but for those that differ between equal runs."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in MAY_DIFFER
+    }
+
+
+def train(script: str, words: list[Any]) -> tuple[Path, Config]:
+    """Run a script's command line in this process: its run directory and configuration."""
+    cfg = parse(KINDS[script], None, [str(word) for word in words])
+    run_config(cfg)
+    return run_dir(cfg), cfg
+
+
+class Runs:
+    """Runs of one command, each in a folder of its own below `place`."""
+
+    def __init__(self, script: str, command: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.script, self.command, self.place, self.monkeypatch = script, command, place, monkeypatch
+        monkeypatch.setattr("sys.argv", [script])  # run.json holds it
+
+    def __call__(self, name: str, *more: str) -> dict[str, bytes]:
+        """Run the command in the folder `name`, with more words; all files of its run directory."""
+        (self.place / name).mkdir(exist_ok=True)
+        with self.monkeypatch.context() as patch:
+            patch.chdir(self.place / name)
+            train(self.script, [*self.command, *more])
+        return contents(self.dir(name))
+
+    def dir(self, name: str) -> Path:
+        """The run directory in the folder `name`."""
+        (found,) = (self.place / name / "runs").iterdir()
+        return found
+
+    def killed_at(self, step: int, name: str, *more: str) -> Path:
+        """Run the command, killed before the step of this number (from 1, over all levels); its run directory."""
+        from bert_tickets.training.step import Step
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(Step, "__call__", dying(Step.__call__, step))
+            with pytest.raises(Killed):
+                self(name, *more)
+        return self.dir(name)
