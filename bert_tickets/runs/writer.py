@@ -43,6 +43,7 @@ class Run:
         self.stop_signal: int | None = None
         self._signalled_at = 0.0
         self.saves_on_stop = False  # a level is in progress
+        self.is_new = False  # this process wrote run.json
 
     # ---- entering and leaving ----
 
@@ -57,9 +58,9 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.group.rank == 0:
+            mistake = self.is_new and kind is not None and issubclass(kind, UserError)
             untrained = {path.name for path in self.dir.iterdir()} <= FIRST_FILES
-            mistake = kind is not None and issubclass(kind, UserError) and untrained
-            if mistake or not (self.dir / "run.json").exists():  # leave no folder behind after a mistyped flag
+            if (mistake and untrained) or not (self.dir / "run.json").exists():  # leave no folder behind after a mistyped flag
                 with contextlib.suppress(OSError):
                     for name in FIRST_FILES:
                         (self.dir / name).unlink(missing_ok=True)
@@ -126,6 +127,7 @@ class Run:
             "fingerprint": facts,
         }
         write_checksummed(self.dir / "run.json", description)
+        self.is_new = True
         self.log("start")
 
     def log(self, event: str, **facts: Any) -> None:
