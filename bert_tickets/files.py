@@ -76,9 +76,10 @@ def locked(path: Path) -> Iterator[FileLock]:
     try:
         lock.acquire()
     except Timeout:
+        name = ""
         with suppress(OSError):
-            raise Busy(f"{path.parent} is in use by {holder.read_text().strip()}; wait for it, or stop it") from None
-        raise Busy(f"{path.parent} is in use by another process; wait for it, or stop it") from None
+            name = holder.read_text().strip()  # empty while the holder writes it
+        raise Busy(f"{path.parent} is in use by {name or 'another process'}; wait for it, or stop it") from None
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield lock
