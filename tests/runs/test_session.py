@@ -14,6 +14,7 @@ from conftest import ROOT
 from trainrun import KINDS, MAY_DIFFER, train
 
 from bert_tickets.cli import parse, run_command
+from bert_tickets.config import build
 from bert_tickets.errors import Diverged, UserError
 from bert_tickets.files import read_checksummed, write_checksummed
 from bert_tickets.methods import main as program
@@ -277,3 +278,21 @@ def test_an_emptied_matrix_is_named_in_the_warnings(runs, monkeypatch):
     warning = f"nothing is left of {name}; --scope tensor ranks each matrix by itself"
     assert warning in second
     assert warning not in first
+
+
+def test_a_mistake_removes_only_the_directory_that_it_made(tmp_path):
+    cfg = build({"task": "rte", "output_dir": str(tmp_path)})
+
+    def begin_and_fail():
+        with Run(cfg) as run:
+            run.describe({"device": "cpu", "precision": "fp32"})
+            raise UserError("a mistake")
+
+    with pytest.raises(UserError, match="a mistake"):
+        begin_and_fail()
+    assert list(tmp_path.iterdir()) == []
+    with Run(cfg) as run:
+        run.describe({"device": "cpu", "precision": "fp32"})
+    with pytest.raises(UserError, match="would mix two runs"), Run(cfg) as run:
+        run.describe({"device": "cpu", "precision": "bf16"})
+    assert (run.dir / "run.json").exists()
