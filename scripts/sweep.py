@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # oneshot.py an
 import oneshot
 import perturb_weight
 from bert_tickets.cli import FORMATTER, hyphens, run_command
-from bert_tickets.errors import UserError
-from bert_tickets.sweep.jobs import Line, plan, read_lines, unfinished
+from bert_tickets.sweep.jobs import plan, read_lines, unfinished
 from bert_tickets.sweep.runner import report, run
 
 MAKERS = {"oneshot.py": oneshot, "perturb_weight.py": perturb_weight}
@@ -34,7 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--retries", type=int, default=3, metavar="N", help=retries)
     parser.add_argument("--log-dir", default="runs/sweep", metavar="DIR", help="the output of each run (default: runs/sweep)")
     args = parser.parse_args(hyphens(None))
-    if args.gpus is not None and not (0 <= args.gpus <= 1 or (args.gpus > 1 and args.gpus == int(args.gpus))):
+    if args.gpus is not None and not (0 <= args.gpus <= 1 or (args.gpus > 1 and args.gpus % 1 == 0)):
         parser.error(f"--gpus {args.gpus}: must be a fraction of one GPU, or a whole number")
     if not 0 < args.cpus < 1e6:
         parser.error(f"--cpus {args.cpus}: must be above 0")
@@ -43,25 +42,14 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def read(files: list[str]) -> list[Line]:
-    """Read the command lines of the files, or of standard input if there are none."""
-    if not files and sys.stdin.isatty():
-        raise UserError("give files of command lines, or pipe them in")
-    lines = []
-    for file in files or ["-"]:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        lines += read_lines("standard input" if file == "-" else file, text)
-    return lines
-
-
 def main(args: argparse.Namespace) -> None:
-    jobs = plan(lines := read(args.files), MAKERS)
+    jobs = plan(lines := read_lines(args.files), MAKERS)
     left = unfinished(jobs)
     finished = len(jobs) - len(left)
     print(f"{len(lines)} lines, {len(jobs)} jobs: {finished} already finished, {len(left)} to run", flush=True)
     outcomes = run(left, args) if left else {}
     print(report(outcomes, finished, args.log_dir))
-    if any(outcome.state != "done" for outcome in outcomes.values()):
+    if any(outcome != "done" for outcome in outcomes.values()):
         sys.exit(1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -14,101 +13,71 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bert_tickets.errors import Stopped, UserError, first_line
 from bert_tickets.sweep.jobs import Job
 
 GPUS = "CUDA_VISIBLE_DEVICES"  # set by Ray; the other variables of a run are the sweep's
 GRACE = 300.0  # seconds for the commands to save when the sweep is stopped
+BUSY_WAIT = 10.0  # seconds between attempts while another process holds the run directory
 TAIL = 12  # lines of a failed command's output
 
 
-class CommandFailed(Exception):
-    """A command ended with exit code 2, a user's mistake. Arguments: exit code, last lines of its output."""
+def execute(command: str, folder: str, environment: dict[str, str], log: str, *needs: None) -> None:
+    """Run a command by bash, with its output appended to `log`: the body of a Ray task, which waits for the tasks in `needs`.
 
-
-class Crashed(CommandFailed):
-    """A command ended with another exit code than 0 and 2. Ray retries it."""
-
-
-class Outcome(NamedTuple):
-    """The state of a job (`done`, `failed` or `not run`), the reason, and the last lines of its output."""
-
-    state: str
-    why: str = ""
-    output: Sequence[str] = ()
-
-
-# ---- in a Ray worker ----
-
-
-def execute(words: list[str], folder: str, environment: dict[str, str], log: str, *needs: None) -> None:
-    """Run a command, with its output appended to `log`: the body of a Ray task, which waits for the tasks in `needs`.
-
-    Retries every minute after exit code 75 (another process holds the directory). Raises `CommandFailed` for others but 0.
+    Tries again after exit code 75: another process holds the directory. Raises `UserError` for exit code 2, `RuntimeError`, which
+    Ray retries, for others but 0. `ray.cancel` raises KeyboardInterrupt here, which sends SIGTERM to the command and waits until
+    it has saved.
     """
-    program = sys.executable if words[0] in ("python", "python3") else words[0]
     tether = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []  # stops the command if this process dies
-    header, wait = f"{socket.gethostname()}: {shlex.join(words)}", 2.0
+    code = os.EX_TEMPFAIL
     with open(log, "ab", buffering=0) as output:
-        while True:
-            print(f"started on {header}", flush=True)
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        options: dict[str, Any] = {"cwd": folder, "env": {**os.environ, **environment}, "start_new_session": True}
+        while code == os.EX_TEMPFAIL:
+            header = f"started on {socket.gethostname()}: {command}"
+            print(header, flush=True)
             output.write(f"# {time.strftime('%F %T')} {header}\n".encode())
-            code = _call([*tether, program, *words[1:]], folder, {**os.environ, **environment}, output)
-            if code != os.EX_TEMPFAIL:
-                break
-            time.sleep(wait := min(2 * wait, 60.0))
+            process = subprocess.Popen([*tether, "bash", "-c", command], **streams, **options)
+            try:
+                while process.poll() is None:  # not `wait`, which Ray cannot interrupt
+                    time.sleep(0.1)
+            except KeyboardInterrupt:
+                process.terminate()
+                process.wait()
+                raise
+            code = process.returncode
+            if code == os.EX_TEMPFAIL:
+                time.sleep(BUSY_WAIT)
     if code:
-        raise (CommandFailed if code == 2 else Crashed)(code, last_lines(Path(log)))
+        raise (UserError if code == 2 else RuntimeError)(f"exit code {code}")
 
 
-def _call(command: list[str], folder: str, environment: dict[str, str], output: Any) -> int:
-    """Run a command and return its exit code. `ray.cancel` raises KeyboardInterrupt here, which sends SIGTERM to the command."""
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
-    try:
-        while process.poll() is None:  # not `wait`, which Ray cannot interrupt
-            time.sleep(0.1)
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
-    return process.returncode
-
-
-def last_lines(log: Path) -> list[str]:
-    """Return the last lines of a log's last attempt; of a progress bar the last state."""
-    attempt = log.read_bytes().decode(errors="replace").split("\n# ")[-1]
-    lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in attempt.split("\n")[1:]]
-    return [line for line in lines if line][-TAIL:]
-
-
-# ---- in the sweep's process ----
-
-
-def run(jobs: Sequence[Job], args: argparse.Namespace) -> dict[Job, Outcome]:
-    """Run jobs, in the order of `plan`, on Ray, and print a line per event. A job that needs a failed one is not run.
+def run(jobs: Sequence[Job], args: argparse.Namespace) -> dict[Job, str]:
+    """Run jobs, in the order of `plan`, on Ray, and print a line per event. Returns their outcomes: done, failed, or not run.
 
     Raises `Stopped` on Ctrl-C and SIGTERM, after the commands have saved. A second signal ends the sweep at once.
     """
     Path(args.log_dir).mkdir(parents=True, exist_ok=True)
     ray = connect(args.address)
-    received = _signals()
-    outcomes: dict[Job, Outcome] = {}
-    left = set(jobs)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    received: list[int] = []
+    for number in signals:
+        signal.signal(number, lambda number, _: received.append(number))
+    outcomes: dict[Job, str] = {}
     try:
         pending = _submit(ray, jobs, args)
-        while left and not received:
-            for reference in ray.wait(list(pending), num_returns=len(pending), timeout=0.5)[0]:
-                job = pending[reference]
-                if left.isdisjoint(job.needs):  # otherwise in the next round
-                    outcomes[job] = _outcome(ray, job, reference, outcomes)
-                    left.remove(job)
-                    del pending[reference]
-                    print(time.strftime("%T"), f"{len(outcomes)} of {len(jobs)}", _line(job, outcomes[job]), flush=True)
-        if left:
-            print(f"stopping with {len(left)} jobs left: the running commands save and end", flush=True)
+        while pending and not received:
+            for reference in ray.wait(list(pending), num_returns=len(pending), timeout=0.5)[0]:  # in the order of the jobs
+                job = pending.pop(reference)
+                outcomes[job] = _outcome(ray, job, reference, outcomes)
+                print(time.strftime("%T"), f"{len(outcomes)} of {len(jobs)} {outcomes[job]}: {job.text}", flush=True)
+        if pending:
+            print(f"stopping with {len(pending)} jobs left: the running commands save and end", flush=True)
+            for number in signals:
+                signal.signal(number, signal.SIG_DFL)
             for reference in pending:
                 ray.cancel(reference)
             ray.wait(list(pending), num_returns=len(pending), timeout=GRACE)
@@ -118,39 +87,20 @@ def run(jobs: Sequence[Job], args: argparse.Namespace) -> dict[Job, Outcome]:
     return outcomes
 
 
-def _signals() -> list[int]:
-    """Return a list to which the first SIGINT or SIGTERM is appended; a second one ends the process."""
-    received: list[int] = []
-
-    def on_signal(number: int, _: object) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    return received
-
-
-def _line(job: Job, outcome: Outcome) -> str:
-    return f"{outcome.state}{f' ({outcome.why})' if outcome.why else ''}: {job.title}"
-
-
 def connect(address: str) -> Any:
     """Connect Ray to a cluster, or start it on this machine for this sweep if `address` is `local`. Returns the module."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
-    if shutil.which("setpriv"):  # let a command save after its worker has died, instead of killing it
-        os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # a wrong address is reported after a minute, not fifteen
+    options: dict[str, Any] = {}
     if address == "local":  # a token keeps other users of this machine out
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        options = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
     try:
         import ray
     except ImportError:
         raise UserError("a sweep needs Ray: pip install -e '.[sweep]'") from None
-    alone = {"object_store_memory": 80 * 2**20, "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, logging_level="ERROR", **alone)
+        ray.init(address=address, logging_level="ERROR", **options)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         what = "no Ray cluster answers, or it asks for a token (export RAY_AUTH_MODE=token)"
         raise UserError(f"--address {address}: {what}: {first_line(error)}") from None
@@ -164,38 +114,38 @@ def _submit(ray: Any, jobs: Sequence[Job], args: argparse.Namespace) -> dict[Any
     if not any(node.get("CPU", 0) >= args.cpus and node.get("GPU", 0) >= gpus for node in nodes):
         raise UserError(f"no node has {args.cpus:g} CPUs and {gpus:g} GPUs for a run: give --cpus and --gpus")
     environment = {name: value for name, value in os.environ.items() if name != GPUS and not name.startswith("RAY_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"  # its `python` is this one
     environment |= {} if gpus else {GPUS: ""}
-    options = {"num_cpus": args.cpus, "num_gpus": gpus, "max_retries": args.retries, "retry_exceptions": [Crashed]}
+    options = {"num_cpus": args.cpus, "num_gpus": gpus, "max_retries": args.retries, "retry_exceptions": [RuntimeError]}
     task = ray.remote(execute).options(name="run", scheduling_strategy="SPREAD", **options)
     references: dict[Job, Any] = {}
     for job in jobs:
         log = str(Path(args.log_dir, job.log).resolve())
         needs = [references[need] for need in job.needs if need in references]
-        references[job] = task.remote(job.words, os.getcwd(), environment, log, *needs)
+        references[job] = task.remote(job.text, os.getcwd(), environment, log, *needs)
     return {reference: job for job, reference in references.items()}
 
 
-def _outcome(ray: Any, job: Job, reference: Any, outcomes: dict[Job, Outcome]) -> Outcome:
+def _outcome(ray: Any, job: Job, reference: Any, outcomes: dict[Job, str]) -> str:
+    """Return `done`, `failed (REASON)`, or `not run (NEED)` for a job that needs one that is not done."""
     for need in job.needs:
-        if need in outcomes and outcomes[need].state != "done":
-            return Outcome("not run", f"it needs {need.title}, {need.place}: {outcomes[need].state}")
+        if outcomes.get(need, "done") != "done":
+            return f"not run (it needs {need.place}: {need.text})"
     try:
         ray.get(reference)
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, CommandFailed):
-            code, output = cause.args
-            return Outcome("failed", f"exit code {code}", output)
-        return Outcome("failed", f"{type(cause).__name__}: {first_line(cause)}")
-    return Outcome("done")
+        return f"failed ({first_line(getattr(error, 'cause', error))})"
+    return "done"
 
 
-def report(outcomes: dict[Job, Outcome], finished: int, log_dir: str) -> str:
+def report(outcomes: dict[Job, str], finished: int, log_dir: str) -> str:
     """Format the counts, and of each failed job the reason, the last output and the log."""
-    states = [outcome.state for outcome in outcomes.values()]
+    states = [outcome.partition(" (")[0] for outcome in outcomes.values()]
     lines = [f"{finished + states.count('done')} done, {states.count('failed')} failed, {states.count('not run')} not run"]
-    for job, outcome in outcomes.items():
-        if outcome.state == "failed":
-            lines += [f"\n{_line(job, outcome)}", f"  {job.place}; all of its output: {Path(log_dir, job.log)}"]
-            lines += [f"  | {line}" for line in outcome.output]
+    for job, state in zip(outcomes, states, strict=True):
+        if state == "failed":
+            log = Path(log_dir, job.log)
+            output = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+            lines += [f"\n{outcomes[job]}: {job.text}", f"  {job.place}; all of its output: {log}"]
+            lines += [f"  | {line}" for line in output[-TAIL:]]
     return "\n".join(lines)
