@@ -14,10 +14,7 @@
 
 : "${MODEL:=bert-base-uncased}" "${STEP:=10}" "${OUTPUT:=runs}" "${PYTHON:=python}"
 : "${FLAGS:=}" "${GLUE_FLAGS:=}" "${SQUAD_FLAGS:=}" "${MLM_FLAGS:=}" "${LEVELS:=}"
-GLUE_TASKS="mnli qqp stsb wnli qnli mrpc rte sst2 cola"
-ALL_TASKS="$GLUE_TASKS squad mlm"
 
-arguments=("$@")
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=false stage_wanted='' failures=()
 
@@ -45,7 +42,7 @@ case " $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS " in
   *" --schedule"*) fail "a sweep uses --schedule linear: each level prunes STEP percent of the original weights" ;;
 esac
 if ! $dry_run; then # report a mistake in the variables now, not after days of training
-  bash "$0" ${arguments[@]+"${arguments[@]}"} --dry-run > /dev/null 2>&1 || exec bash "$0" --dry-run > /dev/null
+  bash "$0" --dry-run > /dev/null 2>&1 || exec bash "$0" --dry-run > /dev/null
 fi
 
 # Run or print one command of the sweep, once. A failed command is listed at the end and does not stop the others; a stopped one
@@ -64,7 +61,7 @@ emit() { # stage, command ...
   fi
   printf '\n$ %s\n' "${line% }"
   forward_signals "$@" || code=$?
-  if [ $code -eq 130 ] || [ $code -eq 143 ]; then # Ctrl-C, SIGTERM; a command that the kernel killed (137) has failed
+  if [ $code -eq 130 ] || [ $code -eq 143 ]; then # SIGINT, SIGTERM; a command that the kernel killed (137) has failed
     echo "stopped; the same command resumes" >&2
     exit $code
   elif [ $code -ne 0 ]; then
@@ -72,15 +69,16 @@ emit() { # stage, command ...
   fi
 }
 
-# Run a command and forward SIGINT, SIGTERM and SIGHUP to it: otherwise bash ends and leaves it running. A separate process group
-# makes Ctrl-C reach it once. Returns its exit code.
+# Run a command, and send it SIGTERM on SIGINT, SIGTERM and SIGHUP: otherwise bash ends and leaves it running. In a process group
+# of its own, Ctrl-C does not reach it a second time. Returns its exit code.
 forward_signals() { # command ...
-  local child code signal
+  local child='' early='' code
+  trap 'if [ -n "$child" ]; then kill -- "-$child" 2> /dev/null || true; else early=true; fi' INT TERM HUP
   set -m
   "$@" &
   child=$!
   set +m
-  for signal in INT TERM HUP; do trap "kill -$signal -- -$child 2> /dev/null" "$signal"; done
+  [ -z "$early" ] || kill -- "-$child"
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2> /dev/null; do :; done # a signal ends wait, not the child
   trap - INT TERM HUP
   return $code
@@ -108,16 +106,20 @@ fraction() { # percent
   echo "0.${digits%0}"
 }
 
-# The training command of a task, in the array `command`.
+# The command of a script, in the array `command`. Flags with their defaults are left out.
+script() { # script, flags ...
+  command=("$PYTHON" "$@")
+  [ "$MODEL" = bert-base-uncased ] || command+=(--model "$MODEL")
+}
+
 training() { # task, seed, flags ...
   local task=$1 seed=$2
   shift 2
   case $task in
-    mlm) command=("$PYTHON" lt_pretrain.py) extra=$MLM_FLAGS ;;
-    squad) command=("$PYTHON" lt_squad.py) extra=$SQUAD_FLAGS ;;
-    *) command=("$PYTHON" lt_glue.py --task "$task") extra=$GLUE_FLAGS ;;
+    mlm) script lt_pretrain.py; extra=$MLM_FLAGS ;;
+    squad) script lt_squad.py; extra=$SQUAD_FLAGS ;;
+    *) script lt_glue.py --task "$task"; extra=$GLUE_FLAGS ;;
   esac
-  [ "$MODEL" = bert-base-uncased ] || command+=(--model "$MODEL")
   [ "$OUTPUT" = runs ] || command+=(--output-dir "$OUTPUT")
   eval "command+=(--seed $seed $FLAGS $extra)"
   command+=("$@")
@@ -135,7 +137,7 @@ imp() { # task, seed, flags ...
   emit 1 "${command[@]}"
 }
 
-# Set `mask` to the mask file that `imp` with the same arguments writes at a sparsity.
+# Set `directory` to the run directory of `imp` with the same arguments, and `mask` to its mask file at a sparsity.
 declare -A run_dirs=()
 ticket() { # sparsity in percent, task, seed, flags ...
   local percent=$1 most=$(((99 + STEP) / STEP))
@@ -144,43 +146,36 @@ ticket() { # sparsity in percent, task, seed, flags ...
   [ $((percent % STEP)) -eq 0 ] || fail "no level has $percent % sparsity: each prunes $STEP %"
   [ $((percent / STEP)) -lt "${LEVELS:-$most}" ] ||
     fail "$percent % is level $((percent / STEP)), and a run has ${LEVELS:-$most} levels: set LEVELS"
-  run_dir "$@"
-  mask=$(printf '%s/level_%02d/mask.safetensors' "$directory" $((percent / STEP)))
-}
-
-run_dir() { # task, seed, flags ...: set `directory` to the run directory of `imp` with the same arguments
-  finding "$@"
   if [ -z "${run_dirs[$*]-}" ]; then
+    finding "$@"
     run_dirs[$*]=$("${command[@]}" --dry-run | sed -n '1s/^would run in //p')
     [ -n "${run_dirs[$*]}" ] || fail "the command above is not valid"
   fi
   directory=${run_dirs[$*]}
+  mask=$(printf '%s/level_%02d/mask.safetensors' "$directory" $((percent / STEP)))
 }
 
 # Train a given ticket once (--mask means --method transfer).
 given() { # task, seed, mask, flags ...
-  local task=$1 seed=$2 mask=$3
-  shift 3
-  training "$task" "$seed" --mask "$mask" "$@"
+  training "${@:1:2}" --mask "${@:3}"
   emit 2 "${command[@]}"
 }
 
 # Make a mask without training, and set `mask` to its file.
 oneshot() { # sparsity in percent, magnitude | random, seed
-  local name=$2_$1
-  [ "$2" = magnitude ] || name+=_s$3
-  mask=$OUTPUT/masks/$name.safetensors
-  command=("$PYTHON" oneshot.py --rate "$(fraction "$1")" --method "$2")
-  [ "$2" = magnitude ] || command+=(--seed "$3")
-  [ "$MODEL" = bert-base-uncased ] || command+=(--model "$MODEL")
+  script oneshot.py --rate "$(fraction "$1")" --method "$2"
+  mask=$OUTPUT/masks/$2_$1.safetensors
+  if [ "$2" = random ]; then
+    command+=(--seed "$3")
+    mask=$OUTPUT/masks/$2_$1_s$3.safetensors
+  fi
   emit 1 "${command[@]}" --output "$mask"
 }
 
 # Make perturbed weights, and set `weights` to their file.
 perturbed() { # name, seed, flags ...
   weights=$OUTPUT/weights/$1_s$2.safetensors
-  command=("$PYTHON" perturb_weight.py "${@:3}" --seed "$2")
-  [ "$MODEL" = bert-base-uncased ] || command+=(--model "$MODEL")
+  script perturb_weight.py "${@:3}" --seed "$2"
   emit 1 "${command[@]}" --output "$weights"
 }
 

