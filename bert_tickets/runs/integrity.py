@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bert_tickets.config import from_flat
 from bert_tickets.errors import Damaged, UserError
 from bert_tickets.files import file_sha256, read_checksummed, read_facts, read_tensors
 from bert_tickets.runs.directory import has_results, level_dir, levels_done, read_run, result
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_levels(run: Path) -> None:
@@ -40,6 +43,20 @@ def check_tensors(path: Path, run: Path, level: int | None = None) -> None:
     facts = read_facts(path)
     if (facts.get("run"), facts.get("level")) != (read_run(run)["run"], level):
         raise Damaged(f"{path} belongs to {facts.get('run')}, level {facts.get('level')}")
+
+
+def check_weights(run: Path, level: int) -> dict[str, Tensor]:
+    """Read a level's trained weights. Raises `Damaged` unless they are the level's, finite, and zero where the mask prunes them."""
+    path = level_dir(run, level) / "weights.safetensors"
+    check_tensors(path, run, level)
+    weights, mask = read_tensors(path), _read_mask(run, level)
+    mask.check_fits(weights, str(path), partly=True)
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise Damaged(f"{path} has weights that are not finite, in {name}")
+        if name in mask and tensor[~mask[name]].any():
+            raise Damaged(f"{path} has nonzero weights in {name} that the mask prunes")
+    return weights
 
 
 def check_model(run: Path, level: int) -> None:
@@ -74,7 +91,7 @@ def problems(run: Path) -> list[str]:
         attempt(_read_mask, run, level)
         attempt(check_model, run, level)
     if done:
-        attempt(_check_weights, run, done - 1)
+        attempt(check_weights, run, done - 1)
     required = attempt(_required_files, run, about) if about else ()
     for path in (level_dir(run, done - 1) / "moments.safetensors", run / "rewind.safetensors", run / "checkpoint.safetensors"):
         if path.exists() or path in (required or ()):
@@ -98,19 +115,6 @@ def _read_mask(run: Path, level: int) -> Any:
     from bert_tickets.masking.mask import Mask
 
     return Mask.load(level_dir(run, level) / "mask.safetensors")
-
-
-def _check_weights(run: Path, level: int) -> None:
-    """Raise `Damaged` unless the trained weights are the level's, finite, and zero where the mask prunes them."""
-    path = level_dir(run, level) / "weights.safetensors"
-    check_tensors(path, run, level)
-    weights, mask = read_tensors(path), _read_mask(run, level)
-    mask.check_fits(weights, str(path), partly=True)
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise Damaged(f"{path} has weights that are not finite, in {name}")
-        if name in mask and tensor[~mask[name]].any():
-            raise Damaged(f"{path} has nonzero weights in {name} that the mask prunes")
 
 
 def _required_files(run: Path, about: dict[str, Any]) -> list[Path]:
