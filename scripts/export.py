@@ -30,13 +30,9 @@ def main(args: argparse.Namespace) -> None:
     from bert_tickets.export.model_card import KINDS
 
     ticket = export(args.run, args.output, args.level, untrained=args.untrained, model=args.model)
-    mask, sizes = ticket.mask, {file.name: file.stat().st_size for file in sorted(args.output.iterdir())}
     weights = "the weights that it started from" if args.untrained else "its trained weights"
-    print(f"{args.output}: level {ticket.level} of {ticket.run}, {weights}")
-    print(f"  {mask.kept:,} of {mask.total:,} weights kept, {mask.sparsity:.1%} pruned")
-    for name, size in {**sizes, "total": sum(sizes.values())}.items():
-        print(f"  {name:24}{size:>14,} bytes")
-    print(f"open it with transformers.{KINDS[ticket.cfg.kind].opener}.from_pretrained({str(args.output)!r})")
+    print(f"{args.output}: level {ticket.level} of {ticket.run}, {weights}, {ticket.mask.sparsity:.1%} pruned")
+    print(f"open it with transformers.{KINDS[ticket.cfg.kind]['opener']}.from_pretrained({str(args.output)!r})")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_tickets.config import Config, from_flat
-from bert_tickets.errors import Damaged, UserError
+from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
 from bert_tickets.runs.directory import level_dir, levels_done, read_run
 from bert_tickets.runs.integrity import check_level
@@ -24,7 +24,7 @@ class Ticket:
     result: Mapping[str, Any]  # the level's metrics.json
     cfg: Config
     mask: Mask
-    moved: str | None = None  # the base model's new place, if it was moved
+    model: str  # the base model: the absolute path of a folder, or a name on the hub
 
     @property
     def folder(self) -> Path:
@@ -37,19 +37,14 @@ class Ticket:
         return path if self.level > 0 and path.is_file() else None
 
     @property
-    def model(self) -> str:
-        """The base model: the absolute path of a folder, or a name on the hub."""
-        return self.moved or self.about["differs_from_preset"].get("model", self.cfg.model)
-
-    @property
     def is_local(self) -> bool:
         """Whether the base model is a folder of this machine."""
-        return Path(self.model).is_absolute() or Path(self.model).is_dir()
+        return Path(self.model).is_absolute()
 
     @property
     def base(self) -> str:
         """The base model's name on the hub, or its folder's name."""
-        return Path(self.cfg.model).absolute().name if self.is_local else self.model
+        return Path(self.model).name if self.is_local else self.model
 
 
 def load_ticket(run: Path, level: int | None = None, model: str | None = None) -> Ticket:
@@ -64,6 +59,9 @@ def load_ticket(run: Path, level: int | None = None, model: str | None = None) -
         raise UserError(f"{run} has no finished level {level}; its levels are 0 to {done - 1}")
     level = done - 1 if level is None else level
     result, mask = check_level(run, level), Mask.load(level_dir(run, level) / "mask.safetensors")
-    if (mask.sha256(), mask.kept, mask.total) != (result["mask_sha256"], result["kept"], result["total"]):
-        raise Damaged(f"{level_dir(run, level)} is damaged: metrics.json and the mask differ")
-    return Ticket(run, level, about, result, from_flat(about["config"]), mask, model)
+    cfg = from_flat(about["config"])
+    if model is None:
+        model = about["differs_from_preset"].get("model", cfg.model)
+    elif Path(model).exists():
+        model = str(Path(model).resolve())
+    return Ticket(run, level, about, result, cfg, mask, model)

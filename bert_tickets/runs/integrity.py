@@ -46,7 +46,7 @@ def check_tensors(path: Path, run: Path, level: int | None = None) -> None:
 
 
 def check_weights(run: Path, level: int) -> dict[str, Tensor]:
-    """Read a level's trained weights. Raises `Damaged` unless they are the level's, finite, and zero where the mask prunes them."""
+    """Read a level's trained weights. Raises `Damaged` unless they are finite, the level's, and zero where pruned."""
     path = level_dir(run, level) / "weights.safetensors"
     check_tensors(path, run, level)
     weights, mask = read_tensors(path), _read_mask(run, level)
