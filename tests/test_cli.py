@@ -49,7 +49,7 @@ def refusal(capsys, kind, *arguments):
 # ---- help ----
 
 HELP = ["lt_glue.py", "lt_squad.py", "lt_pretrain.py", "lt_glue.py --method transfer", "lt_pretrain.py --method transfer"]
-HELP += ["oneshot.py", "perturb_weight.py"]
+HELP += ["oneshot.py", "perturb_weight.py", "scripts/compare.py", "scripts/verify.py", "scripts/export.py"]
 HEAVY = {"torch", "transformers", "numpy", "datasets", "evaluate", "scipy", "sklearn", "safetensors", "pandas", "ray"}
 
 

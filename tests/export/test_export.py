@@ -11,12 +11,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import compare
 import export as script
 import numpy as np
 import pytest
 import torch
-import verify
 from conftest import ROOT
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -39,6 +37,7 @@ from bert_tickets.runs.directory import result, run_dir
 from bert_tickets.tasks.create import create
 
 SCRIPTS = {"glue": "lt_glue.py", "squad": "lt_squad.py", "mlm": "lt_pretrain.py"}
+ARCHITECTURES = {"glue": "BertForSequenceClassification", "squad": "BertForQuestionAnswering", "mlm": "BertForMaskedLM"}
 # The runs that are exported: a task, and flags. Enough steps for RTE to predict both classes.
 RUNS = {
     "rte": ("rte", "--max-steps 30 --keep-models"),
@@ -75,18 +74,18 @@ def runs(train, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def exported(runs, tmp_path_factory) -> dict[str, Path]:
     """The newest level of each run, trained."""
-    folder = tmp_path_factory.mktemp("exported")
-    for name, run in runs.items():
-        export(run, folder / name)
-    return {name: folder / name for name in runs}
+    return export_all(runs, tmp_path_factory.mktemp("exported"), untrained=False)
 
 
 @pytest.fixture(scope="session")
 def tickets(runs, tmp_path_factory) -> dict[str, Path]:
     """The newest level of each run, untrained."""
-    folder = tmp_path_factory.mktemp("tickets")
+    return export_all(runs, tmp_path_factory.mktemp("tickets"), untrained=True)
+
+
+def export_all(runs: dict[str, Path], folder: Path, untrained: bool) -> dict[str, Path]:
     for name, run in runs.items():
-        export(run, folder / name, untrained=True)
+        export(run, folder / name, untrained=untrained)
     return {name: folder / name for name in runs}
 
 
@@ -158,6 +157,8 @@ def test_plain_transformers_has_the_metric_of_the_run_with_zeros_in_place(runs, 
         assert evaluated[name][metric] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-5)), metric
     mask, trained, weights = Mask.load(folder / "mask.safetensors"), trained_weights(runs[name]), weights_of(folder)
     assert (folder / "pooler.safetensors").exists() == (RUNS[name][0] in ("squad", "mlm"))
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == ([ARCHITECTURES[kind_of(RUNS[name][0])]], "float32")
     if name == "embeddings":  # plain transformers has two names for one bias, of which a run keeps one
         assert torch.equal(weights.pop("cls.predictions.decoder.bias"), trained["cls.predictions.bias"])
     assert weights.keys() == trained.keys()
@@ -178,23 +179,6 @@ def test_an_untied_decoder_is_exported_with_its_own_weights(exported):
     assert decoder[pruned].all()
     again, _ = load_bert(str(folder), "mlm", "pretrained", 57)
     assert torch.equal(again.cls.predictions.decoder.weight, decoder)
-
-
-@pytest.mark.parametrize(
-    ("task", "architecture", "labels", "problem"),
-    [
-        ("rte", "BertForSequenceClassification", {"0": "entailment", "1": "not_entailment"}, "single_label_classification"),
-        ("stsb", "BertForSequenceClassification", {"0": "LABEL_0"}, "regression"),
-        ("squad", "BertForQuestionAnswering", None, None),
-        ("mlm", "BertForMaskedLM", None, None),
-    ],
-)
-def test_the_configuration_is_the_tasks(exported, task, architecture, labels, problem):
-    config = json.loads((exported[task] / "config.json").read_text())
-    assert (config["architectures"], config.get("id2label"), config.get("problem_type")) == ([architecture], labels, problem)
-    assert config["dtype"] == "float32"
-    tokenizer = json.loads((exported[task] / "tokenizer_config.json").read_text())
-    assert not {"is_local", "local_files_only", "name_or_path"} & tokenizer.keys()  # where it was read from
 
 
 @pytest.mark.parametrize(("base", "task"), [("rte", "mlm"), ("squad", "mnli")])
@@ -382,8 +366,7 @@ def test_the_folder_appears_by_one_rename_of_flushed_files_and_an_error_leaves_n
 # ---- the card ----
 
 
-@pytest.mark.parametrize("untrained", [False, True])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "untrained"), [("rte", False), ("squad", False), ("stsb", True), ("mlm", True)])
 def test_the_card_says_what_the_run_records(runs, exported, tickets, task, untrained):
     text = ((tickets if untrained else exported)[task] / "README.md").read_text()
     line, about = result(runs[task], 1), read_checksummed(runs[task] / "run.json")
@@ -394,9 +377,7 @@ def test_the_card_says_what_the_run_records(runs, exported, tickets, task, untra
         line["mask_sha256"],
         line["init_sha256"],
         about["fingerprint"]["model"],
-        "| seed | `57` |",
-        "| lr | `0.001` |",
-        "| rate | `0.4` |",
+        *("| seed | `57` |", "| lr | `0.001` |", "| rate | `0.4` |"),
         "Method `imp`: Iterative magnitude pruning",
         "level 1 of 0 to 1",
         f"torch {version('torch')}",
@@ -406,7 +387,6 @@ def test_the_card_says_what_the_run_records(runs, exported, tickets, task, untra
     assert ("| doc_stride |" in text) == (task == "squad")
     assert "| epochs |" not in text  # --max-steps decides
     data = ModelCard(text).data.to_dict()
-    assert data["library_name"] == "transformers"
     assert {"lottery-ticket", "pruning"} <= set(data["tags"])
     assert ("pipeline_tag" in data) == ("metrics" in data) == (not untrained)
     assert not {"base_model", "datasets", "model-index", "license"} & data.keys()  # the hub knows nothing of local folders
@@ -496,21 +476,3 @@ def test_the_script_writes_the_folder_and_says_how_to_open_it(runs, exported, tm
     script.main(script.parse([str(runs["rte"]), "--level", "1", str(tmp_path / "rte")]))
     assert contents(tmp_path / "rte") == contents(exported["rte"])
     assert f"AutoModelForSequenceClassification.from_pretrained('{tmp_path}/rte')" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("module", [compare, verify, script], ids=lambda module: module.__name__)
-def test_help_imports_nothing_heavy_and_its_examples_parse(module, monkeypatch):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-X", "importtime", module.__file__, "--help"]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ran.stderr.splitlines()}
-    assert "argparse" in imported
-    assert imported.isdisjoint({"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "matplotlib"})
-    monkeypatch.setattr(compare, "is_run", lambda place: True)
-    starts = f"python scripts/{module.__name__}.py "
-    lines = [line.strip() for line in module.__doc__.splitlines()]
-    examples = [line.partition("#")[0].split()[2:] for line in lines if line.startswith(starts)]
-    assert len(examples) == 2
-    for words in examples:
-        module.parse(words)
