@@ -23,7 +23,8 @@ CONFIG = BertConfig(
 )
 
 
-def small_bert() -> BertModel:
+@pytest.fixture(scope="module")
+def net() -> BertModel:
     """Four layers, of which no tensor equals another's."""
     net = BertModel(CONFIG).eval()
     generator = torch.Generator().manual_seed(0)
@@ -31,11 +32,6 @@ def small_bert() -> BertModel:
         for p in net.parameters():
             p.normal_(0.3, 0.2, generator=generator)
     return net
-
-
-@pytest.fixture(scope="module")
-def net() -> BertModel:
-    return small_bert()
 
 
 @pytest.fixture
@@ -71,22 +67,11 @@ def test_entries_are_shuffled_within_each_matrix_and_nothing_else_moves(theta):
 
 def test_each_matrix_is_shuffled_in_an_order_of_its_own(theta):
     places = {name: torch.arange(theta[name].numel()).view(theta[name].shape) for name in matrices(theta)}
-    orders = [order.flatten().tolist() for order in shuffled_entries(places, seeded(1)).values()]
-    assert len({tuple(order) for order in orders}) == len(orders)
+    orders = {tuple(order.flatten().tolist()) for order in shuffled_entries(places, seeded(1)).values()}
+    assert len(orders) == len(places)
 
 
 # ---- layers ----
-
-
-def test_a_layer_moves_whole(theta):
-    order = layer_order(theta, seeded(3))
-    moved = shuffled_layers(theta, order)
-    assert sorted(order) == [0, 1, 2, 3] != order
-    for name, tensor in moved.items():
-        for layer, source in enumerate(order):
-            name = name.replace(f".layer.{layer}.", f".layer.<{source}>.")
-        assert torch.equal(tensor, theta[name.replace("<", "").replace(">", "")]), name
-    assert {name for name in theta if ".layer." not in name}.isdisjoint(changed(theta, moved))
 
 
 def test_moved_layers_are_the_network_with_its_layers_in_that_order(net, theta):
@@ -109,17 +94,10 @@ def test_matrices_alone_move_as_in_the_released_code(theta):
     assert all(torch.equal(moved[name], whole[name]) for name in in_layers)
 
 
-def test_both_ways_to_move_draw_the_same_order(theta):
-    assert perturb(theta, "layers", 0, 5)[1]["order"] == perturb(theta, "matrices", 0, 5)[1]["order"]
-
-
 def test_the_order_is_never_the_one_there_is_and_every_other_occurs():
     three = {f"bert.encoder.layer.{i}.output.dense.weight": torch.zeros(1) for i in range(3)}
     orders = {tuple(layer_order(three, seeded(seed))) for seed in range(100)}
     assert orders == {(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
-
-
-def test_one_layer_cannot_be_shuffled():
     with pytest.raises(UserError, match="one layer"):
         layer_order({"bert.encoder.layer.0.output.dense.weight": torch.zeros(1)}, seeded(0))
 
@@ -140,23 +118,13 @@ def test_noise_is_normal_of_the_deviation_asked_for_and_only_on_matrices(theta):
     assert abs((a * b).mean()) < 4 / a.numel() ** 0.5  # of two matrices independent
 
 
-def test_spread_is_the_matrices_standard_deviation_about_their_common_mean(theta):
+def test_sigma_counts_in_the_standard_deviation_of_all_matrices_about_their_common_mean(theta):
     together = torch.cat([theta[name].detach().flatten() for name in matrices(theta)]).double()
     assert spread(theta) == pytest.approx(together.std(correction=0).item(), rel=1e-12)
-    assert spread({name: tensor + 7 if "query" in name else tensor for name, tensor in theta.items()}) > 2
-
-
-def test_sigma_counts_in_the_measured_spread(theta):
     noisy, facts = perturb(theta, "noise", 0.5, 1)
     noise = torch.cat([(noisy[name] - theta[name]).flatten() for name in matrices(theta)])
     assert facts["spread"] == spread(theta)
     assert noise.std().item() == pytest.approx(0.5 * spread(theta), rel=0.02)
-
-
-@pytest.mark.parametrize("deviation", [1e300, float("inf"), float("nan")])
-def test_noise_beyond_what_floats_hold_is_refused(theta, deviation):
-    with pytest.raises(UserError, match="not finite"):
-        noised(theta, deviation, seeded(0))
 
 
 # ---- all of them ----
@@ -177,14 +145,13 @@ def test_equal_seeds_give_equal_weights_and_theta_is_left_alone(theta, how):
 # ---- the script ----
 
 
-@pytest.mark.parametrize("words", [("--shuffle", "layers"), ("--shuffle", "entries"), ("--noise", "0.1")], ids=" ".join)
+@pytest.mark.parametrize("words", [("--shuffle", "entries"), ("--noise", "0.1")], ids=" ".join)
 def test_equal_commands_write_equal_bytes_and_leave_the_checkpoint(bert_dir, tmp_path, capsys, words):
     checkpoint = (bert_dir / "model.safetensors").read_bytes()
-    for output, seed in (("one", 1), ("same", 1), ("other", 2)):
-        given = [*words, "--model", bert_dir, "--seed", seed, "--output", tmp_path / output]
+    for output in ("one", "same"):
+        given = [*words, "--model", bert_dir, "--seed", 1, "--output", tmp_path / output]
         perturb_weight.main(perturb_weight.parse([str(word) for word in given]))
-    one, same, other = ((tmp_path / output).read_bytes() for output in ("one", "same", "other"))
-    assert one == same != other
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
     assert (bert_dir / "model.safetensors").read_bytes() == checkpoint
     theta = {"bert." + name: tensor for name, tensor in load_file(bert_dir / "model.safetensors").items()}
     assert load_file(tmp_path / "one").keys() == theta.keys()  # the encoder's alone
@@ -192,7 +159,6 @@ def test_equal_commands_write_equal_bytes_and_leave_the_checkpoint(bert_dir, tmp
     assert (facts["model"], facts["seed"]) == (str(bert_dir), 1)
     assert facts["perturbed"] in capsys.readouterr().out
     if "--noise" in words:
-        assert facts["spread"] == pytest.approx(spread(theta))
         assert f"0.1 times {spread(theta):.4g}" in facts["perturbed"]
 
 
@@ -200,10 +166,7 @@ def test_equal_commands_write_equal_bytes_and_leave_the_checkpoint(bert_dir, tmp
     ("words", "said"),
     [
         ([], "one of the arguments --shuffle --noise is required"),
-        (["--shuffle", "layers", "--noise", "1"], "not allowed with argument --shuffle"),
-        (["--shuffle", "letters"], "invalid choice: 'letters'"),
-        *((["--noise", value], "must be above 0") for value in ("0", "-1", "nan", "inf")),
-        (["--noise", "loud"], "invalid float value: 'loud'"),
+        *((["--noise", value], "must be above 0") for value in ("0", "nan", "inf")),
         (["--noise", "1e300"], "is not finite with noise"),
         (["--shuffle", "layers", "--seed", "-1"], "must be from 0"),
         (["--shuffle", "layers", "--model", "nowhere"], "cannot load a BERT checkpoint"),
@@ -221,8 +184,3 @@ def test_mistakes_exit_with_2(monkeypatch, bert_dir, tmp_path, capsys, words, sa
     assert end.value.code == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_examples_of_the_help_are_accepted():
-    examples = [line.split()[2:] for line in perturb_weight.__doc__.splitlines() if line.startswith("python perturb_weight.py ")]
-    assert [perturb_weight.parse(words).output for words in examples] == ["weights/shuffled.safetensors"]
