@@ -61,7 +61,7 @@ def _forget_place(tokenizer_config: Path) -> None:
 def _trained(ticket: Ticket) -> Callable[[Path], Any]:
     """Return a function that writes a level's trained network into a folder: its kept model, or its weights in the base model."""
     kept, weights = ticket.folder / "model", ticket.folder / "weights.safetensors"
-    if kept.is_dir():
+    if kept.is_dir() and ticket.result.get("model_files"):  # the level records its checksums
         check_model(ticket.run, ticket.level)
         return partial(shutil.copytree, kept, dirs_exist_ok=True)
     if not weights.is_file():

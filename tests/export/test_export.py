@@ -229,7 +229,7 @@ def test_without_rewinding_only_trained_weights_are_exported(train, tmp_path):
 # ---- which level, which base model ----
 
 
-def test_an_older_level_needs_its_kept_model(runs, tmp_path):
+def test_an_older_level_needs_its_kept_model(runs, copied, tmp_path):
     message = error_of(runs["stsb"], tmp_path / "o", "--level", "0")
     assert "has no trained weights" in message
     assert "--keep-models" in message
@@ -238,6 +238,8 @@ def test_an_older_level_needs_its_kept_model(runs, tmp_path):
     found = contents(tmp_path / "squad")
     assert all(found[path.name] == path.read_bytes() for path in kept.glob("*.safetensors"))
     assert "pooler.safetensors" in found
+    shutil.copytree(runs["rte"] / "level_00" / "model", copied("stsb") / "level_00" / "model")  # another run's
+    assert "has no trained weights" in error_of(tmp_path / "copy" / runs["stsb"].name, tmp_path / "o", "--level", "0")
 
 
 def test_a_kept_model_needs_no_base_model_and_a_moved_one_is_given(copied, bert_dir, exported, tmp_path, monkeypatch):
