@@ -4,7 +4,7 @@
 #   bash scripts/gpu_check.sh            the tests of tests/gpu on the GPU, then bench.py on random tokens
 #   bash scripts/gpu_check.sh --quick    fewer of both
 #
-# PYTHON: the interpreter (default: .venv's if there is one). MINUTES: the time limit (default: 8; with --quick 3).
+# PYTHON: the interpreter (default: .venv's if there is one). MINUTES: the time limit (default: 15; with --quick 5).
 # Writes tests.log and bench.json to runs/gpu_check/. Exit code: 0 if all passed, 1 if not, 2 if nothing could be checked.
 set -uo pipefail
 
@@ -12,10 +12,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 output=$PWD/runs/gpu_check
 stop() { echo "gpu_check.sh: $1" >&2; exit 2; }
 
-tests=() turns=5 minutes=8
+tests=() turns=5 minutes=15
 case "$*" in
   "") ;;
-  --quick) tests=(-k "killed or (steps and fp16) or masks or gradients") turns=2 minutes=3 ;;
+  --quick) tests=(-k "killed or (steps and fp16) or masks or gradients") turns=2 minutes=5 ;;
   --help) exec sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" ;;
   *) stop "unknown arguments: $*; there is --quick" ;;
 esac
@@ -32,9 +32,9 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 trap 'exit 130' INT
 mkdir -p "$output"
 failed=0
-within() { # the rest of the time limit
+within() { # a command, for the rest of the time limit
   local left=$((60 * minutes - SECONDS))
-  if [ $left -le 0 ]; then echo "gpu_check.sh: no time left for $3"; return 1; fi
+  if [ $left -le 0 ]; then echo "gpu_check.sh: no time left for ${*:2}" >&2; return 1; fi
   timeout --foreground -k 10 $left "$@"
 }
 cd "$here" && within "$PYTHON" -m pytest -m cuda -vv --durations=0 "${tests[@]}" tests/gpu 2>&1 | tee "$output/tests.log" || failed=1

@@ -12,10 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from fake_cuda import only_real, sync_debug
+from fake_cuda import only_real
+from steps import check_equal, take
 from trainrun import contents
 
-from bert_tickets.bench.baselines import make_case, packed_step
+from bert_tickets.bench.baselines import make_case
 from bert_tickets.bench.measure import compare, profile
 from bert_tickets.bench.tiny_bert import save_bert
 from bert_tickets.data.batches import Batches
@@ -65,7 +66,7 @@ def new_case(real, request):
 @pytest.mark.cuda
 def test_a_run_killed_in_level_1_and_resumed_has_the_same_files(base_dir, glue_dir, tmp_path):
     """First of all, by the script as a user runs it: what a user must be able to rely on."""
-    words = f"--task mnli --model {base_dir} --data-dir {glue_dir} --device cuda --levels 3 --max-steps 60 --save-steps 31"
+    words = f"--task mnli --model {base_dir} --data-dir {glue_dir} --device cuda --levels 3 --max-steps 30 --save-steps 16"
     command = [sys.executable, str(ROOT / "lt_glue.py"), *words.split()]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -83,30 +84,6 @@ def test_a_run_killed_in_level_1_and_resumed_has_the_same_files(base_dir, glue_d
     assert "level 1/2" in resumed.stdout
     expected, found = contents(whole), contents(killed)
     assert [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)] == []
-
-
-def take(case, count, recorder=None, replays=True):
-    """Take steps with a copy of the network; returns the `Step` and the losses. Eager steps must not wait for the GPU.
-
-    With `recorder` and without `replays`, steps are eager on the same padded batches.
-    """
-    step, take_step = packed_step(case, recorder)
-    if not replays:
-        step.graphs = None
-    losses = []
-    for i in range(count):
-        torch.manual_seed(i)
-        with sync_debug("error" if i and recorder is None else "default"):  # the first step and captures may wait
-            losses.append(take_step(i))
-    return step, torch.stack(losses)
-
-
-def check_equal(one, other):
-    """Compare losses and weights bit for bit."""
-    (step, losses), (same, again) = one, other
-    assert losses.isfinite().all()
-    assert torch.equal(losses, again)
-    assert [name for name, p in step.params.items() if not torch.equal(p, same.params[name])] == []
 
 
 PRECISIONS = pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])

@@ -143,13 +143,6 @@ FAULTS = {  # a function, what the fault does with its result, and the error
     "a step waits": (Glue, "loss", lambda loss: loss * float(loss.detach() > 0), "synchronizing"),
     "a batch waits": (TokenStore, "batch", lambda batch: batch.lens.cpu() is None or batch, "synchronizing"),
     "a prediction waits": (glue, "classify", lambda logits: logits if logits.requires_grad else logits.cpu(), "synchronizing"),
-    "a tensor of the CPU": (Glue, "loss", lambda loss: loss * torch.ones(1), "same device"),
-    "random numbers of the CPU": (
-        Glue,
-        "loss",
-        lambda loss: loss + torch.zeros_like(loss).normal_(generator=torch.Generator()),
-        "generator",
-    ),
     "a nondeterministic sum": (Glue, "loss", lambda loss: loss.reshape(1).cumsum(0)[0], "deterministic implementation"),
 }
 
