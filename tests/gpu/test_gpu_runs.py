@@ -14,6 +14,8 @@ from trainrun import KINDS, Killed, dying
 from bert_tickets.cli import parse
 from bert_tickets.data.batches import Batches, TokenStore
 from bert_tickets.methods.main import run as run_method
+from bert_tickets.methods.oneshot import oneshot
+from bert_tickets.modeling.loading import load_bert
 from bert_tickets.runs.directory import level_dir, results, run_dir
 from bert_tickets.tasks import glue
 from bert_tickets.tasks.glue import Glue
@@ -59,8 +61,9 @@ def run(commands, tmp_path, monkeypatch, one_gpu):
     def go(kind, words="", folder="here", device="auto"):
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
+        levels = "" if "--mask" in words else "--levels 2"
         short = "--max-length 40" if kind == "glue" else ""
-        words = f"--max-steps 4 --levels 2 {short} --device {device} {words}"
+        words = f"--max-steps 4 {levels} {short} --device {device} {words}"
         cfg = parse(kind, None, [*commands[SCRIPTS[kind]], *words.split()])
         with contextlib.nullcontext() if device == "cpu" else one_gpu():
             run_method(cfg)
@@ -89,6 +92,14 @@ def test_whole_run_mixes_no_devices_and_no_step_waits(run, tmp_path, kind, words
     assert about["fingerprint"]["device"] == "cuda"
     assert about["fingerprint"]["precision"] == words.split()[1]
     assert about["environment"]["gpu"]
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_mask_from_a_file_is_trained(run, bert_dir, tmp_path, kind):
+    mask = oneshot(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0], 0.5, "magnitude", 0)
+    mask.write(tmp_path / "m.safetensors")
+    ((line,), _) = run(kind, f"--mask {tmp_path}/m.safetensors")
+    assert (line["sparsity"], line["mask_sha256"]) == (0.5, mask.sha256())
 
 
 @pytest.mark.parametrize(
