@@ -1,11 +1,8 @@
 """Measure training speed on this machine, in comparison with a port of the released loop. Quote the ratios.
 
   python scripts/bench.py --model DIR --data-dir glue --tasks cola sst2 mnli rte
-  python scripts/bench.py --model DIR --data-dir glue --tasks cola rte --levers    # ablation: each speed-up off in turn
-  python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # time of a step by kernel or operator
-  python scripts/bench.py --model DIR --level                                      # the costs of a level beside its steps
-  python scripts/bench.py --model DIR --data-dir glue --tasks rte --alone eager    # one side: its time and peak memory
   python scripts/bench.py --model random --tasks mlm squad --batch-size 16         # BERT-base of random weights, random tokens
+  python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # time of a step by kernel or operator
 
 All sides train the same network at the same sparsity on the same examples, in turns of a few steps; figures are medians over the
 turns. FLOPs are counted on real tokens only, and compared with the machine's rate for a large matrix product.
@@ -15,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 from pathlib import Path
@@ -43,12 +41,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turn-steps", type=int, default=4, metavar="N", help="steps a turn (default: 4)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp16", "bf16", "fp32"), help="(default: auto)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="(default: auto)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--levers", action="store_true", help="measure ours with each speed-up off")
-    instead.add_argument("--profile", action="store_true", help="measure the time of a step by kernel or operator")
-    instead.add_argument("--level", action="store_true", help="measure the costs of a level beside its steps")
-    instead.add_argument("--alone", choices=("eager", "graphs", "released"), help="measure this side alone, with its peak memory")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--profile", action="store_true", help="measure the time of a step by kernel or operator instead")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there, with the machine and the versions")
     args = parser.parse_args(hyphens())
     for name in ("turns", "turn_steps", "batch_size", "max_length"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
@@ -69,41 +63,29 @@ def measure_task(name: str, args: argparse.Namespace) -> Figures:
     given: dict[str, Any] = {field: getattr(args, field) for field in SETTINGS}
     batch_size = args.batch_size or preset_values(Config.method, kind_of(name), Config.protocol)["batch_size"]
     given["limit_train"] = batch_size * args.turn_steps * (args.turns + 1)
-    case = make_case(name, given, args.sparsity)
-    if args.alone:
-        return measure.measure_alone(args.alone, case, args.turns, args.turn_steps)
-    function = measure.measure_levers if args.levers else measure.profile if args.profile else measure.compare
-    return function(case, args.turns, args.turn_steps)
-
-
-def show(columns: dict[str, Figures]) -> None:
-    """Print a table with a column per task."""
-    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
-    print(" " * 60, *(f"{name:>10}" for name in columns))
-    for row in rows:
-        print(f"{row[:60]:>60}", *(f"{column[row]:10.4g}" if row in column else " " * 10 for column in columns.values()))
+    function = measure.profile if args.profile else measure.compare
+    return function(make_case(name, given, args.sparsity), args.turns, args.turn_steps)
 
 
 def main(args: argparse.Namespace) -> None:
+    import pandas as pd
     import torch
 
-    from bert_tickets.bench import measure, tiny_bert
+    from bert_tickets.bench.tiny_bert import save_bert
+    from bert_tickets.runs.provenance import environment
 
-    arguments, machine = dict(vars(args)), f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    if args.device != "cpu" and torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
+    arguments = dict(vars(args))
     with tempfile.TemporaryDirectory() as folder:
         if args.model == "random":
-            tiny_bert.save_bert(Path(folder))
+            save_bert(Path(folder))
             args.model = folder
-        if args.level:
-            columns = {"level": measure.measure_level(args.model)}
-        else:
-            columns = {name: measure_task(name, args) for name in args.tasks}
-    show(columns)
-    print(f"{machine}, torch {torch.__version__}")
+        columns = {name: measure_task(name, args) for name in args.tasks}
+    print(pd.DataFrame(columns).to_string(float_format="{:.4g}".format, na_rep=""))
+    machine: dict[str, Any] = environment("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    machine |= {"cuda": torch.version.cuda, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    print(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {torch.__version__}")
     if args.json:
-        figures = {"machine": machine, "torch": torch.__version__, "arguments": arguments, "figures": columns}
+        figures = {"machine": machine, "arguments": arguments, "figures": columns}
         write(Path(args.json), json.dumps(figures, indent=1).encode() + b"\n")
 
 

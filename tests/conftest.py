@@ -24,7 +24,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 import pytest
 import torch
 from crash_harness import Harness
-from fake_cuda import why_not
+from fake_cuda import FAKE, REAL
 from paragraphs import content
 from trainrun import THREE_LEVELS, Runs
 from transformers import BertConfig, BertModel
@@ -32,7 +32,6 @@ from transformers import BertConfig, BertModel
 from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
-needs_fake_cuda = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
 OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "“quoted”", '"', "the", "a", "was", "is", "and"]
 
@@ -88,6 +87,12 @@ def restore_torch() -> object:
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(params=[FAKE, REAL])
+def one_gpu(request: pytest.FixtureRequest):
+    """A context in which torch sees a GPU: a fake one, or with `-m cuda` a real one."""
+    return request.param
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """A fake GPU: tensors that report `cuda:0` and hold their values on the CPU.
 
-The whole CUDA path runs and computes with them on a machine without a GPU; or, with shapes alone (`meta`), its operators can be
-counted. Errors of a real GPU are raised: operators that mix devices, a CPU generator for a CUDA tensor, operators without a
-deterministic version while one is required, and, while torch's sync debug mode is "error", whatever waits for the device. Speed,
-errors inside kernels and CUDA graphs are not simulated. Attention is computed in float32, by `fake_kernels`.
+The whole CUDA path runs and computes with them on a machine without a GPU. Errors of a real GPU are raised: operators that mix
+devices, a CPU generator for a CUDA tensor, operators without a deterministic version while one is required, and, while torch's
+sync debug mode is "error", whatever waits for the device. Speed and errors inside kernels are not simulated. Attention is
+computed in float32; the replay of a CUDA graph takes the step again, on the batch of the capture.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from fake_kernels import KERNELS, backward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+
+from bert_tickets.training.cuda_graphs import Recorder
 
 CUDA, META = 1, 14  # c10::DeviceType
 SYNCHRONIZING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "bincount"}
@@ -28,11 +31,10 @@ NOT_DETERMINISTIC = {"histc", "put_", "median", "nll_loss2d_forward"}  # of thos
 
 synchronizations: list[str] = []  # every operator so far that waited for the device
 _sync_is_error = [False]
-_held_on = ["cpu"]  # the device of the held tensors: cpu or meta
 
 
 class FakeTensor(Tensor):
-    """A tensor that reports `cuda:0`; `held` has its values on the CPU, or its shape on `meta`."""
+    """A tensor that reports `cuda:0`; `held` has its values on the CPU."""
 
     held: Tensor
 
@@ -112,6 +114,11 @@ def _check_devices(name: str, args: tuple, on_host: list[Tensor]) -> None:
 
 def compute(func: Any, args: tuple, kwargs: dict) -> Any:
     """Run an operator on the held tensors, and wrap its results if they are on the GPU."""
+    if torch.is_inference_mode_enabled():  # operators made of others arrive whole
+        with _Mode():
+            found = func.decompose(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
     name = func.overloadpacket.__name__
     tensors = _tensors((args, kwargs))
     on_gpu = [x for x in tensors if isinstance(x, FakeTensor)]
@@ -122,8 +129,6 @@ def compute(func: Any, args: tuple, kwargs: dict) -> Any:
         return torch.device("cuda", 0)
     if name in ("_to_copy", "copy_"):
         return _copy(func, args, kwargs, to_gpu)
-    if not on_gpu and (asked == "meta" or any(x.is_meta for x in on_host)):
-        return func(*args, **kwargs)
     if on_gpu:
         _check_synchronization(name, args, kwargs)
         _check_determinism(name, args)
@@ -132,9 +137,8 @@ def compute(func: Any, args: tuple, kwargs: dict) -> Any:
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     if asked:
-        kwargs["device"] = torch.device(_held_on[0] if to_gpu else "cpu")
-    kernel = KERNELS.get(name, func) if _held_on[0] == "cpu" else func
-    out = kernel(*_held(args), **_held(kwargs))
+        kwargs["device"] = torch.device("cpu")
+    out = KERNELS.get(name, func)(*_held(args), **_held(kwargs))
     if not to_gpu:
         return out
     out = _map(Tensor, FakeTensor, out)
@@ -156,44 +160,30 @@ def _copy(func: Any, args: tuple, kwargs: dict, to_gpu: bool) -> Any:
         func(*_held(args), **kwargs)
         return target
     kwargs = {key: value for key, value in kwargs.items() if key not in ("non_blocking", "pin_memory")}
-    out = func(_held(target), **kwargs | {"device": torch.device(_held_on[0] if to_gpu else "cpu")})
+    out = func(_held(target), **kwargs | {"device": torch.device("cpu")})
     return FakeTensor(out) if to_gpu else out
 
 
 def _scaled_dot_product_attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`F.scaled_dot_product_attention`, whose CUDA dispatch a CPU build lacks: the memory-efficient kernel, except in fp64."""
+    """`F.scaled_dot_product_attention`, whose CUDA dispatch a CPU build lacks: by single operators, in float32 at least."""
 
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        scale: float | None = None,
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
         if not isinstance(q, FakeTensor):
-            return original(q, k, v, attn_mask, dropout_p=dropout_p, scale=scale)
-        if q.dtype == torch.float64:
-            return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, False, scale=scale)[0]
-        bias = None if attn_mask is None else attn_mask.expand(*q.shape[:3], -1)
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(q, k, v, bias, True, dropout_p, False, scale=scale or q.shape[-1] ** -0.5)[0]
+            return original(q, k, v, attn_mask, dropout_p=dropout_p)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        inputs = [None if x is None else x.to(dtype) for x in (q, k, v, attn_mask)]
+        return torch.ops.aten._scaled_dot_product_attention_math(*inputs, dropout_p)[0].to(q.dtype)
 
     return attend
 
 
+def capture_stand_in(run: Callable[[], Tensor], device: str = "cpu") -> tuple[Callable[[], Tensor], Tensor]:
+    """As `Recorder.record`: nothing is computed yet; the replay takes the step again, on the batch of the capture."""
+    loss = torch.zeros((), device=device)
+    return (lambda: loss.copy_(run())), loss
+
+
 # ---- the GPU ----
-
-
-def why_not() -> str | None:
-    """Why the fake GPU cannot be used with this torch; None if it can."""
-    if torch.cuda.is_available():
-        return "there is a real GPU"
-    try:
-        _guards()
-    except (OSError, ValueError, AttributeError):
-        return "this build of torch does not export its device guards"
-    return None
 
 
 def _guards() -> Any:
@@ -218,13 +208,12 @@ _CUDA_REPORTS = {
 
 
 @contextlib.contextmanager
-def one_gpu(values: bool = True) -> Iterator[None]:
-    """Within it torch sees one GPU, `cuda:0`, whose tensors are `FakeTensor`; without `values` they have shapes alone.
+def one_gpu() -> Iterator[None]:
+    """Within it torch sees one GPU, `cuda:0`, whose tensors are `FakeTensor`.
 
     A CPU build has no CUDA device guard; Meta's, which does nothing, takes its place.
     """
     guards = _guards()
-    _held_on[0] = "cpu" if values else "meta"
     own, guards[CUDA] = guards[CUDA], guards[META]
     with contextlib.ExitStack() as stack:
         stack.callback(guards.__setitem__, CUDA, own or guards[META])  # tensors may outlive the context
@@ -244,6 +233,7 @@ def one_gpu(values: bool = True) -> Iterator[None]:
         replace(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         replace(torch._C, "_cuda_setDevice", lambda _: None, create=True)
         replace(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        replace(Recorder, "record", lambda self, run: capture_stand_in(run, "cuda"))
         replace(F, "scaled_dot_product_attention", _scaled_dot_product_attention(F.scaled_dot_product_attention))
         replace(Tensor, "backward", backward)
         replace(Tensor, "pin_memory", lambda self: self)
@@ -251,3 +241,38 @@ def one_gpu(values: bool = True) -> Iterator[None]:
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, False)
         stack.enter_context(_Mode())
         yield
+
+
+# ---- tests on a fake GPU, and on a real one if there is one (`-m cuda`) ----
+
+
+@contextlib.contextmanager
+def sync_debug(mode: str = "error") -> Iterator[None]:
+    """Set torch's sync debug mode, if there is a GPU. With `error`, operators that wait for it raise `RuntimeError`."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _why_not() -> str | None:
+    """Why the fake GPU cannot be used; None if it can."""
+    if torch.cuda.is_available():
+        return "there is a real GPU"
+    try:
+        _guards()
+    except (OSError, ValueError, AttributeError):
+        return "this build of torch does not export its device guards"
+    return None
+
+
+# values of the fixture `one_gpu`: contexts in which torch sees a GPU
+FAKE = pytest.param(one_gpu, marks=pytest.mark.skipif(_why_not() is not None, reason=str(_why_not())), id="fake")
+REAL = pytest.param(contextlib.nullcontext, marks=pytest.mark.cuda, id="real")
+only_fake = pytest.mark.parametrize("one_gpu", [FAKE], indirect=True)
+only_real = pytest.mark.parametrize("one_gpu", [REAL], indirect=True)

@@ -1,4 +1,4 @@
-"""The kernels of `fake_cuda` that torch's CPU build lacks: both fused attention kernels, and the backward pass."""
+"""The kernels of `fake_cuda` that torch's CPU build lacks: FlashAttention, and the backward pass."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# ---- attention, with the arguments and results of torch's own operators ----
+# ---- attention in float32, with the arguments and results of torch's own operators ----
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor | None, p: float, scale: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+def _weights(q: Tensor, k: Tensor, p: float, scale: float, seed: Tensor) -> tuple[Tensor, Tensor]:
     """The attention weights, and the factors of dropout, the same for the same seed."""
-    scores = (q.float() @ k.float().mT) * scale
-    weights = torch.softmax(scores if bias is None else scores + bias, -1)
+    weights = torch.softmax((q.float() @ k.float().mT) * scale, -1)
     drawn = torch.rand(weights.shape, generator=torch.Generator().manual_seed(int(seed)))
     return weights, (drawn >= p) / (1 - p)
 
@@ -25,28 +24,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
     return (weights * factors) @ v.float()
 
 
-def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: float, scale: float, seed: Tensor) -> Any:
-    weights, factors = _weights(q, k, bias, p, scale, seed)
+def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, p: float, scale: float, seed: Tensor) -> Any:
+    weights, factors = _weights(q, k, p, scale, seed)
     grad = grad.float()
     of_weights = (grad @ v.float().mT) * factors
     of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
     return of_scores @ k.float(), of_scores.mT @ q.float(), (weights * factors).mT @ grad
-
-
-def efficient_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, _: bool, p: float = 0.0, causal: bool = False, *, scale: float
-) -> tuple[Tensor, ...]:
-    """`_scaled_dot_product_efficient_attention`: [b, heads, L, d], laid out in memory as [b, L, heads, d]."""
-    seed = torch.randint(2**31, ())
-    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    out.copy_(_attend(q, k, v, bias, p, scale, seed))
-    return out, torch.zeros(q.shape[:3]), seed, torch.zeros((), dtype=torch.int64)
-
-
-def efficient_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any, scale: float) -> Any:
-    """`_scaled_dot_product_efficient_attention_backward`."""
-    _out, _lse, seed, _offset, p, *_ = rest
-    return *(x.to(q.dtype) for x in _gradients(grad, q, k, v, bias, p, scale, seed)), None
 
 
 def _examples(ends: Tensor, *tensors: Tensor) -> list[list[Tensor]]:
@@ -63,7 +46,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, ends_k: Tensor,
     assert int(ends.diff().max()) <= longest, "an example is longer than the longest"
     seed, out = torch.randint(2**31, ()), torch.empty_like(q, memory_format=torch.contiguous_format)
     for number, (query, key, value, into) in enumerate(_examples(ends, q, k, v, out)):
-        into.copy_(_attend(query, key, value, None, p, q.shape[2] ** -0.5, seed + number))
+        into.copy_(_attend(query, key, value, p, q.shape[2] ** -0.5, seed + number))
     return out, torch.zeros(q.shape[1], len(q)), seed, torch.zeros(()), torch.zeros(())
 
 
@@ -72,15 +55,13 @@ def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, sc
     _out, _lse, ends, _ends_k, _longest, _longest_k, p, _causal, seed, *_ = rest
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     for number, (upstream, query, key, value, *grads) in enumerate(_examples(ends, grad, q, k, v, *found)):
-        gradients = _gradients(upstream, query, key, value, None, p, scale or q.shape[2] ** -0.5, seed + number)
+        gradients = _gradients(upstream, query, key, value, p, scale or q.shape[2] ** -0.5, seed + number)
         for into, gradient in zip(grads, gradients, strict=True):
             into.copy_(gradient)
     return tuple(found)
 
 
 KERNELS = {
-    "_scaled_dot_product_efficient_attention": efficient_forward,
-    "_scaled_dot_product_efficient_attention_backward": efficient_backward,
     "_flash_attention_forward": flash_forward,
     "_flash_attention_backward": flash_backward,
 }

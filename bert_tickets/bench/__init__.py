@@ -1,1 +1,1 @@
-"""Measure speed and check correctness on a device, in comparison with the released loop."""
+"""Measure the speed of training, beside a port of the released loop."""

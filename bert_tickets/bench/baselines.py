@@ -1,7 +1,7 @@
 """The training steps that bench.py compares: ours, eager and by CUDA graphs, and the released code's.
 
-`eager`, `graphs` and `released` take a `Case` and return a function that takes one training step. Each trains a copy of the
-network, at the same sparsity on the same examples.
+`eager`, `graphs` and `released` take a `Case` and return a function that takes the training step with a given index. Each trains
+a copy of the network, at the same sparsity on the same examples.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,6 @@ import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from bert_tickets.bench.timing import TrainStep, take_steps
 from bert_tickets.config import Config, build
 from bert_tickets.data.batches import Batches, Store, TokenStore
 from bert_tickets.data.mlm_dataset import Corpus
@@ -42,6 +41,15 @@ from bert_tickets.training.step import Step, autocast, precision_of
 # vocabulary on CoLA and RTE, on the first 9,000 examples of SST-2, and on samples of 8,999 of MNLI and of QQP.
 LENGTHS = {"cola": (11.3, 0.33), "sst2": (13.3, 0.68), "mnli": (40.2, 0.47), "qqp": (30.8, 0.36), "rte": (66.6, 0.48)}
 FULL_LENGTH = ("squad", "mlm")  # every window and block has --max-length tokens
+
+
+TrainStep = Callable[[int], Any]
+
+
+def take_steps(step: TrainStep, numbers: Iterable[int]) -> None:
+    """Take the steps with these indices."""
+    for i in numbers:
+        step(i)
 
 
 @dataclass(frozen=True)
@@ -106,21 +114,17 @@ def eager(case: Case) -> TrainStep:
 
 def graphs(case: Case) -> TrainStep:
     """Build the package's step with CUDA graphs, and capture every bucket of the case."""
-    step = packed_step(case, recorder=Recorder(required=True))[1]
+    step = packed_step(case, Recorder(required=True))[1]
     take_steps(step, [*range(len(case.store) // case.cfg.train.batch_size)] * 2)
     return step
 
 
-def packed_step(case: Case, *, mask_weights: bool = False, recorder: Recorder | None = None) -> tuple[Step, TrainStep]:
-    """Build the package's step, as a `Step` and as a function. `mask_weights`: by torch's hooks in each forward pass."""
+def packed_step(case: Case, recorder: Recorder | None = None) -> tuple[Step, TrainStep]:
+    """Build the package's step, as a `Step` and as a function."""
     net, cfg = copy.deepcopy(case.net), case.cfg.train
-    if mask_weights:
-        add_prune_hooks(net, case.mask)
-    else:
-        case.mask.apply(prunable(net))
+    case.mask.apply(prunable(net))
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    mask = None if mask_weights else case.mask
-    step = Step(lambda batch: case.task.loss(net, batch), params, cfg, mask, case.device, recorder)
+    step = Step(lambda batch: case.task.loss(net, batch), params, cfg, case.mask, case.device, recorder)
     batches = Batches(
         case.store,
         cfg.batch_size,
@@ -147,7 +151,8 @@ def released(case: Case) -> TrainStep:
         for name, child in parent.named_children():
             if isinstance(child, Dropout):
                 setattr(parent, name, nn.Dropout(child.p))
-    add_prune_hooks(net, case.mask)
+    for name, kept in case.mask.items():
+        torch_prune.custom_from_mask(net.get_submodule(name.removesuffix(".weight")), "weight", kept.to(device))
     data = padded_data(case)
     loader = DataLoader(data, sampler=RandomSampler(data), batch_size=cfg.train.batch_size)
 
@@ -207,12 +212,6 @@ def hugging_face_loss(net: Net, task: Task, labels: Tensor, **inputs: Tensor) ->
         shown = torch.where((chosen < MASK_RATE) & (kind < MASKED + RANDOM), shown, ids)
         return net(**inputs | {"input_ids": shown}, labels=ids.masked_fill(chosen >= MASK_RATE, -100)).loss
     return nn.functional.cross_entropy(net(**inputs).logits.float(), labels)
-
-
-def add_prune_hooks(net: Net, mask: Mask) -> None:
-    """Mask the weights in every forward pass, by torch.nn.utils.prune."""
-    for name, kept in mask.items():
-        torch_prune.custom_from_mask(net.get_submodule(name.removesuffix(".weight")), "weight", kept.to(net.device))
 
 
 @contextlib.contextmanager

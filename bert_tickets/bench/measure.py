@@ -1,35 +1,21 @@
-"""The measurements of bench.py: each returns figures by name."""
+"""What bench.py measures: sides in turns, the machine's GEMM rate, the FLOPs of a step, the cost of masking, GPU kernels."""
 
 from __future__ import annotations
 
 import gc
-import resource
+import re
 import statistics
-import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from bert_tickets.bench.baselines import SIDES, Case, eager, graphs
-from bert_tickets.bench.levers import LEVERS
-from bert_tickets.bench.timing import (
-    TrainStep,
-    gemm_rate,
-    masking_seconds,
-    profile_kernels,
-    short_name,
-    step_flops,
-    take_steps,
-    time_in_turns,
-)
-from bert_tickets.config import Training
-from bert_tickets.files import write_tensors
+from bert_tickets.bench.baselines import SIDES, Case, TrainStep, eager, graphs, take_steps
 from bert_tickets.masking.mask import Mask
-from bert_tickets.masking.prune import magnitude, prune
-from bert_tickets.modeling.loading import load_bert
+from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.parameters import prunable
 from bert_tickets.tasks.mlm import MASK_RATE
 
@@ -56,12 +42,60 @@ def compare(case: Case, turns: int, steps: int) -> Figures:
         figures |= {f"{name}: steps/s": 1 / each, f"{name}: real tokens/s": tokens / each}
         figures |= {f"{name}: padded tokens/s": padded / each, f"{name}: % of the machine's rate": 100 * flops / each / rate}
         if on_gpu:
-            found = profile_kernels(sides[name], steps, device)
-            figures |= {f"{name}: kernels a step": found.count, f"{name}: GPU busy, %": 100 * found.seconds / each}
+            count, kernels = profile_kernels(sides[name], steps, device)
+            figures |= {f"{name}: kernels a step": count, f"{name}: GPU busy, %": 100 * sum(kernels.values()) / each}
             figures[f"{name}: memory reserved, MiB"] = built[name][1]
-    best = names[-2]  # graphs on a GPU, else eager
     figures |= {f"{name} over released, times": seconds["released"] / seconds[name] for name in names if name != "released"}
+    best = "graphs" if on_gpu else "eager"
     return figures | {"masking alone, % of a step": 100 * masking_seconds(case.mask, device) / seconds[best]}
+
+
+def profile(case: Case, turns: int, steps: int) -> Figures:
+    """Measure the costliest kernels, or on a CPU the costliest operators without those they call, in ms per step."""
+    on_gpu = case.device.type == "cuda"
+    step = graphs(case) if on_gpu else eager(case)
+    figures = {"a step, ms": 1000 * time_in_turns({"": step}, turns, steps, case.device)[""]}
+    own: dict[str, float] = defaultdict(float)
+    if on_gpu:
+        for kernel, seconds in profile_kernels(step, steps, case.device)[1].items():
+            own[short_name(kernel)] += 1000 * seconds
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            take_steps(step, range(steps))
+        own.update({event.key: event.self_cpu_time_total / 1000 / steps for event in found.key_averages()})
+    return figures | dict(sorted(own.items(), key=lambda item: -item[1])[:24])
+
+
+# ---- time and memory ----
+
+
+def time_in_turns(sides: Mapping[str, TrainStep], turns: int, steps: int, device: torch.device) -> dict[str, float]:
+    """Return the median seconds per step of each side.
+
+    All sides take `steps` steps per turn, so that a change of the machine's speed affects all. The first of `turns` + 1 turns is
+    a warm-up. Each turn begins with another side.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for turn in range(turns + 1):
+        numbers = range(turn * steps, (turn + 1) * steps)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name].append(seconds_of(device, take_steps, sides[name], numbers) / steps)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def seconds_of(device: torch.device, action: Callable[..., object], *arguments: Any) -> float:
+    """Return the wall-clock seconds of `action(*arguments)`, with the device idle before and after."""
+    _synchronize(device)
+    began = time.perf_counter()
+    action(*arguments)
+    _synchronize(device)
+    return time.perf_counter() - began
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _with_memory(name: str, case: Case) -> tuple[TrainStep, float]:
@@ -77,57 +111,62 @@ def _with_memory(name: str, case: Case) -> tuple[TrainStep, float]:
     return step, (torch.cuda.max_memory_reserved(case.device) - before) / 2**20
 
 
-def measure_alone(side: str, case: Case, turns: int, steps: int) -> Figures:
-    """Measure the time of a step of one side, and the peak memory: of the GPU, or of this process."""
-    seconds = time_in_turns({side: SIDES[side](case)}, turns, steps, case.device)[side]
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if case.device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(case.device)
-    return {f"{side}: a step, ms": 1000 * seconds, f"{side}: peak memory, MiB": used / 2**20}
+# ---- arithmetic ----
 
 
-def measure_levers(case: Case, turns: int, steps: int) -> Figures:
-    """Measure the increase in a step's time with each speed-up off, in percent."""
-    sides = {"all on": eager(case)} | {lever: build(case) for lever, build in LEVERS.items()}
-    seconds = time_in_turns(sides, turns, steps, case.device)
-    on = seconds.pop("all on")
-    return {"all on, ms": 1000 * on} | {f"{lever}, %": 100 * (value / on - 1) for lever, value in seconds.items()}
+def gemm_rate(precision: str, device: torch.device) -> float:
+    """Measure the FLOP/s of a large square matrix product in the precision of training."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = 30 if device.type == "cuda" and precision != "fp32" else 3
+
+    def multiply(count: int) -> None:
+        for _ in range(count):
+            a @ b
+
+    multiply(times // 3)
+    return times * 2 * n**3 / seconds_of(device, multiply, times)
 
 
-def profile(case: Case, turns: int, steps: int) -> Figures:
-    """Measure the costliest kernels, or on a CPU the costliest operators without those they call, in ms per step."""
-    on_gpu = case.device.type == "cuda"
-    step = graphs(case) if on_gpu else eager(case)
-    figures = {"a step, ms": 1000 * time_in_turns({"": step}, turns, steps, case.device)[""]}
-    own: dict[str, float] = defaultdict(float)
-    if on_gpu:
-        for kernel, seconds in profile_kernels(step, steps, case.device).by_name.items():
-            own[short_name(kernel)] += 1000 * seconds
-    else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-            take_steps(step, range(steps))
-        own.update({event.key: event.self_cpu_time_total / 1000 / steps for event in found.key_averages()})
-    return figures | dict(sorted(own.items(), key=lambda item: -item[1])[:24])
+def step_flops(net: Net, lengths: np.ndarray, masked_tokens: float = 0) -> float:
+    """Return the FLOPs of training once on examples of these lengths, without padding.
+
+    Six per weight and token (two forward, four backward) of the encoder's matrices, attention's two products within each example,
+    and the MLM head for masked tokens. Other heads and the pooler are left out.
+    """
+    weights = sum(p.numel() for name, p in prunable(net).items() if "pooler" not in name)
+    attention = 12 * net.config.hidden_size * net.config.num_hidden_layers * (lengths.astype(float) ** 2).sum()
+    head = net.config.hidden_size * (net.config.hidden_size + net.config.vocab_size)
+    return 6 * (weights * lengths.sum() + head * masked_tokens) + attention
 
 
-def measure_level(model: str) -> Figures:
-    """Measure the costs of a level beside its training: pruning, writing the mask, writing a checkpoint. Medians of three."""
-    net, _ = load_bert(model, "classifier", "pretrained", Training.seed)
-    weights, params = prunable(net), dict(net.named_parameters())
-    state = {f"{part}/{name}": p.detach().clone() for part in ("param", "exp_avg", "exp_avg_sq") for name, p in params.items()}
-    times: dict[str, list[float]] = defaultdict(list)
-    for _ in range(3):
-        with tempfile.TemporaryDirectory() as folder:
-            marks = [time.perf_counter()]
-            mask = prune(Mask.ones(weights), magnitude(weights), 0.1)
-            marks.append(time.perf_counter())
-            mask.write(path := Path(folder) / "mask.safetensors")
-            marks.append(time.perf_counter())
-            write_tensors(Path(folder) / "checkpoint.safetensors", state)
-            marks.append(time.perf_counter())
-            size = path.stat().st_size
-        for name, seconds in zip(("choose the mask", "write the mask", "write a checkpoint"), np.diff(marks), strict=True):
-            times[f"{name}, s"].append(float(seconds))
-        times["together, s"].append(marks[-1] - marks[0])
-    figures = {name: statistics.median(values) for name, values in times.items()}
-    return {"prunable weights": mask.total, "mask file, MB": size / 1e6} | figures
+def masking_seconds(mask: Mask, device: torch.device) -> float:
+    """Measure the seconds of masking in a step: one multiplication of every masked gradient."""
+    masks = [kept.to(device, torch.float32) for kept in mask.values()]
+    grads = [torch.randn_like(kept) for kept in masks]
+    return statistics.median(seconds_of(device, torch._foreach_mul_, grads, masks) for _ in range(10))
+
+
+# ---- GPU kernels ----
+
+
+def profile_kernels(step: TrainStep, steps: int, device: torch.device) -> tuple[float, dict[str, float]]:
+    """Profile the GPU kernels of `steps` steps, copies and fills left out: their number, and seconds by name, per step."""
+    _synchronize(device)
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as found:  # without acc_events torch 2.11 warns
+        take_steps(step, range(steps))
+        _synchronize(device)
+    seconds: dict[str, float] = defaultdict(float)
+    count = 0
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset")):
+            seconds[event.name] += event.time_range.elapsed_us() / 1e6 / steps
+            count += 1
+    return count / steps, seconds
+
+
+def short_name(kernel: str) -> str:
+    """Return the first 60 characters of a kernel's name without its namespaces."""
+    return re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", kernel)[:60]

@@ -49,9 +49,8 @@ class Recorder:
         """Use no more graphs in this run. Raises `UserError` if they are required."""
         if self.required:
             raise UserError(f"{why}; run without --graphs on")
-        if not self.failed:
-            print(f"{why}; the run continues without CUDA graphs, with the same results", flush=True)
         self.failed = True
+        print(f"{why}; the run continues without CUDA graphs, with the same results", flush=True)
 
 
 def recorder(asked: str, device: torch.device, processes: int) -> Recorder | None:

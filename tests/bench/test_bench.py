@@ -1,8 +1,10 @@
-"""scripts/bench.py: what it prints, and that its sides train the same."""
+"""scripts/bench.py: what it measures, and that its sides train the same."""
 
 import contextlib
 import copy
 import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,60 +13,43 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
+from conftest import ROOT
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from bert_tickets.bench import baselines, measure
-from bert_tickets.bench.levers import LEVERS
-from bert_tickets.bench.timing import profile_kernels, short_name
+from bert_tickets.bench.tiny_bert import save_bert
+from bert_tickets.modeling.loading import load_bert
 
 
 @pytest.fixture
 def run_bench(monkeypatch, tmp_path):
-    """Run the script in this process; returns the figures by column."""
+    """Run the script in this process, on two small steps; returns its JSON."""
 
     def run(*words):
-        monkeypatch.setattr("sys.argv", ["bench.py", *map(str, words), "--json", str(tmp_path / "bench.json")])
+        small = ["--batch-size", "4", "--max-length", "48", "--turns", "1", "--turn-steps", "2"]
+        monkeypatch.setattr("sys.argv", ["bench.py", *small, *map(str, words), "--json", str(tmp_path / "bench.json")])
         bench.main(bench.parse())
-        return json.loads((tmp_path / "bench.json").read_text())["figures"]
+        return json.loads((tmp_path / "bench.json").read_text())
 
     return run
-
-
-SMALL = ["--batch-size", "4", "--max-length", "48", "--turns", "1", "--turn-steps", "2"]
 
 
 @pytest.mark.parametrize("source", ["data", "random"])
 def test_both_sides_are_measured_on_the_same_examples(run_bench, bert_dir, glue_dir, monkeypatch, capsys, source):
     monkeypatch.setattr(measure, "gemm_rate", lambda precision, device: 1e11)  # seconds on a busy machine
     words = ["rte", "--data-dir", glue_dir] if source == "data" else ["sst2", "mlm"]
-    found = run_bench("--model", bert_dir, *SMALL, "--tasks", *words)
+    found = run_bench("--model", bert_dir, "--tasks", *words)
     assert "eager over released, times" in capsys.readouterr().out
-    for task in found.values():
+    assert found["machine"]["versions"]["torch"]
+    assert {"gpu", "cuda", "cores"} <= found["machine"].keys()
+    for task in found["figures"].values():
         assert 4 * 3 <= task["real tokens a step"] <= task["padded tokens a step"] == 4 * 48
         assert task["eager over released, times"] == pytest.approx(task["eager: steps/s"] / task["released: steps/s"])
         assert task["eager: % of the machine's rate"] > 0
 
 
-@pytest.mark.cuda
-def test_on_a_gpu_three_sides_are_measured_with_their_kernels(run_bench, bert_dir):
-    found = run_bench("--model", bert_dir, *SMALL, "--tasks", "mnli")["mnli"]
-    for side in ("eager", "graphs", "released"):
-        for figure in ("steps/s", "padded tokens/s", "kernels a step", "GPU busy, %", "memory reserved, MiB"):
-            assert found[f"{side}: {figure}"] > 0
-    profiled = run_bench("--model", bert_dir, *SMALL, "--tasks", "mnli", "--profile")["mnli"]
-    assert any("FusedOptimizer" in kernel for kernel in profiled)
-
-
-def test_one_side_is_measured_alone(run_bench, bert_dir):
-    found = run_bench("--model", bert_dir, *SMALL, "--tasks", "mlm", "--alone", "released")["mlm"]
-    assert found["released: a step, ms"] > 0
-    assert found["released: peak memory, MiB"] > 100
-
-
-def test_a_levels_costs_are_measured(run_bench, bert_dir):
-    found = run_bench("--level", "--model", bert_dir)["level"]
-    assert found["mask file, MB"] > 0
-    assert found["together, s"] >= found["choose the mask, s"] > 0
+def test_a_step_is_profiled_by_operator(run_bench, bert_dir):
+    assert "aten::addmm" in run_bench("--model", bert_dir, "--tasks", "rte", "--profile")["figures"]["rte"]
 
 
 def test_kernels_are_read_from_torchs_profiler(monkeypatch):
@@ -78,19 +63,26 @@ def test_kernels_are_read_from_torchs_profiler(monkeypatch):
     events += [event("Memcpy HtoD", gpu, 7), event("Memset (Device)", gpu, 7)]
     profiled = contextlib.nullcontext(SimpleNamespace(events=lambda: events))
     monkeypatch.setattr(torch.profiler, "profile", lambda activities, acc_events: profiled)
-    found = profile_kernels(lambda i: None, 2, torch.device("cpu"))
-    assert (found.count, found.seconds) == (1.5, pytest.approx(65e-6))
-    assert found.by_name["gemm"] == pytest.approx(50e-6)
-    assert short_name("void at::native::(anonymous namespace)::gemm<c10::Half, 4>(int)") == "gemm<Half, 4>(int)"
+    count, seconds = measure.profile_kernels(lambda i: None, 2, torch.device("cpu"))
+    assert count == 1.5
+    assert seconds == pytest.approx({"fmha_cutlassF": 15e-6, "gemm": 50e-6})
+    assert measure.short_name("void at::native::(anonymous namespace)::gemm<c10::Half, 4>(int)") == "gemm<Half, 4>(int)"
 
 
-@pytest.mark.parametrize("words", ["--turns 0", "--turn-steps -1", "--sparsity nan", "--batch-size 0", f"--max-length {10**20}"])
+@pytest.mark.parametrize("words", ["--turns 0", "--sparsity nan", f"--max-length {10**20}"])
 def test_numbers_out_of_range_are_refused(monkeypatch, capsys, words):
     monkeypatch.setattr("sys.argv", ["bench.py", *words.split()])
     with pytest.raises(SystemExit) as stop:
         bench.parse()
     assert stop.value.code == 2
     assert f"error: {words}: " in capsys.readouterr().err
+
+
+def test_a_random_checkpoint_can_be_loaded(tmp_path):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 200}
+    save_bert(tmp_path, **sizes)
+    net, tokenizer = load_bert(str(tmp_path), "classifier", "pretrained", 0)
+    assert net.config.vocab_size == len(tokenizer) == 200
 
 
 # ---- the sides train the same ----
@@ -131,23 +123,45 @@ def test_the_released_side_and_ours_equal_a_padded_hugging_face_loop(calm_bert_d
         torch.testing.assert_close(p, weights[name], rtol=0, atol=2e-4, msg=name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_levers_do_not_change_the_training(calm_bert_dir, glue_dir, precision):
-    given = {"model": str(calm_bert_dir), "data_dir": str(glue_dir), "batch_size": 4, "max_length": 48, "limit_train": 40}
-    case = baselines.make_case("rte", given | {"lr": 1e-3, "precision": precision}, sparsity=0.5)
-    curves = {}
-    for name, build in {"ours": baselines.eager, **LEVERS}.items():
-        step = build(case)
-        curves[name] = [float(step(i)) for i in range(4)]
-    expected = curves.pop("ours")
-    rounding = 1e-5 if precision == "fp32" else 1e-2
-    assert curves.pop("packing") != pytest.approx(expected, abs=1e-5)  # its padding counts as tokens, and costs as much
-    for name, curve in curves.items():
-        assert curve == pytest.approx(expected, abs=rounding), name
+# ---- gpu_check.sh ----
+
+PYTHON = """#!/bin/sh
+case "$1 $2 $3" in
+  *is_available*) exit $NO_GPU ;;
+  *"import pytest"*) exit $NO_PYTEST ;;
+esac
+echo "$@" >> "$CALLS"
+case "$*" in *pytest*) echo 3 passed; exit $FAILED ;; esac
+"""
 
 
-def test_levers_and_the_profile_are_printed(run_bench, bert_dir, glue_dir):
-    words = ("--model", bert_dir, "--data-dir", glue_dir, *SMALL, "--tasks", "rte")
-    levers = run_bench(*words, "--levers")["rte"]
-    assert all(f"{lever}, %" in levers for lever in LEVERS)
-    assert "aten::addmm" in run_bench(*words, "--profile")["rte"]
+@pytest.mark.parametrize(
+    ("given", "words", "code", "said"),
+    [
+        ({}, "", 0, "3 passed"),
+        ({}, "--quick", 0, "3 passed"),
+        ({"FAILED": "1"}, "", 1, "3 passed"),
+        ({"NO_GPU": "1"}, "", 2, "torch sees no GPU"),
+        ({"NO_PYTEST": "1"}, "", 2, "pip install -e"),
+        ({"MINUTES": "0"}, "", 1, "no time left for"),
+        ({}, "--slow", 2, "unknown arguments: --slow"),
+    ],
+)
+def test_gpu_check_runs_the_gpu_tests_and_the_benchmark(tmp_path, given, words, code, said):
+    """With a stand-in for the interpreter. After a failed test the benchmark runs, and the exit code is 1."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    variables = {"PYTHON": str(python), "CALLS": str(calls), "NO_GPU": "0", "NO_PYTEST": "0", "FAILED": "0"} | given
+    command = ["bash", ROOT / "scripts" / "gpu_check.sh", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    if "passed" not in said:
+        assert not calls.exists()
+        return
+    tests, benchmark = calls.read_text().splitlines()
+    assert "-m pytest -m cuda" in tests
+    assert ("-k" in tests) == (words == "--quick")
+    assert f"--model random --tasks mnli --turns {2 if words else 5}" in benchmark
+    assert (tmp_path / "runs" / "gpu_check" / "tests.log").read_text() == "3 passed\n"

@@ -1,7 +1,4 @@
-"""Bucketed batches change nothing, and a captured step is the eager step or is refused.
-
-On a CPU a stand-in for the capture takes the step again, on the batch of the capture; real captures are tested on CUDA.
-"""
+"""Bucketed batches change nothing, and after a failed capture the run goes on eagerly. (Captures: tests/gpu.)"""
 
 import re
 from unittest.mock import patch
@@ -10,29 +7,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captures import capture_stand_in
+from fake_cuda import capture_stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import check_equal, take
 
-from bert_tickets.config import Training
-from bert_tickets.data.batches import Batches, TokenStore
+from bert_tickets.bench.baselines import make_case, packed_step
+from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
-from bert_tickets.masking.mask import Mask
-from bert_tickets.masking.prune import magnitude, prune
 from bert_tickets.modeling.bert import classify
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.packing import max_padding
-from bert_tickets.modeling.parameters import prunable
 from bert_tickets.training.cuda_graphs import Recorder, bucket_of, recorder, tensors
-from bert_tickets.training.step import Step
 
 
-def store_of(lengths, device="cpu"):
+def store_of(lengths):
     rng = np.random.default_rng(len(lengths))
     ids = [rng.integers(5, 100, n).tolist() for n in lengths]
     types = [[0] * (n // 2) + [1] * (n - n // 2) for n in lengths]
-    return TokenStore(Tokens.of(ids, types), rng.integers(0, 2, len(lengths)), device)
+    return TokenStore(Tokens.of(ids, types), rng.integers(0, 2, len(lengths)), torch.device("cpu"))
 
 
 # ---- buckets ----
@@ -58,9 +52,9 @@ def test_a_bucketed_batch_has_the_same_tokens_and_rounded_shapes(lengths, seed):
 
 @pytest.mark.parametrize("lengths", [[3, 17, 9, 64, 33], [7]])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_bucketing_changes_neither_loss_nor_gradients(net, lengths, dropout, monkeypatch):
+def test_bucketing_changes_neither_loss_nor_gradients(bert_dir, lengths, dropout, monkeypatch):
     store, examples = store_of([*lengths, 64]), torch.arange(len(lengths))
-    net = net.double()
+    net = load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train().double()
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -86,83 +80,32 @@ def test_buckets_differ_by_all_that_a_kernel_depends_on():
     assert set(tensors(store.batch(torch.arange(2)))) == names
 
 
-# ---- captured steps ----
+# ---- captures ----
 
 
 class StandIn(Recorder):
     """Captures by the stand-in, counted."""
 
-    captures = replays = 0
+    captures = 0
 
     def record(self, run):
         self.captures += 1
-        replay, loss = capture_stand_in(run)
-
-        def counted():
-            self.replays += 1
-            replay()
-
-        return counted, loss
-
-
-def new_net(bert_dir, device="cpu"):
-    return load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].train().to(device)
+        return capture_stand_in(run)
 
 
 @pytest.fixture
-def net(bert_dir):
-    return new_net(bert_dir)
+def case(bert_dir):
+    """A network with half of its weights pruned, on a CPU, and eight examples of eight tokens: all steps are of one bucket."""
+    given = {"model": str(bert_dir), "device": "cpu", "batch_size": 8, "limit_train": 8, "max_length": 8}
+    return make_case("mnli", given, 0.5)
 
 
-def step_of(net, store, recorder, precision="fp32", replays=True):
-    """A step with 40 % pruned, and its batches; without `replays` every step is eager, all else equal."""
-    mask = prune(Mask.ones(prunable(net)), magnitude(prunable(net)), 0.4)
-    mask.apply(prunable(net))
-
-    def loss(batch):
-        return F.cross_entropy(classify(net, batch).float(), batch.labels)
-
-    cfg, params = Training(lr=1e-3, precision=precision), dict(net.named_parameters())
-    step = Step(loss, params, cfg, mask.to(store.device), store.device, recorder)
-    if not replays:
-        step.graphs = None
-    return step, Batches(store, 8, 0, bucketed=True)
-
-
-def train(step, batches, count):
-    losses = []
-    for i in range(count):
-        torch.manual_seed(i)
-        losses.append(step(batches[i], 1e-3 * (1 - i / count)))
-    return torch.stack(losses)
-
-
-def check_equal(a, b):
-    """Compare losses and weights of two runs, bit for bit."""
-    assert torch.equal(a[0], b[0])
-    assert all(torch.equal(p, q) for p, q in zip(a[1], b[1], strict=True))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_captured_steps_equal_eager_ones_bit_for_bit(bert_dir, precision):
-    store, found = store_of([9 + 7 * (n % 5) for n in range(60)]), []
-    for replays in (True, False):
-        net, counts = new_net(bert_dir), StandIn(required=True)
-        found.append((train(*step_of(net, store, counts, precision, replays), 16), list(net.parameters())))
-        assert (counts.replays > 4) == replays
-    check_equal(*found)
-
-
-def test_a_bucket_is_captured_at_its_second_batch(net):
-    step, batches = step_of(net, store_of([20] * 40), counts := StandIn(required=True))
-    captures = []
+def test_a_bucket_is_captured_at_its_second_batch(case):
+    take_step, captures = packed_step(case, counts := StandIn(required=True))[1], []
     for i in range(5):
-        step(batches[i], 1e-3)
+        take_step(i)
         captures.append(counts.captures)
     assert captures == [0, 1, 1, 1, 1]
-
-
-# ---- captures that fail ----
 
 
 class Lost(Recorder):
@@ -184,6 +127,7 @@ class Full(Recorder):
     """Memory runs out in the capture, and ending the capture then raises an error of its own."""
 
     def record(self, run):
+        torch.rand(9)  # dropout of the layers before
         try:
             raise torch.OutOfMemoryError("no room")
         finally:
@@ -211,30 +155,23 @@ FAILURES = {
 }
 
 
-@pytest.fixture
-def eager_run(bert_dir):
-    """Losses and weights of five eager steps on `store_of([20] * 40)`."""
-    net = new_net(bert_dir)
-    return train(*step_of(net, store_of([20] * 40), StandIn(required=True), replays=False), 5), list(net.parameters())
-
-
 @pytest.mark.parametrize("failing", FAILURES)
-def test_after_a_failed_capture_the_run_goes_on_eagerly_to_the_same_bits(eager_run, net, capsys, failing):
-    store, failed = store_of([20] * 40), failing(required=False)
-    check_equal((train(*step_of(net, store, failed), 5), list(net.parameters())), eager_run)
+def test_after_a_failed_capture_the_run_goes_on_eagerly_to_the_same_bits(case, capsys, failing):
+    failed = failing(required=False)
+    check_equal(take(case, 5, failed), take(case, 5, StandIn(required=True), replays=False))
     printed = capsys.readouterr().out
     assert re.search(FAILURES[failing], printed)
     assert printed.count("continues without CUDA graphs") == 1
-    train(*step_of(net, store, failed), 3)  # the next level's
+    take(case, 3, failed)  # the next level's
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("failing", [Lost, Halfway])
-def test_a_failed_capture_ends_the_run_if_graphs_are_required(net, failing):
-    step, batches = step_of(net, store_of([20] * 40), failing(required=True))
-    step(batches[0], 1e-3)
+def test_a_failed_capture_ends_the_run_if_graphs_are_required(case, failing):
+    take_step = packed_step(case, failing(required=True))[1]
+    take_step(0)
     with pytest.raises(UserError, match=FAILURES[failing] + ".*run without --graphs on"):
-        step(batches[1], 1e-3)
+        take_step(1)
 
 
 # ---- --graphs ----
@@ -249,22 +186,3 @@ def test_graphs_are_for_one_process_on_a_gpu():
         recorder("on", torch.device("cpu"), 1)
     with pytest.raises(UserError, match="--graphs on is for one process"):
         recorder("on", torch.device("cuda"), 2)
-
-
-# ---- on a GPU ----
-
-
-@pytest.mark.cuda
-def test_a_step_that_waits_cannot_be_captured_on_cuda_and_the_run_goes_on(bert_dir, capsys):
-    """A capture that fails leaves nothing behind that changes the eager steps after it."""
-    store, found = store_of([20] * 60, "cuda"), []
-    torch.use_deterministic_algorithms(True)
-    for replays in (True, False):
-        net = new_net(bert_dir, "cuda")
-        step, batches = step_of(net, store, Recorder(required=False), "fp16", replays)
-        plain = step.loss
-        step.loss = lambda batch, plain=plain: plain(batch) * (1.0 if plain(batch).item() > 0 else 0.0)
-        found.append((train(step, batches, 6), list(net.parameters())))
-        torch.cuda.empty_cache()
-    assert capsys.readouterr().out.count("cannot be captured") == 1
-    check_equal(*found)
