@@ -116,66 +116,43 @@ def reached(name: str, graph: dict[str, set[str]]) -> set[str]:
 
 
 def test_the_package_keeps_to_its_layers():
-    assert faults(PACKAGE) == []
-
-
-def test_the_package_root_imports_none_of_its_modules():
-    assert not any(target.startswith(".") for target in imports("", ast.walk(modules(PACKAGE)[""]), set(modules(PACKAGE))))
-
-
-def test_every_module_that_must_not_import_torch_exists():
     assert set(NO_TORCH) <= modules(PACKAGE).keys()
+    assert faults(PACKAGE) == []
 
 
 @pytest.mark.parametrize(
     ("sources", "fault"),
     [
         ({"masking/new": "from bert_tickets.modeling.bert import encode"}, "masking.new imports modeling.bert"),
-        ({"files": "import bert_tickets.modeling.bert"}, "files imports modeling.bert"),
         ({"files": "from bert_tickets.modeling import bert"}, "files imports modeling.bert"),
-        ({"files": "def late():\n    from bert_tickets.modeling.bert import encode"}, "files imports modeling.bert"),
+        ({"files": "def late():\n    import bert_tickets.modeling.bert"}, "files imports modeling.bert"),
         ({"tasks/new": "import bert_tickets.training.step", "training/step": ""}, "tasks.new imports training.step"),
         ({"stray/new": "import json"}, "the folder stray has no layer"),
         ({"config": "import bert_tickets.files", "files": "import bert_tickets.config"}, "in a circle"),
-        ({"modeling/bert": "import transformers"}, "modeling.bert imports transformers"),
         ({"modeling/bert": "def late():\n    import transformers"}, "modeling.bert imports transformers"),
-        ({"modeling/bert": "try:\n    import evaluate\nfinally:\n    pass"}, "modeling.bert imports evaluate at import"),
         ({"tasks/__init__": "class Task:\n    from datasets import load_dataset"}, "tasks imports datasets at import"),
-        ({"config": "import torch.nn"}, "config imports torch"),
-        ({"cli": "from bert_tickets.files import write", "files": "import torch"}, "cli imports torch"),
+        ({"cli": "from bert_tickets.files import write", "files": "import torch.nn"}, "cli imports torch"),
+        ({"masking/new": "from bert_tickets.files import write"}, None),  # a new module has its folder's layer
+        ({"masking/new": "from bert_tickets.masking.other import x", "masking/other": "x = 1"}, None),
+        ({"masking/new": "def late():\n    import evaluate"}, None),
+        ({"masking/new": "if TYPE_CHECKING:\n    from datasets import Dataset"}, None),
     ],
 )
 def test_a_violation_is_found(tmp_path, sources, fault):
-    assert any(fault in line for line in faults(package(tmp_path, sources)))
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from bert_tickets.files import write",
-        "from bert_tickets.masking.other import x",
-        "def late():\n    import evaluate",
-        "if TYPE_CHECKING:\n    from datasets import Dataset",
-    ],
-)
-def test_a_new_module_has_its_folders_layer(tmp_path, source):
-    assert faults(package(tmp_path, {"masking/new": source, "masking/other": "x = 1"})) == []
-
-
-def package(folder: Path, sources: dict[str, str]) -> Path:
     for name, text in {"__init__": "", "files": "", "masking/__init__": "", "modeling/bert": "", **sources}.items():
-        path = folder / f"{name}.py"
+        path = tmp_path / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    return folder
+    found = faults(tmp_path)
+    assert any(fault in line for line in found) if fault else found == []
 
 
 def test_files_and_functions_are_short():
     long = []
     for path in [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("*.py"), *(PACKAGE.parent / "scripts").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
-        long += [f"{path.name}: {len(text.splitlines())}"] * (len(text.splitlines()) > MAX_LINES["file"])
+        long += [path.name] * (len(text.splitlines()) > MAX_LINES["file"])
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > MAX_LINES["function"]:
-                long.append(f"{path.name}: {node.name} {node.end_lineno - node.lineno + 1}")
+                long.append(f"{path.name}: {node.name}")
     assert long == []
