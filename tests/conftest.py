@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -88,20 +87,6 @@ def restore_torch() -> object:
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(deterministic)
-
-
-@pytest.fixture
-def soon() -> Iterator[None]:
-    """Fail what does not answer."""
-
-    def late(*_: object) -> None:
-        raise AssertionError("no answer in 20 seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from bert_tickets.modeling.attention import SIMILAR, _Attention, by_similar_leng
 from bert_tickets.modeling.bert import classify
 from bert_tickets.modeling.dropout import Dropout, drop, factors
 from bert_tickets.modeling.loading import load_bert
-from bert_tickets.seeds import seeded
 from bert_tickets.training.evaluate import evaluate
 
 CPU = torch.device("cpu")
@@ -137,13 +136,6 @@ def test_joined_query_key_and_value_equal_separate_ones(monkeypatch):
             assert (gradient - separate[name]).norm() < 0.03 * separate[name].norm(), name
 
 
-def test_the_networks_own_forward_on_a_padded_batch_is_intact(net):
-    net.eval()
-    store, examples = store_of([9, 30, 4]), torch.arange(3)
-    expected = classify(net, store.batch(examples))
-    torch.testing.assert_close(net(**padded(store, examples)).logits, expected, rtol=0, atol=1e-5)
-
-
 def test_dropout_has_its_rate_and_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.ones(1_000_003, requires_grad=True)
@@ -160,7 +152,6 @@ def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     layer, x = Dropout(0.5), torch.ones(999)
     first, second = (torch.manual_seed(3) and layer(x) for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, layer(x))
     assert layer.eval()(x) is x
 
 
@@ -179,14 +170,8 @@ def test_a_batch_depends_on_its_step_alone():
     store = store_of([4] * 50)
     forward, jumping = Batches(store, 8, 1), Batches(store, 8, 1)
     expected = [forward[step].input_ids for step in range(14)]
-    for step in (13, 0, 6, 7, 12):
-        assert torch.equal(jumping[step].input_ids, expected[step])
+    assert all(torch.equal(jumping[step].input_ids, expected[step]) for step in (13, 0, 6, 7, 12))
     assert not torch.equal(Batches(store, 8, 2)[0].input_ids, expected[0])
-
-
-def test_random_streams_of_different_purposes_differ():
-    draws = [torch.rand(4, generator=seeded(*key)) for key in [(1, "order"), (1, "head"), (2, "order"), (1, "order", 0)]]
-    assert len({tuple(draw.tolist()) for draw in draws}) == 4
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), most=st.integers(40, 200))
@@ -199,19 +184,12 @@ def test_evaluation_batches_have_every_example_once_within_the_limit(lengths, mo
     assert sorted(seen) == list(range(len(lengths)))
 
 
-def test_evaluation_returns_predictions_in_the_order_of_the_store(net):
-    net.eval()
-    store = store_of([9, 30, 4, 22, 61, 5] * 5)
-    expected = torch.cat([classify(net, store.batch(torch.tensor([i]))) for i in range(len(store))])
-    net.train()
-    logits = evaluate(net, lambda batch: classify(net, batch), store, "fp32")
-    np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-5)
+def test_evaluation_returns_rows_in_the_order_of_the_store(net):
+    store, net = store_of([9, 30, 4, 22, 61, 5] * 20), net.eval()
+    expected = [classify(net, store.batch(torch.tensor([i])))[0].tolist() for i in range(len(store))]
+    logits = evaluate(net.train(), lambda batch: classify(net, batch), store, "fp32")
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
     assert net.training
-
-
-def test_evaluation_returns_rows_of_tokens_in_the_order_of_the_store():
-    store = store_of([9, 30, 4, 22, 61, 5] * 20)
-    net = torch.nn.Identity()
     found = evaluate(net, lambda batch: torch.stack([batch.input_ids[0], batch.position_ids[0]], 1), store, "fp32", "token")
     everything = store.batch(torch.arange(len(store)))
     assert np.array_equal(found, torch.stack([everything.input_ids[0], everything.position_ids[0]], 1).numpy())

@@ -17,7 +17,7 @@ from bert_tickets.errors import Diverged, Stopped
 from bert_tickets.files import sha256_of
 from bert_tickets.training.hooks import At, CheckFinite, Checkpoint, LossCurve, ProgressBar
 from bert_tickets.training.loop import Hook, Loop, total_steps, train
-from bert_tickets.training.schedule import decay_span, linear_decay
+from bert_tickets.training.schedule import linear_decay
 
 EXAMPLES, STEPS = 20, 23
 CFG = Training(max_steps=STEPS, lr=0.1, log_every=4, weight_decay=0.01, precision="fp32")
@@ -72,21 +72,17 @@ class MemoryFile:
         raise Stopped(f"stopped at {step}", 143)
 
 
-def outcome(loop: Loop, average: Average, curve: LossCurve) -> tuple:
-    tensors = {**loop.step.params, **loop.step.moments(), "sum": average.sum, "loss": loop.loss}
-    return sha256_of(tensors), average.count, curve.losses, loop.at
-
-
-def run(file: MemoryFile, kill_at: int | None = None, save_steps: int | None = 5, cfg: Training = CFG) -> tuple:
+def run(file: MemoryFile, kill_at: int | None = None, save_steps: int | None = 5) -> tuple:
     """Train with all hooks; with `kill_at`, raise `KeyboardInterrupt` after that step. Returns all that must be reproducible."""
 
     def kill() -> None:
         raise KeyboardInterrupt
 
-    average, curve = Average(), LossCurve(cfg.log_every)
+    average, curve = Average(), LossCurve(CFG.log_every)
     hooks = [curve, average, Checkpoint(file, [curve, average], 1e9, save_steps), ProgressBar("test", curve, {})]
-    loop = Problem().train([*hooks, *([At(kill_at, kill)] if kill_at else [])], cfg)
-    return outcome(loop, average, curve)
+    loop = Problem().train([*hooks, *([At(kill_at, kill)] if kill_at else [])])
+    tensors = {**loop.step.params, **loop.step.moments(), "sum": average.sum, "loss": loop.loss}
+    return sha256_of(tensors), average.count, curve.losses, loop.at
 
 
 # ---- the loop ----
@@ -165,7 +161,6 @@ def test_the_learning_rate_is_the_schedules():
     assert seen == [linear_decay(0.1, STEPS)(step) for step in range(STEPS)]
     assert seen[0] == 0.1
     assert rates == [seen[step - 1] for step, _ in curve.losses]
-    assert linear_decay(1.0, 10, levels=4, level=2)(5) == pytest.approx(1 - 25 / 40)
     assert linear_decay(1.0, 10)(11) == 0
 
 
@@ -173,13 +168,6 @@ def test_the_number_of_steps_is_exact():
     assert total_steps(Training(epochs=1.1), 10) == 11  # in floats 1.1 * 10 is above 11
     assert total_steps(Training(epochs=0.15), 10) == 2
     assert total_steps(Training(epochs=3.0, max_steps=5), 10) == 5
-
-
-def test_decays_of_the_learning_rate_span_their_levels():
-    assert decay_span("level", 3, 5, 10, False) == (1, 0)
-    assert decay_span("run", 3, 5, 10, False) == (10, 0)
-    assert [decay_span("once", 3, 5, 10, prune_first) for prune_first in (False, True)] == [(5, 3), (4, 2)]
-    assert decay_span("once", 0, 5, 10, True) == (1, 0)
 
 
 # ---- the loss curve ----
@@ -221,22 +209,20 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_divergence():
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("kill_at", [4, 5, 13, 23])
-def test_a_killed_run_continues_with_the_same_bits(kill_at):
+def test_a_killed_or_stopped_run_continues_with_the_same_bits():
     """Weights, moments, the loss curve, and the tensor that another hook keeps."""
-    expected, file = run(MemoryFile()), MemoryFile()
-    with pytest.raises(KeyboardInterrupt):
-        run(file, kill_at)
-    assert file.at == list(range(5, kill_at + 1, 5))
-    assert run(file) == expected
-
-
-def test_a_stop_is_saved_at_once_and_continues_with_the_same_bits():
-    expected, file = run(MemoryFile()), MemoryFile()
+    expected = run(MemoryFile())
+    for kill_at in (4, 13, 23):
+        file = MemoryFile()
+        with pytest.raises(KeyboardInterrupt):
+            run(file, kill_at)
+        assert file.at == list(range(5, kill_at + 1, 5))
+        assert run(file) == expected
+    file = MemoryFile()
     file.stop_requested = True
     with pytest.raises(Stopped, match="stopped at 1"):
         run(file, save_steps=None)
-    assert file.at == [1]
+    assert file.at == [1]  # at once
     file.stop_requested = False
     assert run(file) == expected
 
