@@ -80,7 +80,11 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     missing = _check_encoder(net, info, name)
     net.bert.pooler.requires_grad_(head == "classifier")
     if head == "mlm":
-        _tie_decoder_bias(net.cls.predictions, loaded=DECODER_BIAS not in info["missing_keys"])
+        predictions = net.cls.predictions  # transformers makes its two biases one only if it ties the decoder's weights as well
+        if DECODER_BIAS in info["missing_keys"]:
+            predictions.decoder.bias = predictions.bias
+        else:
+            predictions.bias = predictions.decoder.bias
     _init_head(net, info, name, seed, keep=head == "mlm" and init != "random")
     if missing and (beside := _find(name, POOLER)) is not None:
         load_encoder(net, beside)
@@ -150,14 +154,6 @@ def _init_head(net: Net, info: dict[str, Any], name: str, seed: int, *, keep: bo
         if new:
             print(f"{name} has no head for masked language modelling: its transform is drawn at random")
     init_weights(net, seeded(seed, "head"), new)
-
-
-def _tie_decoder_bias(predictions: Any, *, loaded: bool) -> None:
-    """Make the MLM head's two biases one parameter. transformers does so only if it ties the decoder's weights as well."""
-    if loaded:
-        predictions.bias = predictions.decoder.bias
-    else:
-        predictions.decoder.bias = predictions.bias
 
 
 def save_model(net: Net, tokenizer: Any, folder: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-import random
 from pathlib import Path
 
 import numpy as np
@@ -147,30 +145,17 @@ def test_a_mask_of_bert_base_takes_a_bit_per_weight(tmp_path):
 # ---- damaged and foreign files ----
 
 
-def torch_bytes(value: object, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
-    return buffer.getvalue()
-
-
-DAMAGED = {
-    "empty": b"",
-    "random bytes": random.Random(0).randbytes(1000),
-    "a released mask cut short": torch_bytes({QUERY + "_mask": torch.ones(4, 4)})[:-30],
-    "an old pickle's first bytes": b"\x80\x02\x8a\x0a and no pickle",
-    "a torch.save of weights": torch_bytes({QUERY: torch.ones(4, 4)}),
-    "a released mask of other values": torch_bytes({QUERY + "_mask": torch.tensor([0.0, float("nan"), 0.5])}),
-    "missing": None,
-}
-
-
-@pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_or_foreign_file_is_a_users_error(tmp_path, what):
-    path = tmp_path / "mask.file"
-    if DAMAGED[what] is not None:
-        path.write_bytes(DAMAGED[what])
-    with pytest.raises(UserError, match=r"mask\.file"):
-        Mask.load(path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({QUERY: torch.ones(4, 4)}, "no key that ends in _mask"),
+        ({QUERY + "_mask": torch.tensor([0.0, float("nan"), 0.5])}, "not a tensor of zeros and ones"),
+    ],
+)
+def test_a_torch_file_that_is_no_mask_is_a_users_error(tmp_path, content, message):
+    torch.save(content, tmp_path / "mask.pt")
+    with pytest.raises(UserError, match=rf"mask\.pt.* {message}"):
+        Mask.load(tmp_path / "mask.pt")
 
 
 def test_a_file_of_weights_of_another_format_or_of_other_bits_is_a_users_error(tmp_path):
@@ -221,19 +206,15 @@ class Code:
         return Path.touch, (self.path,)
 
 
-FORMATS = {"zip": {}, "old format": {"_use_new_zipfile_serialization": False}}
-
-
-@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "old format"])
 def test_a_released_mask_is_read_and_its_code_is_not_run(tmp_path, options):
     mask, path, trace = random_mask(), tmp_path / "mask.pt", tmp_path / "the code ran"
     released = {f"module.{name}_mask": tensor.float() for name, tensor in mask.items()}
-    path.write_bytes(torch_bytes(released | {"bert.embeddings.weight": torch.randn(3)}, **options))
+    torch.save(released | {"bert.embeddings.weight": torch.randn(3)}, path, **options)
     assert Mask.load(path) == mask
-    for data in (torch_bytes({QUERY + "_mask": Code(trace)}, **options), pickle.dumps(Code(trace))):
-        path.write_bytes(data)
-        with pytest.raises(UserError, match=r"mask\.pt"):
-            Mask.load(path)
-        assert not trace.exists()
+    torch.save({QUERY + "_mask": Code(trace)}, path, **options)
+    with pytest.raises(UserError, match=r"mask\.pt cannot be read .* without unpickling code"):
+        Mask.load(path)
+    assert not trace.exists()
     pickle.loads(pickle.dumps(Code(trace)))
     assert trace.exists()  # it would have run

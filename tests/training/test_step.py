@@ -40,12 +40,19 @@ def settings(weight_decay: float) -> Training:
     return Training(lr=3e-3, weight_decay=weight_decay, max_grad_norm=1.0)
 
 
+def masked_step(net, loss, mask: Mask | None, cfg: Training) -> Step:
+    """Mask the weights; the step that trains them."""
+    params = dict(net.named_parameters())
+    if mask is not None:
+        mask.apply(params)
+    return Step(lambda batch: loss(net, batch), params, cfg, mask, CPU)
+
+
 def ours(setting, weight_decay: float):
     net, mask, batches, loss = setting
     net = copy.deepcopy(net)
-    mask.apply(prunable(net))
+    step = masked_step(net, loss, mask, settings(weight_decay))
     torch.manual_seed(1)
-    step = Step(lambda batch: loss(net, batch), dict(net.named_parameters()), settings(weight_decay), mask, CPU)
     losses = [step(batches[i], 3e-3).item() for i in range(STEPS)]
     return losses, dict(net.named_parameters())
 
@@ -119,8 +126,7 @@ def test_weights_pruned_by_any_mask_stay_zero_and_the_others_move(setting, cover
     net, _, batches, loss = setting
     weights = prunable(net, covered) if isinstance(covered, str) else covered(net)
     mask, before = prune(Mask.ones(weights), magnitude(weights), 0.4), snapshot(net)
-    mask.apply(dict(net.named_parameters()))
-    step = Step(lambda batch: loss(net, batch), dict(net.named_parameters()), settings(0.01), mask, CPU)
+    step = masked_step(net, loss, mask, settings(0.01))
     for i in range(10):
         step(batches[i], 3e-3)
     moments, moved = step.moments(), []
@@ -156,9 +162,8 @@ def test_further_leaves_train_beside_the_network_with_an_optimizer_by_name(setti
 def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, precision, norm):
     """To rounding; bit for bit if nothing is clipped. One of ten fp16 steps overflows."""
     net, mask, batches, loss = setting
+    mask.apply(prunable(net))
     other = copy.deepcopy(net)
-    for each in (net, other):
-        mask.apply(prunable(each))
     cfg = replace(settings(0.01), precision=precision, max_grad_norm=norm)
     factors = [float("inf") if i == 4 and precision == "fp16" else 1.0 for i in range(10)]
 
@@ -173,7 +178,7 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
             return grad * ctx.factor, None
 
     now = iter(factors)
-    step = Step(lambda batch: Times.apply(loss(net, batch), next(now)), dict(net.named_parameters()), cfg, mask, CPU)
+    step = masked_step(net, lambda net, batch: Times.apply(loss(net, batch), next(now)), mask, cfg)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     optimizer = torch.optim.AdamW(decay_groups(other, 0.01), lr=1e-3, eps=1e-8, fused=True)
     for i, factor in enumerate(factors):
@@ -201,12 +206,10 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
 
 def test_moments_are_set_except_those_of_pruned_weights(setting):
     net, mask, batches, loss = setting
-    params = dict(net.named_parameters())
-    dense = Step(lambda batch: loss(net, batch), params, settings(0.0), None, CPU)
+    dense = masked_step(net, loss, None, settings(0.0))
     for i in range(3):
         dense(batches[i], 1e-3)
-    mask.apply(prunable(net))
-    pruned = Step(lambda batch: loss(net, batch), params, settings(0.0), mask, CPU)
+    pruned = masked_step(net, loss, mask, settings(0.0))
     pruned.set_moments(dense.moments())
     name, kept = next(iter(mask.items()))
     first, second = dense.moments(), pruned.moments()
