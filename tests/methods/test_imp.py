@@ -197,23 +197,19 @@ def test_rewind_is_a_step_or_a_percentage_of_a_level_before_its_end(rewind, step
 
 
 @pytest.mark.parametrize(
-    ("given", "span"),
-    [({}, 10), ({"levels": 4}, 10), ({"rate": 0.3}, 4), ({"schedule": "geometric", "levels": 5}, 10)],
+    ("given", "level", "span", "index"),
+    [
+        ({"decay": "run"}, 2, 10, 0),
+        ({"decay": "run", "levels": 4}, 2, 10, 0),  # a shorter run is the beginning of the whole one
+        ({"decay": "run", "schedule": "geometric", "levels": 5}, 2, 10, 0),
+        ({"decay": "once", "levels": 3}, 2, 3, 2),
+        ({"decay": "once", "levels": 3, "prune_first": True}, 2, 2, 1),
+        ({"decay": "once", "levels": 3, "prune_first": True}, 0, 1, 0),  # level 0 is for comparison, and decays by itself
+    ],
 )
-def test_decay_run_restarts_a_decay_over_all_possible_levels_in_each(given, span):
-    """A shorter run is the beginning of the whole one."""
-    for level in (0, 2):
-        rate = imp.Settings(decay="run", **given).learning_rate(1.0, level, 100)
-        assert [rate(step) for step in (0, 50, 100)] == pytest.approx([1 - k / span for k in (0, 0.5, 1)])
-
-
-@pytest.mark.parametrize("prune_first", [False, True])
-def test_decay_once_is_one_decay_over_the_run(prune_first):
-    """With --prune-first level 0 is for comparison, and decays by itself."""
-    s = imp.Settings(decay="once", levels=3, prune_first=prune_first)
-    rates = [s.learning_rate(1.0, level, 100)(step) for level in range(3) for step in range(100)]
-    compared = [1 - k / 100 for k in range(100)] if prune_first else []
-    assert rates == pytest.approx([*compared, *(1 - k / (300 - len(compared)) for k in range(300 - len(compared)))])
+def test_decay_spans_levels(given, level, span, index):
+    rate = imp.Settings(**given).learning_rate(1.0, level, 100)
+    assert [rate(step) for step in (0, 50, 100)] == pytest.approx([1 - (index + part) / span for part in (0, 0.5, 1)])
 
 
 def test_rate_alone_takes_as_many_levels_as_it_allows():
