@@ -26,10 +26,10 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
     The flags depend on `--method`; `--mask` alone means `--method transfer`.
     """
     words = hyphens(argv)
-    method = method_of(words)
-    parser = new_parser(
-        description, epilog=f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another"
-    )
+    method = _method_of(words)
+    epilog = f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another"
+    # without defaults: the parser returns only the flags that were given, so that a preset can supply the rest
+    parser = Parser(description=description, epilog=epilog, formatter_class=FORMATTER, argument_default=argparse.SUPPRESS)
     try:
         if method not in methods(kind):
             raise UserError(f"there is no method {method} for this script; the methods are {', '.join(methods(kind))}")
@@ -51,12 +51,14 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
         parser.error(str(error))
 
 
-def method_of(words: Sequence[str]) -> str:
+def _method_of(words: Sequence[str]) -> str:
     """Return the method that a command line asks for."""
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        if word == "--method" or word.startswith("--method="):
-            return (word.partition("=")[2] or following).replace("-", "_")
-    return "transfer" if any(word.partition("=")[0] == "--mask" for word in words) else Config.method
+    parser = Parser(add_help=False)
+    parser.add_argument("--method")
+    parser.add_argument("--mask", nargs="?", const="")
+    given, _ = parser.parse_known_args(words)
+    default = Config.method if given.mask is None else "transfer"
+    return (given.method or default).replace("-", "_")
 
 
 def flags(kind: str, method: str) -> dict[str, dataclasses.Field]:
@@ -75,16 +77,13 @@ def _unknown(word: str, kind: str, method: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser without abbreviations of flags, whose errors are one line, without the usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def new_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Make a parser that returns only the flags that were given, so that a preset can supply the rest."""
-    options: dict[str, Any] = {"formatter_class": FORMATTER, "argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-    return Parser(description=description, epilog=epilog, **options)
 
 
 def hyphens(argv: Sequence[str] | None = None) -> list[str]:
@@ -152,15 +151,7 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
 
 def is_launched() -> bool:
     """Return whether torchrun started this process as one of several. (Some clusters set WORLD_SIZE for every program.)"""
-    return "LOCAL_RANK" in os.environ and environment_number("WORLD_SIZE") > 1
-
-
-def environment_number(variable: str) -> int:
-    """Read a number that torchrun sets in the environment; 1 if it is unset. Raises `UserError` for anything else."""
-    text = os.environ.get(variable) or "1"
-    if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"{variable} is {text!r}, not a number: unset it, or start by torchrun")
-    return int(text)
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def keep_freed_memory() -> None:

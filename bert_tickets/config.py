@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -133,10 +133,12 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def preset_values(method: str, kind: str, protocol: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the presets' values: fine-tuning's, then the method's, then its section `"--flag value"` if that flag is given."""
+    """Return the presets' values: fine-tuning's, then the method's; in each, those of the kind, of the protocol, and of the
+    section `"--flag value"` if that flag is given."""
     values: dict[str, Any] = {}
     for name in ("_finetuning", method):
-        for key, value in _preset(name).get(kind, {}).get(protocol, {}).items():
+        section = _preset(name).get(kind, {})
+        for key, value in (section | section.get(protocol, {})).items():
             if not isinstance(value, dict):
                 values[key] = value
             elif key in {f"--{flag} {choice}" for flag, choice in (given or {}).items()}:
@@ -161,10 +163,12 @@ def from_flat(values: Mapping[str, Any]) -> Config:
     known = fields_of(method)
     if unknown := sorted(values.keys() - known.keys()):
         raise UserError(f"this version has no setting {unknown[0]}: update bert_tickets")
-    parts: dict[bool | None, dict[str, Any]] = {True: {}, False: {}, None: {}}
-    for name, value in values.items():
-        parts[name in Training.__dataclass_fields__ if name in COMMON else None][name] = value
-    return Config(**parts[False], train=Training(**parts[True]), settings=settings_class(method)(**parts[None]))
+
+    def part(of: Any) -> dict[str, Any]:
+        return {f.name: values[f.name] for f in dataclasses.fields(of) if f.name in values}
+
+    own = settings_class(method)
+    return Config(**part(Config), train=Training(**part(Training)), settings=own(**part(own)))
 
 
 def build(given: Mapping[str, Any]) -> Config:
@@ -189,8 +193,8 @@ def _check(cfg: Config) -> None:
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} {values[name]}: {what}")
 
-    for name in ("model", "data_dir", "output_dir", "init", "device"):
-        need(values[name] is None or bool(values[name].strip()), name, "must not be empty; is a shell variable unset?")
+    for name, value in values.items():
+        need(not isinstance(value, str) or bool(value.strip()), name, "must not be empty; is a shell variable unset?")
     for name in ("batch_size", "grad_accum", "log_every", "max_steps", "save_steps", "limit_train", "limit_eval"):
         need(values[name] is None or 1 <= values[name] <= 2**48, name, "must be at least 1 (and below 2^48)")
     for name in ("epochs", "lr", "max_grad_norm", "adam_epsilon", "save_minutes"):
@@ -238,10 +242,3 @@ def run_name(cfg: Config) -> str:
     method = cfg.method if cfg.protocol == "paper" else f"{cfg.method}-{cfg.protocol}"
     text = json.dumps({"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol, **differences(cfg)}, sort_keys=True)
     return f"{cfg.task}-{method}-s{cfg.train.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def set_by_preset(config: Mapping[str, Any], differs: Collection[str]) -> set[str]:
-    """Return those of the settings `differs` that the preset's section for another flag's value sets."""
-    method, kind, protocol = config["method"], kind_of(config["task"]), config["protocol"]
-    values, base = preset_values(method, kind, protocol, config), preset_values(method, kind, protocol)
-    return {name for name in differs if name in values and values[name] != base.get(name) and config[name] == values[name]}

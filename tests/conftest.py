@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -93,20 +92,6 @@ def restore_torch() -> object:
 def one_gpu(request: pytest.FixtureRequest):
     """A context in which torch sees a GPU: a fake one, or with `-m cuda` a real one."""
     return request.param
-
-
-@pytest.fixture
-def soon() -> Iterator[None]:
-    """Fail what does not answer."""
-
-    def late(*_: object) -> None:
-        raise AssertionError("no answer in 20 seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

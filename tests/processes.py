@@ -44,7 +44,7 @@ def run(world_size: int, folder: Path, script: str, *arguments: object, setup: s
     `setup` is Python that each process runs first.
     """
     folder.mkdir(exist_ok=True)
-    together = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} if world_size > 1 else {}
+    together = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     children = []
     for rank in range(world_size):
         variables = {name: str(value) for name, value in {**together, "RANK": rank, "LOCAL_RANK": rank}.items()}

@@ -117,15 +117,6 @@ class Mask(Mapping[str, Tensor]):
 
     # ---- operations ----
 
-    def shuffle(self, generator: torch.Generator) -> Mask:
-        """Return a mask with the same density in every tensor, its kept weights drawn at random."""
-        return Mask(
-            {
-                name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator).to(tensor.device)].view_as(tensor)
-                for name, tensor in self.items()
-            }
-        )
-
     @torch.no_grad()
     def apply(self, tensors: Mapping[str, Tensor]) -> None:
         """Zero the pruned weights in place, in the tensors that the mask covers."""

@@ -38,8 +38,6 @@ def prune(mask: Mask, scores: Mapping[str, Tensor], fraction: float, scope: Scop
     for name, tensor in mask.items():
         if name not in scores or scores[name].shape != tensor.shape:
             raise ValueError(f"no scores of shape {tuple(tensor.shape)} for {name}")
-    if fraction == 0:
-        return Mask(dict(mask))
     if scope == "tensor":
         return Mask({name: _prune_globally({name: tensor}, scores, fraction)[name] for name, tensor in mask.items()})
     return Mask(_prune_globally(dict(mask), scores, fraction))

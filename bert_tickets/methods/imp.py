@@ -42,8 +42,8 @@ def run(session: Session, s: Settings) -> None:
             mask,
             start=i if level else 0,
             schedule=s.learning_rate(session.cfg.train.lr, level, session.steps),
-            moments=session.moments() if level > s.prune_first and not s.resets_optimizer else None,
-            keep_moments=not s.resets_optimizer,
+            moments=session.moments() if level > s.prune_first and not s.reset_optimizer else None,
+            keep_moments=not s.reset_optimizer,
             hooks=[session.save_weights_at(i)] if level == 0 and i > 0 else [],  # line 1: theta_i
         )
 
@@ -66,26 +66,18 @@ class Settings:
     reset_optimizer: bool | None = flag("a new AdamW at each level (default: unless --rewind none)", None)
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < 1:
-            raise UserError(f"--rate {self.rate}: must be between 0 and 1")
         set_field = object.__setattr__  # the dataclass is frozen
         if self.levels is None:
             set_field(self, "levels", int(min(10, max_levels(self.rate, self.schedule))))
-        if not 1 <= self.levels < 1000:
-            raise UserError(f"--levels {self.levels}: must be from 1 to 999")
+        fractions(self.levels, self.rate, self.schedule)  # raises for a rate or a number of levels that is impossible
         set_field(self, "rewind", _normalize(self.rewind))
         if self.reset_optimizer is None:
             set_field(self, "reset_optimizer", self.rewind != "none")
-        fractions(self.levels, self.rate, self.schedule)  # raises if too many levels are asked for
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `UserError` for a flag without effect."""
         if self.rewind == "none" and "rewind_head" in given:
             raise UserError("--rewind-head has no effect with --rewind none")
-
-    @property
-    def resets_optimizer(self) -> bool:
-        return bool(self.reset_optimizer)
 
     @property
     def fractions(self) -> list[float]:

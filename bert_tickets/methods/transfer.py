@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bert_tickets.config import flag
-from bert_tickets.errors import UserError
 
 if TYPE_CHECKING:
     from bert_tickets.masking.mask import Mask
@@ -40,10 +39,6 @@ class Settings:
     """The flags of `--method transfer`."""
 
     mask: str = flag("the ticket to train: a mask file, or a released mask.pt")
-
-    def __post_init__(self) -> None:
-        if not self.mask.strip():
-            raise UserError("--mask is empty; is a shell variable unset?")
 
     def plan(self) -> list[str]:
         """Return the lines that --dry-run prints."""

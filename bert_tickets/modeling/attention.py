@@ -1,5 +1,7 @@
 """Attention within each example of a packed batch. Examples are padded only here; all other operations are on packed tokens.
 
+Each layout has `attend(q, k, v, p)`, attention with dropout p: q, k, v [T, hidden], heads side by side, to [T, hidden].
+
 `Ragged`: FlashAttention (Dao 2023) on the packed tokens themselves, on GPUs that have it, in half precision. `Padded`: other
 GPUs pad all examples to the longest, and use torch's fused kernels. `Blocks`: a CPU has no fused kernel with dropout, and
 padding costs as much as tokens there; so examples of similar length are padded together, by head, with a backward pass written
@@ -243,8 +245,3 @@ def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype) -> Grid
     if dtype in (torch.float16, torch.bfloat16) and _has_flash(device, head_size):
         return _ragged(batch, heads)
     return _padded(batch, heads, dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, grid: Grid, p: float) -> Tensor:
-    """Compute attention within each example, with dropout `p`: q, k, v [1, T, hidden], heads side by side, to [1, T, hidden]."""
-    return grid.attend(q.squeeze(0), k.squeeze(0), v.squeeze(0), p)[None]

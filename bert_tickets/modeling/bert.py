@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_tickets.modeling.attention import Grid, attend, gather, layout
+from bert_tickets.modeling.attention import Grid, gather, layout
 from bert_tickets.modeling.packing import Batch
 
 Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
@@ -40,7 +40,8 @@ def _layer(layer: Any, hidden: Tensor, grid: Grid, dtype: torch.dtype, joined: J
     own = layer.attention.self
     x = hidden.to(dtype)
     q, k, v = F.linear(x, *joined).chunk(3, -1) if joined else (own.query(x), own.key(x), own.value(x))
-    hidden = layer.attention.output(attend(q, k, v, grid, own.dropout.p if own.training else 0.0), hidden)
+    attended = grid.attend(q[0], k[0], v[0], own.dropout.p if own.training else 0.0)
+    hidden = layer.attention.output(attended[None], hidden)
     return layer.output(layer.intermediate(hidden), hidden)
 
 

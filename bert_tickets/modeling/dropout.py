@@ -33,16 +33,13 @@ class _Drop(torch.autograd.Function):
         return grad * ctx.saved_tensors[0], None
 
 
-def drop(x: Tensor, p: float) -> Tensor:
-    """Apply dropout. On a CPU, torch draws Bernoulli numbers one by one, which takes an eighth of a training step."""
-    return _Drop.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
-
-
 class Dropout(nn.Dropout):
-    """`nn.Dropout` by means of `drop`."""
+    """`nn.Dropout` with `factors` on a CPU, where torch draws Bernoulli numbers one by one, an eighth of a training step."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return drop(input, self.p) if self.training and self.p > 0 else input
+        if not self.training or self.p == 0:
+            return input
+        return _Drop.apply(input, self.p) if input.device.type == "cpu" else F.dropout(input, self.p)
 
 
 def replace_dropout(net: nn.Module) -> None:

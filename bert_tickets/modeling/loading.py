@@ -80,7 +80,11 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     missing = _check_encoder(net, info, name)
     net.bert.pooler.requires_grad_(head == "classifier")
     if head == "mlm":
-        _tie_decoder_bias(net.cls.predictions, loaded=DECODER_BIAS not in info["missing_keys"])
+        predictions = net.cls.predictions  # transformers makes its two biases one only if it ties the decoder's weights as well
+        if DECODER_BIAS in info["missing_keys"]:
+            predictions.decoder.bias = predictions.bias
+        else:
+            predictions.bias = predictions.decoder.bias
     _init_head(net, info, name, seed, keep=head == "mlm" and init != "random")
     if missing and (beside := _find(name, POOLER)) is not None:
         load_encoder(net, beside)
@@ -99,16 +103,9 @@ def _read_config(name: str, labels: int) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type != "bert" or getattr(config, "is_decoder", False):
         raise UserError(f"{name} is a {config.model_type} model or a decoder; this package prunes BERT encoders")
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{name} is quantized; pruning needs floating-point weights")
-    if getattr(config, "position_embedding_type", None) not in ("absolute", None):
-        raise UserError(f"{name} has {config.position_embedding_type} position embeddings; only absolute ones are supported")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not 100 < len(tokenizer) <= config.vocab_size:  # without its vocabulary file a tokenizer has only special tokens
         raise UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens and the model {config.vocab_size}: no match")
-    ids, cls, sep = tokenizer("a", "b")["input_ids"], tokenizer.cls_token_id, tokenizer.sep_token_id
-    if ids[0] != cls or ids[-1] != sep or ids.count(sep) != 2:
-        raise UserError(f"the tokenizer of {name} does not put [CLS] and [SEP] around texts, as BERT's does")
     config.problem_type = config.id2label = None  # these belong to the checkpoint's own head
     config.num_labels = labels
     config.chunk_size_feed_forward = 0  # otherwise it must divide the number of tokens; results do not depend on it
@@ -157,14 +154,6 @@ def _init_head(net: Net, info: dict[str, Any], name: str, seed: int, *, keep: bo
         if new:
             print(f"{name} has no head for masked language modelling: its transform is drawn at random")
     init_weights(net, seeded(seed, "head"), new)
-
-
-def _tie_decoder_bias(predictions: Any, *, loaded: bool) -> None:
-    """Make the MLM head's two biases one parameter. transformers does so only if it ties the decoder's weights as well."""
-    if loaded:
-        predictions.bias = predictions.decoder.bias
-    else:
-        predictions.decoder.bias = predictions.bias
 
 
 def save_model(net: Net, tokenizer: Any, folder: Path) -> None:

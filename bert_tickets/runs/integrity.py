@@ -124,7 +124,7 @@ def _required_files(run: Path, about: dict[str, Any]) -> list[Path]:
         return []
     settings, steps = from_flat(about["config"]).settings, result(run, 0)["steps"]
     rewinds = hasattr(settings, "rewind_step") and settings.rewind_step(steps) > 0
-    keeps_moments = not getattr(settings, "resets_optimizer", True)
+    keeps_moments = not getattr(settings, "reset_optimizer", True)
     newest = level_dir(run, done - 1)
     return [run / "rewind.safetensors"] * rewinds + [newest / "moments.safetensors"] * keeps_moments
 

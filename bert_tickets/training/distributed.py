@@ -18,12 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bert_tickets.cli import environment_number, is_launched
-from bert_tickets.errors import UserError, first_line
+from bert_tickets.cli import is_launched
+from bert_tickets.errors import UserError
 
 T = TypeVar("T")
-BUCKET = 2**25  # numbers in one all-reduce: 128 MiB of fp32
-START_TIMEOUT = timedelta(minutes=10)  # machines may import torch from slow disks
 TIMEOUT = timedelta(days=2)  # processes wait while one tokenizes a corpus; if one dies, torchrun ends all
 
 
@@ -120,50 +118,18 @@ class ProcessGroup:
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Set each tensor, in place, to its sum over the processes, with the same bits in all of them.
 
-        The buckets are fixed, so that a resumed run continues with the same bits. (DistributedDataParallel rebuilds its buckets
-        after a process's first step.)
+        One sum over all tensors, so that a resumed run continues with the same bits. (DistributedDataParallel rebuilds its
+        buckets after a process's first step.)
         """
         if self.world_size == 1:
             return
-        parts = list(_buckets(tensors))
-        flats = [torch.cat([tensor.reshape(-1) for tensor in part]) for part in parts]
-        works = [dist.all_reduce(flat, async_op=True) for flat in flats]
-        for part, flat, work in zip(parts, flats, works, strict=True):
-            work.wait()
-            summed = flat.split([tensor.numel() for tensor in part])
-            torch._foreach_copy_(list(part), [values.view_as(tensor) for values, tensor in zip(summed, part, strict=True)])
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    part: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if part and size + tensor.numel() > BUCKET:
-            yield part
-            part, size = [], 0
-        part.append(tensor)
-        size += tensor.numel()
-    if part:
-        yield part
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        summed = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [values.view_as(tensor) for values, tensor in zip(summed, tensors, strict=True)])
 
 
 SINGLE_PROCESS = ProcessGroup()
-
-
-def _initialize(world: int, backend: str) -> None:
-    """Connect the processes. Raises `UserError` if that fails: the variables may be left over from another program."""
-    given = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    advice = f"to run one process alone, unset {' '.join(name for name, value in given.items() if value is not None)}"
-    if missing := [name for name, value in given.items() if not value]:
-        raise UserError(f"WORLD_SIZE is {world}, but {missing[0]} is not set; {advice}")
-    if not dist.is_torchelastic_launched():
-        print(f"waiting for {world} processes at {given['MASTER_ADDR']}:{given['MASTER_PORT']}; {advice}", flush=True)
-    try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-        store.set_timeout(TIMEOUT)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    except (ValueError, RuntimeError) as error:  # torch's DistError is a RuntimeError
-        raise UserError(f"cannot connect {world} processes: {first_line(error)}; {advice}") from None
 
 
 @contextmanager
@@ -175,7 +141,7 @@ def joined(device: str) -> Iterator[ProcessGroup]:
     if not is_launched():
         yield SINGLE_PROCESS
         return
-    world, local = environment_number("WORLD_SIZE"), environment_number("LOCAL_RANK")
+    local = int(os.environ["LOCAL_RANK"])
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: under torchrun each process has its own GPU; give auto, cuda or cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -183,12 +149,12 @@ def joined(device: str) -> Iterator[ProcessGroup]:
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
-    _initialize(world, "nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     rank, stdout = dist.get_rank(), sys.stdout
     try:
         with open(os.devnull, "w") as nowhere:
             sys.stdout = stdout if rank == 0 else nowhere
-            yield ProcessGroup(rank, world, local, dist.new_group(backend="gloo", timeout=TIMEOUT))
+            yield ProcessGroup(rank, dist.get_world_size(), local, dist.new_group(backend="gloo", timeout=TIMEOUT))
     finally:
         sys.stdout = stdout
         dist.destroy_process_group()

@@ -18,8 +18,8 @@ def fractions(levels: int, rate: float, schedule: Literal["linear", "geometric"]
     """
     if not 0 < rate < 1:
         raise UserError(f"--rate {rate}: must be between 0 and 1")
-    if levels < 1:
-        raise UserError(f"--levels {levels}: must be at least 1")
+    if not 1 <= levels < 1000:
+        raise UserError(f"--levels {levels}: must be from 1 to 999")
     if schedule == "geometric":
         return [0.0] + [rate] * (levels - 1)
     step, most = Fraction(str(rate)), max_levels(rate, schedule)  # exact: in floats 0.1 / (1 - 0.1) is not 1/9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,8 +85,6 @@ class Step:
         self.loss, self.params, self.cfg, self.device = loss, dict(params), cfg, device
         self.precision = precision_of(cfg.precision, device)
         self.loss_scale = LossScale(device) if self.precision == "fp16" else None
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {optimizer}; there are {', '.join(OPTIMIZERS)}")
         self.masks = {  # in the dtype of the gradients, for one fused product
             name: kept.to(device, params[name].dtype)
             for name, kept in (mask or {}).items()
@@ -141,7 +139,8 @@ class Step:
         if self.group.world_size > 1:
             self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
         if self.masks:
-            torch._foreach_mul_(list(self._grads(self.masks)), list(self.masks.values()))
+            grads = [grad for name in self.masks if (grad := self.params[name].grad) is not None]
+            torch._foreach_mul_(grads, list(self.masks.values()))
         if self.precision == "fp32":
             nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
         else:
@@ -166,12 +165,6 @@ class Step:
         if scale:
             optimizer.found_inf = overflowed = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             scale.update(overflowed)
-
-    def _grads(self, names: Iterable[str]) -> Iterator[Tensor]:
-        for name in names:
-            grad = self.params[name].grad
-            assert grad is not None, f"{name} is masked, and the loss does not depend on it"
-            yield grad
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes, except its loss."""

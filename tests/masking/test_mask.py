@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-import random
 from pathlib import Path
 
 import numpy as np
@@ -46,22 +44,15 @@ def masks(draw, count: int = 1) -> list[Mask]:
     return [Mask({name: torch.tensor(rng.random(shape) < density) for name, shape in layout.items()}) for density in densities]
 
 
-# ---- counts ----
+# ---- counts and comparison ----
 
 
 def test_density_is_kept_over_covered_across_all_tensors():
     mask, ones = bits("1000", "1"), Mask.ones({"a": torch.zeros(2, 3), "b": torch.zeros(4)})
     assert (mask.total, mask.kept, mask.density, mask.sparsity) == (5, 2, 0.4, 0.6)
-    assert (ones.total, ones.kept, ones.density, ones.sparsity) == (10, 10, 1.0, 0.0)
-    assert (ones["a"].shape, ones["a"].dtype) == ((2, 3), torch.bool)
-
-
-def test_a_mask_must_be_boolean():
+    assert (ones.total, ones.kept, ones["a"].shape) == (10, 10, (2, 3))
     with pytest.raises(TypeError, match=r"w0.*float32"):
         Mask({"w0": torch.ones(3)})
-
-
-# ---- comparison ----
 
 
 @pytest.mark.parametrize(
@@ -90,46 +81,22 @@ def test_overlap_is_a_similarity_and_distance_a_metric(three):
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("other", "message", "partly"),
     [
-        ({QUERY: torch.zeros(25), BIAS: torch.zeros(5)}, f"{QUERY} is 25 in the model and 5 x 5 in the mask"),
-        ({QUERY: torch.zeros(5, 5)}, f"{BIAS}, which the model does not have"),
-        ({QUERY: torch.zeros(5, 5), BIAS: torch.zeros(5), "extra": torch.zeros(1)}, "the model has extra"),
+        ({QUERY: torch.zeros(25), BIAS: torch.zeros(5)}, f"{QUERY} is 25 in the model and 5 x 5 in the mask", False),
+        ({QUERY: torch.zeros(5, 5)}, f"{BIAS}, which the model does not have", False),
+        ({QUERY: torch.zeros(5, 5), BIAS: torch.zeros(5), "extra": torch.zeros(1)}, "the model has extra", True),
     ],
 )
-def test_check_fits_names_the_tensor_that_differs(other, message):
+def test_check_fits_names_the_tensor_that_differs(other, message, partly):
     mask = Mask.ones({QUERY: torch.zeros(5, 5), BIAS: torch.zeros(5)})
     for compare in (mask.overlap, mask.distance):
         with pytest.raises(UserError):
             compare(Mask.ones(other))
     with pytest.raises(UserError, match=message):
         mask.check_fits(other, "the model")
-    if "extra" in other:
+    if partly:
         mask.check_fits(other, "the model", partly=True)
-    else:
-        with pytest.raises(UserError, match=message):
-            mask.check_fits(other, "the model", partly=True)
-
-
-# ---- operations ----
-
-
-@settings(deadline=None)
-@given(masks(), st.integers(0, 2**32))
-def test_shuffle_keeps_the_count_of_each_tensor_and_follows_its_generator(one, seed):
-    (mask,) = one
-    first, second = (mask.shuffle(torch.Generator().manual_seed(seed)) for _ in range(2))
-    assert first == second
-    first.check_fits(mask, "the original")
-    assert [int(t.sum()) for t in first.values()] == [int(t.sum()) for t in mask.values()]
-
-
-def test_shuffle_draws_new_places_and_does_not_change_the_mask():
-    mask = Mask({"w": torch.arange(1000) < 300})
-    one, other = (mask.shuffle(torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    assert one != other
-    assert mask == Mask({"w": torch.arange(1000) < 300})
-    assert 0.3 < one.distance(mask) < 0.55  # independent places differ on 2 * 0.3 * 0.7
 
 
 def test_apply_zeroes_what_the_mask_prunes_and_nothing_else():
@@ -138,10 +105,9 @@ def test_apply_zeroes_what_the_mask_prunes_and_nothing_else():
     weights["other"] = torch.nn.Parameter(torch.ones(3))
     before = {name: tensor.detach().clone() for name, tensor in weights.items()}
     mask.apply(weights)
-    for name, tensor in mask.items():
-        assert torch.equal(weights[name], torch.where(tensor, before[name], 0.0))
-    assert torch.equal(weights["other"], before["other"])
-    assert all(tensor.requires_grad for tensor in weights.values())
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, before[name] * mask.get(name, torch.tensor(1)))
+        assert tensor.requires_grad
 
 
 # ---- files ----
@@ -179,35 +145,17 @@ def test_a_mask_of_bert_base_takes_a_bit_per_weight(tmp_path):
 # ---- damaged and foreign files ----
 
 
-def mask_bytes(folder: Path) -> bytes:
-    random_mask().write(folder / "sound", level=3)
-    return (folder / "sound").read_bytes()
-
-
-def torch_bytes(value: object, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
-    return buffer.getvalue()
-
-
-DAMAGED = {
-    "empty": lambda folder: b"",
-    "truncated in the header": lambda folder: mask_bytes(folder)[:100],
-    "truncated in the data": lambda folder: mask_bytes(folder)[:-1],
-    "random bytes": lambda folder: random.Random(0).randbytes(1000),
-    "a released mask cut short": lambda folder: torch_bytes({QUERY + "_mask": torch.ones(4, 4)})[:-30],
-    "an old pickle's first bytes": lambda folder: b"\x80\x02\x8a\x0a and no pickle",
-    "a torch.save of weights": lambda folder: torch_bytes({QUERY: torch.ones(4, 4)}),
-    "a released mask of other values": lambda folder: torch_bytes({QUERY + "_mask": torch.tensor([0.0, float("nan"), 0.5])}),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_or_foreign_file_is_a_users_error(tmp_path, what):
-    path = tmp_path / "mask.file"
-    path.write_bytes(DAMAGED[what](tmp_path))
-    with pytest.raises(UserError, match=r"mask\.file"):
-        Mask.load(path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({QUERY: torch.ones(4, 4)}, "no key that ends in _mask"),
+        ({QUERY + "_mask": torch.tensor([0.0, float("nan"), 0.5])}, "not a tensor of zeros and ones"),
+    ],
+)
+def test_a_torch_file_that_is_no_mask_is_a_users_error(tmp_path, content, message):
+    torch.save(content, tmp_path / "mask.pt")
+    with pytest.raises(UserError, match=rf"mask\.pt.* {message}"):
+        Mask.load(tmp_path / "mask.pt")
 
 
 def test_a_file_of_weights_of_another_format_or_of_other_bits_is_a_users_error(tmp_path):
@@ -225,7 +173,7 @@ def test_a_file_of_weights_of_another_format_or_of_other_bits_is_a_users_error(t
         Mask.load(path)
 
 
-def test_no_flipped_bit_changes_a_mask(tmp_path):
+def test_no_flipped_bit_or_cut_changes_a_mask(tmp_path):
     mask, path = Mask({"w": torch.arange(20) % 3 == 0, "b": torch.tensor(True)}), tmp_path / "mask.safetensors"
     mask.write(path, level=3)
     data, refused = path.read_bytes(), 0
@@ -239,23 +187,13 @@ def test_no_flipped_bit_changes_a_mask(tmp_path):
         except UserError:
             refused += 1
     assert refused > 0.7 * len(data)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no mask file at .*absent\.safetensors"):
-        Mask.load(tmp_path / "absent.safetensors")
+    for length in (100, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match=r"mask\.safetensors"):
+            Mask.load(path)
 
 
 # ---- masks of the released code ----
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "old format"])
-def test_a_released_mask_is_read(tmp_path, prefix, options):
-    mask = random_mask()
-    released = {f"{prefix}{name}_mask": tensor.float() for name, tensor in mask.items()}
-    (tmp_path / "mask.pt").write_bytes(torch_bytes(released | {"bert.embeddings.weight": torch.randn(3)}, **options))
-    assert Mask.load(tmp_path / "mask.pt") == mask
 
 
 class Code:
@@ -268,16 +206,15 @@ class Code:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize(
-    "pickled",
-    [torch_bytes, lambda value: torch_bytes(value, _use_new_zipfile_serialization=False), pickle.dumps],
-    ids=["zip", "old format", "plain pickle"],
-)
-def test_code_in_a_pickle_is_not_run(tmp_path, pickled):
-    trace = tmp_path / "the code ran"
-    (tmp_path / "mask.pt").write_bytes(pickled({QUERY + "_mask": Code(trace)}))
-    with pytest.raises(UserError, match=r"mask\.pt"):
-        Mask.load(tmp_path / "mask.pt")
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "old format"])
+def test_a_released_mask_is_read_and_its_code_is_not_run(tmp_path, options):
+    mask, path, trace = random_mask(), tmp_path / "mask.pt", tmp_path / "the code ran"
+    released = {f"module.{name}_mask": tensor.float() for name, tensor in mask.items()}
+    torch.save(released | {"bert.embeddings.weight": torch.randn(3)}, path, **options)
+    assert Mask.load(path) == mask
+    torch.save({QUERY + "_mask": Code(trace)}, path, **options)
+    with pytest.raises(UserError, match=r"mask\.pt cannot be read .* without unpickling code"):
+        Mask.load(path)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Code(trace)))
     assert trace.exists()  # it would have run

@@ -45,7 +45,7 @@ class Settings:
     def plan(self):
         return [f"prune {self.share:.0%} in each of {self.levels} levels"]
 '''
-PRESET = 'kinds = ["glue"]\n\n[glue.paper]\nshare = 0.2\nlr = 1e-3\n'
+PRESET = 'kinds = ["glue"]\n\n[glue]\nshare = 0.2\nlr = 1e-3\n'
 
 
 @pytest.fixture(scope="module")

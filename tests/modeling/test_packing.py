@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import padded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
@@ -15,9 +16,8 @@ from bert_tickets.data.batches import Batches, TokenStore, by_length, order
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.modeling.attention import SIMILAR, _Attention, by_similar_length, layout
 from bert_tickets.modeling.bert import classify
-from bert_tickets.modeling.dropout import Dropout, drop, factors
+from bert_tickets.modeling.dropout import Dropout, factors
 from bert_tickets.modeling.loading import load_bert
-from bert_tickets.seeds import seeded
 from bert_tickets.training.evaluate import evaluate
 
 CPU = torch.device("cpu")
@@ -30,18 +30,6 @@ def store_of(lengths: list[int], vocabulary: int = 100) -> TokenStore:
     return TokenStore(Tokens.of(ids, types), rng.integers(0, 3, len(lengths)))
 
 
-def padded(store: TokenStore, examples: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Pad the same examples as Hugging Face does."""
-    lengths = store.lengths[examples.numpy()]
-    inputs = {key: torch.zeros(len(lengths), lengths.max(), dtype=torch.long) for key in ("input_ids", "token_type_ids")}
-    for row, (example, length) in enumerate(zip(examples.tolist(), lengths, strict=True)):
-        batch = store.batch(torch.tensor([example]))
-        for key in inputs:
-            inputs[key][row, :length] = getattr(batch, key)[0]
-    inputs["attention_mask"] = (torch.arange(lengths.max()) < torch.from_numpy(lengths)[:, None]).long()
-    return inputs
-
-
 @pytest.fixture
 def net(bert_dir):
     return load_bert(str(bert_dir), "classifier", "pretrained", 0, labels=3)[0]
@@ -50,17 +38,16 @@ def net(bert_dir):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("lengths", [[3, 17, 9, 64], [12, 12, 12]])
 def test_packed_equals_padded_in_logits_loss_and_gradients(net, dtype, tolerance, lengths):
-    store, examples = store_of(lengths), torch.randperm(len(lengths))
     net = net.to(dtype).eval()
-    batch = store.batch(examples)
+    batch = store_of(lengths).batch(torch.randperm(len(lengths)))
     loss = F.cross_entropy(packed := classify(net, batch), batch.labels)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
 
     net.set_attn_implementation("eager")
-    logits = net(**padded(store, examples)).logits
-    expected = F.cross_entropy(logits, store.labels[examples])
+    logits = net(**padded(batch)).logits
+    expected = F.cross_entropy(logits, batch.labels)
     expected.backward()
     torch.testing.assert_close(packed, logits, rtol=0, atol=tolerance)
     torch.testing.assert_close(loss, expected, rtol=0, atol=tolerance)
@@ -77,8 +64,10 @@ def test_attention_with_dropout_and_its_gradients_equal_the_definition(lengths, 
     torch.manual_seed(seed)
     q, k, v, upstream = torch.randn(4, sum(lengths) * heads, width, dtype=torch.float64)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    grid = layout(batch, heads, width, torch.float64)
+    assert all(block.shortest >= SIMILAR * block.shape[2] for block in grid.blocks)  # little padding
     torch.manual_seed(seed)
-    out = _Attention.apply(*inputs, layout(batch, heads, width, torch.float64), p, scale)
+    out = _Attention.apply(*inputs, grid, p, scale)
     out.backward(upstream)
 
     torch.manual_seed(seed)
@@ -97,22 +86,6 @@ def test_attention_with_dropout_and_its_gradients_equal_the_definition(lengths, 
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     for ours, theirs in zip(inputs, again, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10)
-
-
-@given(lengths=st.lists(st.integers(1, 128), min_size=1, max_size=64))
-@settings(max_examples=60, deadline=None)
-def test_the_grid_of_attention_has_every_token_once_and_pads_similar_lengths_together(lengths):
-    batch, heads = store_of(lengths).batch(torch.arange(len(lengths))), 2
-    grid = layout(batch, heads, 4, torch.float32)
-    assert len(grid.back.unique()) == len(grid.back) == sum(lengths) * heads
-    assert torch.equal(grid.there[grid.back], torch.arange(sum(lengths) * heads))
-    assert int((~grid.padding).sum()) == sum(lengths) * heads
-    assert not grid.padding[grid.back].any()
-    example = batch.rows.repeat_interleave(heads)
-    for block in grid.blocks:
-        assert block.shortest >= SIMILAR * block.shape[2]
-        shown = example[block.of(grid.there[:, None]).squeeze(-1)]
-        assert (shown == shown[:, :1, :1]).all()  # padding repeats its own example
 
 
 def test_joined_query_key_and_value_equal_separate_ones(monkeypatch):
@@ -137,30 +110,15 @@ def test_joined_query_key_and_value_equal_separate_ones(monkeypatch):
             assert (gradient - separate[name]).norm() < 0.03 * separate[name].norm(), name
 
 
-def test_the_networks_own_forward_on_a_padded_batch_is_intact(net):
-    net.eval()
-    store, examples = store_of([9, 30, 4]), torch.arange(3)
-    expected = classify(net, store.batch(examples))
-    torch.testing.assert_close(net(**padded(store, examples)).logits, expected, rtol=0, atol=1e-5)
-
-
-def test_dropout_has_its_rate_and_keeps_the_mean():
-    torch.manual_seed(0)
-    x = torch.ones(1_000_003, requires_grad=True)
-    y = drop(x, 0.1)
-    y.sum().backward()
-    rate = (y == 0).float().mean().item()
-    assert abs(rate - 0.1) < 4 * math.sqrt(0.09 / x.numel())
-    assert abs(y.mean().item() - 1) < 0.002
-    assert torch.equal(y.detach(), x.grad)  # the backward pass uses the same factors
-    assert len(y.unique()) == 2
-
-
-def test_dropout_follows_the_seed_and_is_off_in_evaluation():
-    layer, x = Dropout(0.5), torch.ones(999)
+def test_dropout_has_its_rate_keeps_the_mean_and_follows_the_seed():
+    layer, x = Dropout(0.1), torch.ones(1_000_003, requires_grad=True)
     first, second = (torch.manual_seed(3) and layer(x) for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, layer(x))
+    first.sum().backward()
+    assert torch.equal(first.detach(), x.grad)  # the backward pass uses the same factors
+    assert abs((first == 0).float().mean().item() - 0.1) < 4 * math.sqrt(0.09 / x.numel())
+    assert abs(first.mean().item() - 1) < 0.002
+    assert len(first.unique()) == 2
     assert layer.eval()(x) is x
 
 
@@ -179,14 +137,8 @@ def test_a_batch_depends_on_its_step_alone():
     store = store_of([4] * 50)
     forward, jumping = Batches(store, 8, 1), Batches(store, 8, 1)
     expected = [forward[step].input_ids for step in range(14)]
-    for step in (13, 0, 6, 7, 12):
-        assert torch.equal(jumping[step].input_ids, expected[step])
+    assert all(torch.equal(jumping[step].input_ids, expected[step]) for step in (13, 0, 6, 7, 12))
     assert not torch.equal(Batches(store, 8, 2)[0].input_ids, expected[0])
-
-
-def test_random_streams_of_different_purposes_differ():
-    draws = [torch.rand(4, generator=seeded(*key)) for key in [(1, "order"), (1, "head"), (2, "order"), (1, "order", 0)]]
-    assert len({tuple(draw.tolist()) for draw in draws}) == 4
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), most=st.integers(40, 200))
@@ -199,19 +151,12 @@ def test_evaluation_batches_have_every_example_once_within_the_limit(lengths, mo
     assert sorted(seen) == list(range(len(lengths)))
 
 
-def test_evaluation_returns_predictions_in_the_order_of_the_store(net):
-    net.eval()
-    store = store_of([9, 30, 4, 22, 61, 5] * 5)
-    expected = torch.cat([classify(net, store.batch(torch.tensor([i]))) for i in range(len(store))])
-    net.train()
-    logits = evaluate(net, lambda batch: classify(net, batch), store, "fp32")
-    np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-5)
+def test_evaluation_returns_rows_in_the_order_of_the_store(net):
+    store, net = store_of([9, 30, 4, 22, 61, 5] * 20), net.eval()
+    expected = [classify(net, store.batch(torch.tensor([i])))[0].tolist() for i in range(len(store))]
+    logits = evaluate(net.train(), lambda batch: classify(net, batch), store, "fp32")
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
     assert net.training
-
-
-def test_evaluation_returns_rows_of_tokens_in_the_order_of_the_store():
-    store = store_of([9, 30, 4, 22, 61, 5] * 20)
-    net = torch.nn.Identity()
     found = evaluate(net, lambda batch: torch.stack([batch.input_ids[0], batch.position_ids[0]], 1), store, "fp32", "token")
     everything = store.batch(torch.arange(len(store)))
     assert np.array_equal(found, torch.stack([everything.input_ids[0], everything.position_ids[0]], 1).numpy())

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import KINDS, free_port, run
+from processes import KINDS, run
+from trainrun import contents
 
 from bert_tickets.cli import parse
 from bert_tickets.config import run_name
@@ -20,7 +20,7 @@ from bert_tickets.data.batches import shard_of
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_tensors
 from bert_tickets.runs.directory import read_run, results
-from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup, _buckets, joined
+from bert_tickets.training.distributed import joined
 
 
 def directory(folder: Path, script: str, arguments: list) -> Path:
@@ -100,24 +100,19 @@ def test_processes_that_are_stopped_save_once_and_continue_with_the_same_bits(co
 
     codes, _, errors = run(2, stopped, script, *arguments)
     assert codes == [0, 0], errors
-    whole, logs = directory(tmp_path / "whole", script, arguments), ("log.jsonl", "train.jsonl", "lock", "run.json")
-    files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file() and file.name not in logs]
-    assert len(files) > 6
-    for file in files:
-        assert (path / file).read_bytes() == (whole / file).read_bytes(), file
-    assert not (path / "checkpoint.safetensors").exists()
+    whole, resumed = (contents(directory(tmp_path / name, script, arguments)) for name in ("whole", "stopped"))
+    assert len(whole) > 6
+    assert whole | {"run.json": b""} == resumed | {"run.json": b""}
 
 
-def test_processes_started_by_torchrun_train_what_forked_ones_train(commands, tmp_path):
-    script = "lt_glue.py"
-    arguments = [*commands[script], "--levels", 1, "--max-steps", 2]
-    assert run(2, tmp_path / "forked", script, *arguments)[0] == [0, 0]
-    (tmp_path / "started").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / script)]
+def test_torchrun_starts_processes_that_train_together(commands, tmp_path):
+    arguments = [*commands["lt_glue.py"], "--levels", 1, "--max-steps", 2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "lt_glue.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *map(str, arguments)], cwd=tmp_path / "started", env=environment, check=True, timeout=240)
-    results = [directory(tmp_path / name, script, arguments) / "results.jsonl" for name in ("forked", "started")]
-    assert results[0].read_bytes() == results[1].read_bytes()
+    subprocess.run([*command, *map(str, arguments)], cwd=tmp_path, env=environment, check=True, timeout=240)
+    run = directory(tmp_path, "lt_glue.py", arguments)
+    assert read_run(run)["environment"]["processes"] == 2
+    assert len(results(run)) == 1
 
 
 # ---- errors ----
@@ -135,33 +130,11 @@ def test_a_users_error_of_all_processes_or_of_the_main_one_is_reported_once(comm
         assert not list(tmp_path.glob("runs/*/level_*"))
 
 
-@pytest.mark.parametrize(
-    ("world_size", "local_rank", "device", "message"),
-    [
-        ("abc", "0", "cpu", "WORLD_SIZE is"),
-        ("2", "-1", "cpu", "LOCAL_RANK is"),
-        ("2", "0", "cuda:1", "under torchrun each process has its own GPU"),
-    ],
-)
-def test_processes_that_cannot_be_joined_are_a_users_error(monkeypatch, world_size, local_rank, device, message):
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    with pytest.raises(UserError, match=message), joined(device):
-        pass
-
-
-def test_variables_of_another_program_do_not_make_a_run_wait(monkeypatch, capsys):
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+def test_a_gpu_by_number_is_refused_under_torchrun(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with pytest.raises(UserError, match="MASTER_PORT is not set; to run one process alone, unset WORLD_SIZE"), joined("cpu"):
+    with pytest.raises(UserError, match="--device cuda:1: under torchrun each process has its own GPU"), joined("cuda:1"):
         pass
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setattr("bert_tickets.training.distributed.START_TIMEOUT", timedelta(seconds=1))
-    with pytest.raises(UserError, match="cannot connect 2 processes"), joined("cpu"):
-        pass
-    assert "waiting for 2 processes at 127.0.0.1" in capsys.readouterr().out
 
 
 # ---- shards ----
@@ -181,35 +154,15 @@ def test_every_example_is_in_one_shard_and_shards_have_similar_numbers_of_tokens
 # ---- one process ----
 
 
-def test_with_one_process_every_operation_is_the_identity():
-    tensor, group = torch.arange(3.0), SINGLE_PROCESS
-    group.all_reduce([tensor])
+def test_without_torchrun_there_is_one_process_whose_operations_are_the_identity(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # some clusters set it for every program
+    tensor = torch.arange(3.0)
+    with joined("cpu") as group:
+        group.all_reduce([tensor])
+        group.check_same({"a": 1})
+        assert group.gather("a") == ["a"]
+        assert group.broadcast("a") == group.on_main(lambda: "a") == group.main_first(lambda: "a") == "a"
+        assert group.broadcast_tensors(lambda: ({"w": tensor}, "a")) == ({"w": tensor}, "a")
+        assert group.any(True, False) == (True, False)
     assert tensor.tolist() == [0, 1, 2]
-    assert group.gather("a") == ["a"]
-    assert group.broadcast("a") == group.on_main(lambda: "a") == group.main_first(lambda: "a") == "a"
-    assert group.broadcast_tensors(lambda: ({"w": tensor}, "a")) == ({"w": tensor}, "a")
-    assert group.any(True, False) == (True, False)
-    group.check_same({"a": 1})
-
-
-def test_without_torchrun_there_is_one_process(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for world_size in ("1", "8"):  # some clusters set it for every program
-        monkeypatch.setenv("WORLD_SIZE", world_size)
-        with joined("cpu") as group:
-            assert group is SINGLE_PROCESS
-
-
-def test_facts_that_differ_between_processes_are_named(monkeypatch):
-    group = ProcessGroup(0, 2)
-    monkeypatch.setattr(group, "gather", lambda value: [value, ("other", {"train": 2, "model": 1})])
-    with pytest.raises(UserError, match="process 1 on other has another train than process 0"):
-        group.check_same({"model": 1, "train": 1})
-
-
-def test_buckets_have_every_tensor_once_within_their_size(monkeypatch):
-    monkeypatch.setattr("bert_tickets.training.distributed.BUCKET", 10)
-    tensors = [torch.empty(size) for size in (3, 8, 2, 30, 1, 9, 1)]
-    parts = list(_buckets(tensors))
-    assert all(a is b for a, b in zip((t for part in parts for t in part), tensors, strict=True))
-    assert [[t.numel() for t in part] for part in parts] == [[3], [8, 2], [30], [1, 9], [1]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from bert_tickets.errors import Diverged, Stopped
 from bert_tickets.files import sha256_of
 from bert_tickets.training.hooks import At, CheckFinite, Checkpoint, LossCurve, ProgressBar
 from bert_tickets.training.loop import Hook, Loop, total_steps, train
-from bert_tickets.training.schedule import decay_span, linear_decay
+from bert_tickets.training.schedule import linear_decay
 
 EXAMPLES, STEPS = 20, 23
 CFG = Training(max_steps=STEPS, lr=0.1, log_every=4, weight_decay=0.01, precision="fp32")
@@ -38,8 +40,18 @@ class Problem:
         return train(self.loss, self.params, Batches(STORE, 6, cfg.seed), cfg, hooks=hooks, **options)
 
 
+class Watch(Hook):
+    """Record a value of the loop after every step."""
+
+    def __init__(self, value: Callable[[Loop], Any]) -> None:
+        self.value, self.seen = value, []
+
+    def __call__(self, loop: Loop) -> None:
+        self.seen.append(self.value(loop))
+
+
 class Average(Hook):
-    """A hook with state: the mean of the weights over the steps."""
+    """A hook with state: the sum of the weights over the steps, and their number."""
 
     def begin(self, loop: Loop) -> None:
         self.sum, self.count = torch.zeros(EXAMPLES), 0
@@ -72,21 +84,17 @@ class MemoryFile:
         raise Stopped(f"stopped at {step}", 143)
 
 
-def outcome(loop: Loop, average: Average, curve: LossCurve) -> tuple:
+def kill() -> None:
+    raise KeyboardInterrupt
+
+
+def run(file: MemoryFile, kill_at: int = 0, save_steps: int | None = 5) -> tuple:
+    """Train with all hooks, killed after step `kill_at`. Returns all that must be reproducible."""
+    average, curve = Average(), LossCurve(CFG.log_every)
+    checkpoint = Checkpoint(file, [curve, average], 1e9, save_steps)
+    loop = Problem().train([curve, average, checkpoint, ProgressBar("test", curve, {}), At(kill_at, kill)])
     tensors = {**loop.step.params, **loop.step.moments(), "sum": average.sum, "loss": loop.loss}
     return sha256_of(tensors), average.count, curve.losses, loop.at
-
-
-def run(file: MemoryFile, kill_at: int | None = None, save_steps: int | None = 5, cfg: Training = CFG) -> tuple:
-    """Train with all hooks; with `kill_at`, raise `KeyboardInterrupt` after that step. Returns all that must be reproducible."""
-
-    def kill() -> None:
-        raise KeyboardInterrupt
-
-    average, curve = Average(), LossCurve(cfg.log_every)
-    hooks = [curve, average, Checkpoint(file, [curve, average], 1e9, save_steps), ProgressBar("test", curve, {})]
-    loop = Problem().train([*hooks, *([At(kill_at, kill)] if kill_at else [])], cfg)
-    return outcome(loop, average, curve)
 
 
 # ---- the loop ----
@@ -127,45 +135,23 @@ def test_a_hook_may_end_the_loop_and_change_what_is_trained():
     assert (problem.params["w"] == 5).all()
 
 
-def losses_of(problem: Problem, start: int = 0, seed: int = 57) -> list[float]:
-    """Return the losses of the steps from `start` on, at a learning rate of 0."""
-    losses: list[float] = []
-
-    class Record(Hook):
-        def __call__(self, loop: Loop) -> None:
-            losses.append(loop.loss.item())
-
-    loop = problem.train([Record()], replace(CFG, seed=seed, weight_decay=0.0), start=start, schedule=lambda step: 0.0)
-    assert (loop.start, loop.at, loop.step.taken()) == (start, STEPS, STEPS - start)
-    return losses
-
-
 def test_batch_and_random_numbers_of_a_step_depend_on_the_seed_and_the_step_alone():
-    assert losses_of(Problem(), start=10) == losses_of(Problem())[10:]
-    assert losses_of(Problem(), seed=1) != losses_of(Problem())
+    def losses(start: int = 0, seed: int = 57) -> list[float]:
+        watch, cfg = Watch(lambda loop: loop.loss.item()), replace(CFG, seed=seed, weight_decay=0.0)
+        loop = Problem().train([watch], cfg, start=start, schedule=lambda step: 0.0)
+        assert (loop.start, loop.at, loop.step.taken()) == (start, STEPS, STEPS - start)
+        return watch.seen
 
-
-def test_training_goes_on_from_given_moments():
-    whole, parts = Problem(), Problem()
-    whole.train()
-    rest = parts.train(cfg=replace(CFG, max_steps=10), schedule=linear_decay(CFG.lr, STEPS)).step.moments()
-    loop = parts.train(start=10, moments=rest)
-    assert sha256_of(parts.params) == sha256_of(whole.params)
-    assert loop.step.taken(rest) == STEPS - 10
+    assert losses(start=10) == losses()[10:]
+    assert losses(seed=1) != losses()
 
 
 def test_the_learning_rate_is_the_schedules():
-    rates, seen = [], []
-
-    class Rate(Hook):
-        def __call__(self, loop: Loop) -> None:
-            seen.append(loop.step.optimizer.param_groups[0]["lr"])
-
-    Problem().train([Rate(), curve := LossCurve(4, lambda line: rates.append(line["lr"]))])
-    assert seen == [linear_decay(0.1, STEPS)(step) for step in range(STEPS)]
-    assert seen[0] == 0.1
-    assert rates == [seen[step - 1] for step, _ in curve.losses]
-    assert linear_decay(1.0, 10, levels=4, level=2)(5) == pytest.approx(1 - 25 / 40)
+    watch, rates = Watch(lambda loop: loop.step.optimizer.param_groups[0]["lr"]), []
+    Problem().train([watch, curve := LossCurve(4, lambda line: rates.append(line["lr"]))])
+    assert watch.seen == [linear_decay(0.1, STEPS)(step) for step in range(STEPS)]
+    assert watch.seen[0] == 0.1
+    assert rates == [watch.seen[step - 1] for step, _ in curve.losses]
     assert linear_decay(1.0, 10)(11) == 0
 
 
@@ -175,26 +161,15 @@ def test_the_number_of_steps_is_exact():
     assert total_steps(Training(epochs=3.0, max_steps=5), 10) == 5
 
 
-def test_decays_of_the_learning_rate_span_their_levels():
-    assert decay_span("level", 3, 5, 10, False) == (1, 0)
-    assert decay_span("run", 3, 5, 10, False) == (10, 0)
-    assert [decay_span("once", 3, 5, 10, prune_first) for prune_first in (False, True)] == [(5, 3), (4, 2)]
-    assert decay_span("once", 0, 5, 10, True) == (1, 0)
-
-
 # ---- the loss curve ----
 
 
 def test_the_loss_curve_has_means_of_log_every_steps():
-    losses, lines = [], []
-
-    class Record(Hook):
-        def __call__(self, loop: Loop) -> None:
-            losses.append(loop.loss.item())
-
-    Problem().train([Record(), curve := LossCurve(4, lines.append)])
+    watch, lines = Watch(lambda loop: loop.loss.item()), []
+    Problem().train([watch, curve := LossCurve(4, lines.append)])
     assert [step for step, _ in curve.losses] == [4, 8, 12, 16, 20, 23]
-    assert [mean for _, mean in curve.losses] == pytest.approx([np.mean(losses[at : at + 4]) for at in range(0, STEPS, 4)])
+    means = [np.mean(watch.seen[at : at + 4]) for at in range(0, STEPS, 4)]
+    assert [mean for _, mean in curve.losses] == pytest.approx(means)
     assert [(line["step"], line["loss"]) for line in lines] == curve.losses
     Problem().train([late := LossCurve(4)], start=6)
     assert [step for step, _ in late.losses] == [8, 12, 16, 20, 23]
@@ -221,22 +196,20 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_divergence():
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("kill_at", [4, 5, 13, 23])
-def test_a_killed_run_continues_with_the_same_bits(kill_at):
+def test_a_killed_or_stopped_run_continues_with_the_same_bits():
     """Weights, moments, the loss curve, and the tensor that another hook keeps."""
-    expected, file = run(MemoryFile()), MemoryFile()
-    with pytest.raises(KeyboardInterrupt):
-        run(file, kill_at)
-    assert file.at == list(range(5, kill_at + 1, 5))
-    assert run(file) == expected
-
-
-def test_a_stop_is_saved_at_once_and_continues_with_the_same_bits():
-    expected, file = run(MemoryFile()), MemoryFile()
+    expected = run(MemoryFile())
+    for kill_at in (4, 13, 23):
+        file = MemoryFile()
+        with pytest.raises(KeyboardInterrupt):
+            run(file, kill_at)
+        assert file.at == list(range(5, kill_at + 1, 5))
+        assert run(file) == expected
+    file = MemoryFile()
     file.stop_requested = True
     with pytest.raises(Stopped, match="stopped at 1"):
         run(file, save_steps=None)
-    assert file.at == [1]
+    assert file.at == [1]  # at once
     file.stop_requested = False
     assert run(file) == expected
 
@@ -245,15 +218,14 @@ def test_checkpoints_follow_the_clock_and_keep_the_seconds(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
-    class Tick(Hook):
-        def __call__(self, loop: Loop) -> None:
-            now[0] += 50
+    def tick() -> Watch:
+        return Watch(lambda loop: now.__setitem__(0, now[0] + 50))
 
     file = MemoryFile()
-    loop = Problem().train([Tick(), Checkpoint(file, [], 4.0, None)])
+    loop = Problem().train([tick(), Checkpoint(file, [], 4.0, None)])
     assert file.at == [5, 10, 15, 20, 23]  # the last one before the evaluation
     assert loop.seconds == 50 * STEPS
     file.at.clear()
     now[0] += 1e6
-    assert Problem().train([Tick(), Checkpoint(file, [], 4.0, None)]).seconds == 50 * STEPS
+    assert Problem().train([tick(), Checkpoint(file, [], 4.0, None)]).seconds == 50 * STEPS
     assert file.at == []
