@@ -106,6 +106,9 @@ def _read_config(name: str, labels: int) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not 100 < len(tokenizer) <= config.vocab_size:  # without its vocabulary file a tokenizer has only special tokens
         raise UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens and the model {config.vocab_size}: no match")
+    ids, cls, sep = tokenizer("a", "b")["input_ids"], tokenizer.cls_token_id, tokenizer.sep_token_id
+    if ids[0] != cls or ids[-1] != sep or ids.count(sep) != 2:
+        raise UserError(f"the tokenizer of {name} does not put [CLS] and [SEP] around texts, as BERT's does")
     config.problem_type = config.id2label = None  # these belong to the checkpoint's own head
     config.num_labels = labels
     config.chunk_size_feed_forward = 0  # otherwise it must divide the number of tokens; results do not depend on it

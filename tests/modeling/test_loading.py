@@ -137,6 +137,13 @@ def test_a_configuration_that_is_not_the_weights_or_not_bert_is_a_users_error(mo
         load(model)
 
 
+def test_a_tokenizer_without_cls_and_sep_is_a_users_error(model):
+    edit_json(model / "tokenizer.json", post_processor=None)
+    edit_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(UserError, match=r"\[CLS\] and \[SEP\]"):
+        load(model)
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
 def test_a_file_that_is_damaged_or_missing_is_a_users_error(model, file):
     (model / file).write_bytes((model / file).read_bytes()[:500])
