@@ -10,6 +10,7 @@ Takes mask files (a released mask.pt too), run directories (their newest level, 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bert_tickets.cli import FORMATTER, hyphens, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
-from bert_tickets.masking.similarity import MEASURES, overlap, pack, tensor_counts, with_totals
+from bert_tickets.masking.similarity import MEASURES, Packed, overlap, pack, tensor_counts, with_totals
 from bert_tickets.report.formats import markdown_grid
 from bert_tickets.report.pictures import draw_heat_map, picture_file
 from bert_tickets.runs.directory import level_dir, levels_done
@@ -35,7 +36,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--level", type=int, metavar="N", help="the level of run directories (default: the newest)")
     parser.add_argument("--by", choices=("layer", "kind"), help="compare two masks also by layer, or by kind of matrix")
     parser.add_argument("--output", type=picture_file, metavar="FILE", help="draw a heat map: .png, .svg or .pdf")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the last table that is printed, in full precision")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the pairs, or with --by the layers and kinds, in full precision"
+    )
     args = parser.parse_args(hyphens(argv))
     if len(args.masks) < 2:
         parser.error("give at least two masks")
@@ -49,16 +52,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import pandas as pd
 
-    from bert_tickets.masking.mask import Mask
-
     paths = [find_mask(place, args.level) for place in args.masks]
-    masks = [Mask.load(path) for path in paths]
-    names = labels(paths, [mask.info for mask in masks])
-    sparsities = [f"{mask.sparsity:.1%}" for mask in masks]
+    packed, sparsities, infos = zip(*map(read, paths), strict=True)
+    names = labels(paths, infos)
     show(pd.DataFrame({"mask": names, "sparsity": sparsities, "file": map(str, paths)}))
-    packed = [pack(mask) for mask in masks]
     lines: list[dict[str, Any]] = []
-    for i, j in combinations(range(len(masks)), 2):
+    for i, j in combinations(range(len(paths)), 2):
         try:
             counts = tensor_counts(packed[i], packed[j])
         except UserError as error:
@@ -66,15 +65,14 @@ def main(args: argparse.Namespace) -> None:
         lines.append({"mask": names[i], "and mask": names[j], **overlap(counts)})
     table = pd.DataFrame(lines)
     show(table)
-    parts = with_totals(counts).groupby(["layer", "kind"], sort=False)
     if args.by:
-        table = part_table(parts, args.by)
-        show(table)
+        table = part_table(counts)
+        show(table[table["kind" if args.by == "layer" else "layer"] == "all"])
     print("\n".join(f"{name:16}  {meaning}" for name, meaning in MEASURES.items()))
     if args.csv:
         write(args.csv, table.to_csv(index=False).encode())
     if args.output:
-        draw_parts(args.output, names, parts) if args.by else draw_pairs(args.output, names, sparsities, table)
+        draw_parts(args.output, names, table) if args.by else draw_pairs(args.output, names, sparsities, table)
         print(f"drawn in {args.output}")
 
 
@@ -101,29 +99,42 @@ def find_mask(place: Path, level: int | None) -> Path:
     return level_dir(place, done - 1 if level is None else level) / FILE
 
 
+def read(path: Path) -> tuple[Packed, str, Mapping[str, Any]]:
+    """Return the bits of a mask file, its sparsity and its metadata."""
+    from bert_tickets.masking.mask import Mask
+
+    mask = Mask.load(path)
+    return pack(mask), f"{mask.sparsity:.1%}", mask.info
+
+
 def labels(paths: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name each mask by its task (or file), and by its method, seed and level where masks differ in them; or else by its path."""
+    """Name each mask by its task (or file), and by its method, seed and level where masks differ in them.
+
+    Equal names are replaced by numbered ones, with the folder of the level or the file.
+    """
     names = [str(info.get("task", path.stem)) for path, info in zip(paths, infos, strict=True)]
     for key in ("method", "seed", "level"):
         values = [info.get(key) for info in infos]
         if len({*values} - {None}) > 1:
             names = [f"{name} {key} {value}" if value is not None else name for name, value in zip(names, values, strict=True)]
-    return names if len({*names}) == len(names) else list(map(str, paths))
+    if len({*names}) == len(names):
+        return names
+    places = ["/".join(path.parts[-3:-1]) if path.name == FILE else path.name for path in paths]
+    return [f"{number} {place}" for number, place in enumerate(places, 1)]
 
 
 # ---- tables and pictures ----
 
 
-def part_table(parts: Any, by: str) -> DataFrame:
-    """A line per layer, or per kind: its weights, the percentage that each mask keeps, and the measures."""
+def part_table(counts: DataFrame) -> DataFrame:
+    """A line per layer and kind ("all" sums up): its weights, the percentage that each mask keeps, and the measures."""
     import pandas as pd
 
     lines = []
-    for (layer, kind), counts in parts:
-        if (kind if by == "layer" else layer) == "all":
-            sums = counts[["weights", "one", "other"]].sum()
-            kept = {f"kept by {name} (%)": 100 * sums[name] / sums["weights"] for name in ("one", "other")}
-            lines.append({by: layer if by == "layer" else kind, "weights": sums["weights"], **kept, **overlap(counts)})
+    for (layer, kind), part in with_totals(counts).groupby(["layer", "kind"], sort=False):
+        weights, one, other = part[["weights", "one", "other"]].sum()
+        kept = {"weights": weights, "kept by one (%)": 100 * one / weights, "kept by other (%)": 100 * other / weights}
+        lines.append({"layer": layer, "kind": kind, **kept, **overlap(part)})
     return pd.DataFrame(lines)
 
 
@@ -131,27 +142,22 @@ def draw_pairs(output: Path, names: Sequence[str], sparsities: Sequence[str], pa
     """Draw the Jaccard index of every two masks, and each mask's sparsity on the diagonal."""
     import pandas as pd
 
-    square = pd.DataFrame(index=pd.Index(names, name="mask"), columns=pd.Index(names, name="mask"))
-    values, remarks = square.astype(float), square.astype(object)
-    for name, sparsity in zip(names, sparsities, strict=True):
-        remarks.loc[name, name] = sparsity
+    cells = [(name, name, math.nan, sparsity) for name, sparsity in zip(names, sparsities, strict=True)]
     for one, other, jaccard, chance in pairs[["mask", "and mask", "jaccard", "chance"]].itertuples(index=False):
-        for row, column in ((one, other), (other, one)):
-            values.loc[row, column], remarks.loc[row, column] = jaccard, f"({chance:.3f})"
+        cells += [(row, column, jaccard, f"({chance:.3f})") for row, column in ((one, other), (other, one))]
     title = "Mask overlap (in brackets: by chance)\nOn the diagonal: sparsity"
-    draw_heat_map(output, title, values, remarks, MEASURES["jaccard"])
+    drawn = pd.DataFrame(cells, columns=["row", "column", "value", "remark"])
+    draw_heat_map(output, title, ("mask", "mask"), drawn, MEASURES["jaccard"])
 
 
-def draw_parts(output: Path, names: Sequence[str], parts: Any) -> None:
+def draw_parts(output: Path, names: Sequence[str], parts: DataFrame) -> None:
     """Draw the Jaccard index of two masks by layer and kind. A tensor outside the layers, such as the pooler, is a row."""
-    import pandas as pd
-
-    found = pd.DataFrame({place: overlap(counts) for place, counts in parts}).T
-    found["remark"] = found["chance"].map("({:.3f})".format)
-    values, remarks = (found[name].unstack(sort=False) for name in ("jaccard", "remark"))
     title = f"Overlap of {names[0]} with {names[1]}\n(in brackets: by chance)"
-    values = values.rename_axis(index="layer", columns="kind of matrix")
-    draw_heat_map(output, title, values, remarks.fillna(""), MEASURES["jaccard"])
+    drawn = parts[(parts["kind"] == "all") | ~parts["kind"].isin(parts["layer"])]
+    drawn = drawn.sort_values("layer", key=lambda layers: layers == "all", kind="stable")  # "all" after the pooler
+    drawn = drawn.rename(columns={"layer": "row", "kind": "column", "jaccard": "value"})
+    drawn["remark"] = drawn["chance"].map("({:.3f})".format)
+    draw_heat_map(output, title, ("kind of matrix", "layer"), drawn, MEASURES["jaccard"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from itertools import combinations_with_replacement, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bert_tickets.errors import UserError
 from bert_tickets.report import published
@@ -46,6 +46,8 @@ def draw_curves(levels: DataFrame, output: Path, title: str | None) -> str:
 
 def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: float, relative: str = "dense") -> str:
     """Draw the scores of tickets on all tasks minus the full BERT (`dense`, Figure 2) or the own ticket (`same-task`)."""
+    import numpy as np
+
     _, grids, cells, _ = transfer(levels, sparsity, relative)
     if cells is None:
         raise UserError("no ticket of these runs was trained on another task")
@@ -54,15 +56,12 @@ def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: 
     limit = max(1.0, sizes[math.ceil(0.75 * len(sizes)) - 1]) if sizes else 1.0  # so that outliers do not pale the rest
     heading = (title or f"Transfer of tickets at {percent(sparsity)} sparsity") + f"\n{_seeds(shown['pairs'].dropna())}"
     heading += f"; * {MARKED}" if _is_marked(shown).any() else ""
-    spread = shown["difference_sd"].map("±{:.1f}".format, na_action="ignore").fillna("") + _is_marked(shown).map(
-        {True: "*", False: ""}
-    )
-    remark = spread.where(shown["pairs"] > 0, shown["verdict"].where(shown["n"] == 0, "no base"))
-    wide = shown.assign(target=shown["task"].map(published.name), remark=remark).pivot(index="ticket", columns="target")
-    order = {"index": shown["ticket"].unique(), "columns": list(map(published.name, published.in_order(shown["task"])))}
-    values, notes = (wide[name].reindex(**order).rename_axis(columns="trained on") for name in ("difference", "remark"))
+    spread = shown["difference_sd"].map("±{:.1f}".format, na_action="ignore").fillna("")
+    remark = (spread + np.where(_is_marked(shown), "*", "")).where(shown["pairs"] > 0, "no base")
+    remark = remark.where(shown["n"] > 0, shown["verdict"])  # no run, undefined
+    named = shown.assign(row=shown["ticket"], column=shown["task"].map(published.name), value=shown["difference"], remark=remark)
     unit = f"difference to the {FULL if relative == 'dense' else 'own ticket of the target'} (points)"
-    draw_heat_map(output, heading, values, notes, unit, limit)
+    draw_heat_map(output, heading, ("trained on", "ticket"), named, unit, limit)
     return "\n".join([unit, markdown_grid(grids[""]), *remarks(shown)])
 
 
@@ -108,28 +107,26 @@ def draw_overlap(levels: DataFrame, output: Path, title: str | None, sparsity: f
     if sum(map(len, own.values())) < 2:
         raise UserError(f"overlap needs two tickets, and these runs have one at {percent(sparsity)} sparsity")
     packed = {name: {seed: pack(Mask.load(file)) for seed, file in files.items()} for name, files in own.items()}
-    lines: list[dict[str, Any]] = []
-    values = pd.DataFrame(math.nan, index=pd.Index(own, name="ticket of"), columns=pd.Index(own, name="ticket of"))
-    notes = values.astype(object)
+    lines: list[dict[str, str]] = []
+    drawn: list[tuple[str, str, float, str]] = []
     for one, other in combinations_with_replacement(own, 2):
         seeds = [(a, b) for a, b in product(own[one], own[other]) if (a < b if one == other else a == b)]
         try:
-            found = pd.DataFrame(
-                [overlap(tensor_counts(packed[one][a], packed[other][b])) for a, b in seeds], columns=list(MEASURES)
-            )
+            found = [overlap(tensor_counts(packed[one][a], packed[other][b])) for a, b in seeds]
         except UserError as error:
             raise UserError(f"the tickets of {one} and {other} cannot be compared: {error}") from None
-        means, spread = found.mean(), found["jaccard"].std()
+        pairs = pd.DataFrame(found, columns=list(MEASURES), dtype=float)
         line = {"ticket": one, "and": other, "pairs": str(len(seeds))}
-        lines.append(line | {name: f"{means[name]:.4f}" if seeds else "no pair" for name in MEASURES})
+        lines.append(line | {name: f"{mean:.4f}" if seeds else "no pair" for name, mean in pairs.mean().items()})
+        jaccard, spread = pairs["jaccard"].mean(), pairs["jaccard"].std()
         remark = "no pair" if not seeds else "" if math.isnan(spread) else f"±{spread:.3f}"
-        for row, column in ((one, other), (other, one)):
-            values.loc[row, column], notes.loc[row, column] = means["jaccard"], remark
+        drawn += [(row, column, jaccard, remark) for row, column in dict.fromkeys([(one, other), (other, one)])]
     heading = title or f"Overlap of tickets at {percent(sparsity)} sparsity"
     heading += f"\n{_seeds(map(len, own.values()))}; diagonal: two seeds of a task"
     if chances := sorted({f"{float(line['chance']):.3f}" for line in lines if line["chance"] != "no pair"}):
         heading += f"\nrandom masks: {' to '.join(dict.fromkeys((chances[0], chances[-1])))}"
-    draw_heat_map(output, heading, values, notes, "Jaccard index of the kept weights")
+    cells = pd.DataFrame(drawn, columns=["row", "column", "value", "remark"])
+    draw_heat_map(output, heading, ("ticket of", "ticket of"), cells, "Jaccard index of the kept weights")
     return "\n".join([markdown_grid(frame(lines)), *(f"{name}: {words}" for name, words in MEASURES.items())])
 
 

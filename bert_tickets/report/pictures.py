@@ -112,33 +112,37 @@ def _draw_panel(plot: Axes, panel: DataFrame, names: Sequence[str]) -> dict[str,
     return handles
 
 
-def draw_heat_map(output: Path, title: str, values: DataFrame, remarks: DataFrame, unit: str, limit: float | None = None) -> None:
-    """Draw values with a remark below each; without a value grey. The axes are named as the index and the columns of `values`.
+def draw_heat_map(
+    output: Path, title: str, axes: tuple[str, str], cells: DataFrame, unit: str, limit: float | None = None
+) -> None:
+    """Draw values with a remark below each; without a value grey. `axes` are the names of the columns and of the rows.
 
-    Values are in [0, 1]; with `limit` differences, whose colours end at -limit and limit. `unit` is the colour bar's label.
+    `cells` has the columns row, column, value and remark; rows and columns are in the order in which they appear. Values are in
+    [0, 1]; with `limit` differences, whose colours end at -limit and limit. `unit` is the colour bar's label.
     """
     from matplotlib import colormaps
 
-    known = [value for value in values.to_numpy().flat if not math.isnan(value)] or [0.0]
-    low, high, form, colors = math.floor(10 * min(known)) / 10, math.floor(10 * max(known) + 1) / 10, ".3f", "cividis"
-    if limit is not None:
-        low, high, form, colors = -limit, limit, "+.1f", "RdBu"
+    rows, columns = list(cells["row"].unique()), list(cells["column"].unique())
+    values = cells.pivot(index="row", columns="column", values="value").reindex(index=rows, columns=columns)
+    form, colors = (".3f", "cividis") if limit is None else ("+.1f", "RdBu")
+    low, high = (0.0, 1.0) if limit is None else (-limit, limit)
+    if limit is None and cells["value"].notna().any():
+        low, high = math.floor(10 * cells["value"].min()) / 10, math.floor(10 * cells["value"].max() + 1) / 10
     with drawing(output) as figure:
         lines = title.splitlines()
-        width = 0.7 * len(values.columns) + 0.072 * max(map(len, values.index)) + 0.5
-        figure.set_size_inches(max(width, 0.072 * max(map(len, (*lines, unit)))), 0.36 * len(values) + 1.5 + len(lines) / 6)
+        width = 0.7 * len(columns) + 0.072 * max(map(len, rows)) + 0.5
+        figure.set_size_inches(max(width, 0.072 * max(map(len, (*lines, unit)))), 0.36 * len(rows) + 1.5 + len(lines) / 6)
         plot = figure.subplots()
         palette = colormaps[colors].with_extremes(bad="0.88")
         image = plot.imshow(values.to_numpy(), cmap=palette, vmin=low, vmax=high, aspect="auto")
-        for y, row in enumerate(values.index):
-            for x, column in enumerate(values.columns):
-                value, remark = values.loc[row, column], remarks.loc[row, column]
-                number = "" if math.isnan(value) else f"{value:{form}}".replace("-", "−")
-                ink = "black" if math.isnan(value) else ink_on(palette((value - low) / (high - low)))
-                plot.text(x, y, f"{number}\n{remark}".strip(), ha="center", va="center", color=ink, linespacing=1.1)
-        plot.set_xticks(range(len(values.columns)), values.columns, rotation=30, ha="right", rotation_mode="anchor")
-        plot.set_yticks(range(len(values)), values.index)
-        plot.set(xlabel=values.columns.name, ylabel=values.index.name)
+        for row, column, value, remark in cells[["row", "column", "value", "remark"]].itertuples(index=False):
+            number = "" if math.isnan(value) else f"{value:{form}}".replace("-", "−")
+            ink = "black" if math.isnan(value) else ink_on(palette((value - low) / (high - low)))
+            style: dict[str, Any] = {"ha": "center", "va": "center", "color": ink, "linespacing": 1.1}
+            plot.text(columns.index(column), rows.index(row), f"{number}\n{remark}".strip(), **style)
+        plot.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+        plot.set_yticks(range(len(rows)), rows)
+        plot.set(xlabel=axes[0], ylabel=axes[1])
         plot.tick_params(length=0)
         plot.spines[:].set_visible(False)
         figure.suptitle(title)

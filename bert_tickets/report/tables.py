@@ -126,7 +126,7 @@ def _matching(levels: DataFrame, criterion: str, with_controls: bool) -> tuple[d
         of_task = levels[levels["task"] == task]
         for method, runs in own_tickets(of_task).groupby("method"):
             finders = of_task[(of_task["method"] == method) & ~of_task["given"]]
-            ticket = {"task": task, "row": row_name(method), "reference": FULL, "expected": set(finders["seed"])}
+            ticket: dict[str, Any] = {"task": task, "row": row_name(method), "reference": FULL, "expected": set(finders["seed"])}
             ticket["sweep"] = "table2" if is_published(method) else ""
             curve = [ticket | {"sparsity": sparsity} for sparsity in sorted(set(runs["sparsity"]))]
             filled = fill(levels, curve)
@@ -144,7 +144,7 @@ def _matching(levels: DataFrame, criterion: str, with_controls: bool) -> tuple[d
     return {"": frame(lines), f"Scores, and differences to the {FULL}": listing(cells)}, cells
 
 
-def _with_controls(levels: DataFrame, method: str, ticket: Mapping[str, Any], best: float | None) -> list[dict[str, Any]]:
+def _with_controls(levels: DataFrame, method: str, ticket: dict[str, Any], best: float | None) -> list[dict[str, Any]]:
     """A ticket and its controls, as far as there are runs; all of them at the best sparsity, or else at the published one."""
     controls = {f"{weights} weights": row_name(method, weights=weights) for weights in (RANDOM, SHUFFLED)}
     rows = {"ticket": ticket["row"], RANDOM_PRUNING: RANDOM_PRUNING} | controls

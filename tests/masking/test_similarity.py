@@ -63,15 +63,6 @@ def test_empty_and_full_masks(one, other, expected):
     assert {found[name] for name in MEASURES if name != "hamming"} == {expected}
 
 
-def test_the_pooled_measures_equal_those_of_mask():
-    one, other = drawn(2, 0.4), drawn(102)
-    found = measured(one, other)
-    assert found["jaccard"] == one.overlap(other)
-    assert found["hamming"] == pytest.approx(one.distance(other), abs=1e-15)
-    jaccards = [Mask({name: one[name]}).overlap(Mask({name: other[name]})) for name in one]
-    assert found["mean_jaccard"] == pytest.approx(sum(jaccards) / len(jaccards))
-
-
 def test_chance_is_the_mean_overlap_of_random_masks():
     """Over 200 drawn pairs: kept places drawn over all weights, or within each tensor."""
     one = Mask({"a": torch.arange(2000) < 1500, "b": torch.arange(3000) < 300})
@@ -175,11 +166,10 @@ def test_three_masks_make_three_pairs_in_table_file_and_picture(run, tmp_path, c
 def test_masks_of_one_task_are_named_by_what_differs(run, capsys):
     runs = [run(f"a{seed}", 1, 0.5, task="mnli", method="imp", seed=seed) for seed in (57, 58)]
     call(*runs, runs[0] / "level_00")
-    assert [line[0] for line in cells(capsys.readouterr().out)[1:4]] == [
-        "mnli seed 57 level 1",
-        "mnli seed 58 level 1",
-        "mnli seed 57 level 0",
-    ]
+    names = ["mnli seed 57 level 1", "mnli seed 58 level 1", "mnli seed 57 level 0"]
+    assert [line[0] for line in cells(capsys.readouterr().out)[1:4]] == names
+    call(runs[0], runs[0], "--output", runs[0] / "o.png")
+    assert [line[0][:2] for line in cells(capsys.readouterr().out)[1:3]] == ["1 ", "2 "]
 
 
 def test_two_masks_by_part(run, tmp_path, capsys):
@@ -187,13 +177,14 @@ def test_two_masks_by_part(run, tmp_path, capsys):
     call(*places, "--by", "kind", "--csv", tmp_path / "o.csv", "--output", tmp_path / "o.svg")
     out, shown = cells(capsys.readouterr().out), (tmp_path / "o.svg").read_text()
     one, other = (Mask.load(place / "level_00/mask.safetensors") for place in places)
-    kinds = {line[0]: line for line in out[-5:]}
+    kinds = {line[1]: line for line in out[-5:]}
     assert list(kinds) == ["attention.query", "attention.query.bias", "output", "pooler", "all"]
-    assert pd.read_csv(tmp_path / "o.csv")["kind"].tolist() == list(kinds)
     expected = measured(one, other, "query.weight")
-    assert kinds["attention.query"][1] == str(11 * 64)
-    assert kinds["attention.query"][4:] == [f"{expected[name]:.4f}" for name in MEASURES]
-    assert float(kinds["all"][2]) == pytest.approx(100 * one.density, abs=1e-4)
+    assert kinds["attention.query"][:3] == ["all", "attention.query", str(11 * 64)]
+    assert kinds["attention.query"][5:] == [f"{expected[name]:.4f}" for name in MEASURES]
+    assert float(kinds["all"][3]) == pytest.approx(100 * one.density, abs=1e-4)
+    written = pd.read_csv(tmp_path / "o.csv", index_col=["layer", "kind"])
+    assert written.loc[("3", "output"), "jaccard"] == measured(one, other, "3.output")["jaccard"]
     cell = measured(one, other, "3.attention.self.query.weight")
     for text in ("attention.query", "10", f"{cell['jaccard']:.3f}", f"({cell['chance']:.3f})"):
         assert f">{text}<" in shown

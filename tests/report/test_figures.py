@@ -136,6 +136,8 @@ def test_overlap_compares_tasks_with_one_seed_and_seeds_of_one_task(plot, grid, 
     masks = [Mask.load(next(grid.glob(f"qqp-imp-s{seed}-*")) / "level_01" / "mask.safetensors") for seed in (1, 2)]
     assert found[1][3:5] == [f"{masks[0].overlap(masks[1]):.4f}", "0.8182"]
     assert "diagonal: two seeds of a task" in (tmp_path / "f.svg").read_text()
+    apart = [next(grid.glob(name)) for name in ("qqp-imp-s1-*", "sst2-imp-s2-*")]
+    assert lines(plot("overlap", *apart, "--sparsity", "10"))[2] == ["QQP", "SST-2", "0", *5 * ["no pair"]]
     monkeypatch.setattr(rundirs, "WEIGHTS", 2000)
     rundirs.run(grid, [0.8, 0.79], task="mnli", seed=1)
     with pytest.raises(UserError, match="the tickets of MNLI and QQP cannot be compared: weight has shape"):
@@ -175,9 +177,9 @@ def test_equal_content_gives_equal_files(plot, grid, tmp_path, figure, suffix):
 
 def test_a_heat_map_writes_readable_values(tmp_path, capsys):
     assert (ink_on((1, 1, 0.8, 1)), ink_on((0.1, 0.0, 0.3, 1))) == ("black", "white")
-    values = pd.DataFrame({"a": [0.25], "b": [float("nan")]}, index=pd.Index(["c"], name="y"))
-    draw_heat_map(tmp_path / "f.svg", "title", values, pd.DataFrame({"a": ["note"], "b": ["none"]}, index=["c"]), "unit")
-    assert lacks(tmp_path / "f.svg", "title", "0.250", "note", "none", "unit", "y") == []
+    cells = pd.DataFrame({"row": "c", "column": ["a", "b"], "value": [0.25, float("nan")], "remark": ["note", "none"]})
+    draw_heat_map(tmp_path / "f.svg", "title", ("x", "y"), cells, "unit")
+    assert lacks(tmp_path / "f.svg", "title", "0.250", "note", "none", "unit", "x", "y") == []
     with pytest.raises(SystemExit):
         figures.parse(["curves", "runs", "--output", "f.jpg"])
     assert re.search(r"f\.jpg: must end in \.png, \.svg or \.pdf", capsys.readouterr().err)
