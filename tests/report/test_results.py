@@ -88,6 +88,8 @@ def test_given_tickets_are_named_by_their_mask_files(tmp_path):
     }
     for row, mask in masks.items():
         assert rows(read(rundirs.run(tmp_path / f"given {row}", [0.5], mask=mask))) == {row}
+    again = rundirs.run(tmp_path / "again", [0.5], "mlm", mask=rundirs.mask_of(found, 1))
+    assert rows(read(again)) == {"imp ticket, trained again"}
 
 
 def test_perturbed_and_rewound_weights_have_one_name_for_all_seeds(tmp_path):

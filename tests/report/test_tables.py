@@ -11,6 +11,7 @@ import pytest
 import rundirs
 import tables
 from conftest import ROOT
+from scipy.stats import ttest_rel
 
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_json
@@ -122,6 +123,9 @@ def test_csv_goes_back_to_the_runs_in_full_precision(one_task):
     assert (ticket["n"], ticket["seeds"], ticket["unit"]) == ("3", "57;58;59", "x 100")
     assert ticket["published"] == "91.9 ± 0.5 at 60 % [fig]"
     assert (ticket["within_one_sd"], ticket["match_or_exceed"], ticket["reference"]) == ("True", "True", FULL)
+    last, full = ([values[level] for values in CURVE.values()] for level in (3, 0))
+    tested = 6  # tickets at 20, 40 and 60 %, and three controls
+    assert float(found[TICKET, "0.6"]["p_holm"]) == pytest.approx(tested * ttest_rel(last, full).pvalue)
     for run, level, sha256 in zip(*(ticket[name].split(";") for name in ("run", "level", "mask_sha256")), strict=True):
         assert read_json(Path(run) / f"level_{int(level):02d}" / "metrics.json")["mask_sha256"] == sha256
 
