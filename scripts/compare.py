@@ -10,62 +10,74 @@ Takes mask files (a released mask.pt too), run directories (their newest level, 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bert_tickets.cli import FORMATTER, hyphens, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
-from bert_tickets.masking.similarity import MEASURES, Overlap, Packed, check_same_covering, mask_overlap, overlap_by_part, pack
+from bert_tickets.masking.similarity import MEASURES, Packed, overlap, pack, tensor_counts, with_totals
+from bert_tickets.report.formats import markdown_grid
+from bert_tickets.report.pictures import draw_heat_map, picture_file
 from bert_tickets.runs.directory import level_dir, levels_done
-from bert_tickets.runs.summary import table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FILE = "mask.safetensors"  # in a level's folder
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
-    parser.add_argument("masks", nargs="+", metavar="MASK", help="two or more: mask files, run directories, folders of a level")
+    parser.add_argument("masks", nargs="+", type=Path, metavar="MASK", help="two or more masks: files, runs, folders of a level")
     parser.add_argument("--level", type=int, metavar="N", help="the level of run directories (default: the newest)")
     parser.add_argument("--by", choices=("layer", "kind"), help="compare two masks also by layer, or by kind of matrix")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="draw a heat map: .png, .svg or .pdf")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--output", type=picture_file, metavar="FILE", help="draw a heat map: .png, .svg or .pdf")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the pairs, or with --by the layers and kinds, in full precision"
+    )
     args = parser.parse_args(hyphens(argv))
     if len(args.masks) < 2:
         parser.error("give at least two masks")
     if args.by and len(args.masks) != 2:
         parser.error(f"--by {args.by} compares two masks, and {len(args.masks)} were given")
-    if args.level is not None and not any(is_run(Path(place)) for place in args.masks):
+    if args.level is not None and not any(map(is_run, args.masks)):
         parser.error(f"--level {args.level} has no effect: no run directory is given")
-    if args.output and args.output.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--output {args.output}: a picture is .png, .svg or .pdf")
-    if args.output and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--output needs matplotlib: pip install -e '.[figures]'")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    masks = read([find_mask(Path(place), args.level) for place in args.masks])
-    names = labels(masks)
-    pairs = {(i, j): mask_overlap(masks[i].bits, masks[j].bits) for i, j in combinations(range(len(masks)), 2)}
-    parts = overlap_by_part(masks[0].bits, masks[1].bits) if args.by else {}
-    rows = [[name, f"{mask.sparsity:.1%}", str(mask.path)] for name, mask in zip(names, masks, strict=True)]
-    print(table(["mask", "sparsity", "file"], rows) + "\n")
-    rows = [[names[i], names[j], *_numbers(overlap)] for (i, j), overlap in pairs.items()]
-    print(table(["mask", "and mask", *MEASURES], rows) + "\n")
+    import pandas as pd
+
+    paths = [find_mask(place, args.level) for place in args.masks]
+    packed, sparsities, infos = zip(*map(read, paths), strict=True)
+    names = labels(paths, infos)
+    show(pd.DataFrame({"mask": names, "sparsity": sparsities, "file": map(str, paths)}))
+    lines: list[dict[str, Any]] = []
+    for i, j in combinations(range(len(paths)), 2):
+        try:
+            counts = tensor_counts(packed[i], packed[j])
+        except UserError as error:
+            raise UserError(f"{paths[i]} and {paths[j]} cannot be compared: {error}") from None
+        lines.append({"mask": names[i], "and mask": names[j], **overlap(counts)})
+    table = pd.DataFrame(lines)
+    show(table)
     if args.by:
-        print(part_table(args.by, names, parts) + "\n")
+        table = part_table(counts)
+        show(table[table["kind" if args.by == "layer" else "layer"] == "all"])
     print("\n".join(f"{name:16}  {meaning}" for name, meaning in MEASURES.items()))
-    if args.json:
-        write_json(args.json, names, masks, pairs, parts)
+    if args.csv:
+        write(args.csv, table.to_csv(index=False).encode())
     if args.output:
-        draw_parts(args.output, names, parts) if args.by else draw_pairs(args.output, names, masks, pairs)
+        draw_parts(args.output, names, table) if args.by else draw_pairs(args.output, names, sparsities, table)
         print(f"drawn in {args.output}")
+
+
+def show(table: DataFrame) -> None:
+    print(markdown_grid(table.map(lambda value: f"{value:.4f}" if isinstance(value, float) else str(value))) + "\n")
 
 
 # ---- which masks ----
@@ -87,102 +99,65 @@ def find_mask(place: Path, level: int | None) -> Path:
     return level_dir(place, done - 1 if level is None else level) / FILE
 
 
-@dataclass(frozen=True)
-class File:
-    """A mask and its file."""
-
-    path: Path
-    bits: Packed
-    sparsity: float
-    info: Mapping[str, Any]  # the metadata of the mask
-
-
-def read(paths: Sequence[Path]) -> list[File]:
-    """Read mask files. Raises `UserError` if two cover different tensors."""
+def read(path: Path) -> tuple[Packed, str, Mapping[str, Any]]:
+    """Return the bits of a mask file, its sparsity and its metadata."""
     from bert_tickets.masking.mask import Mask
 
-    found: list[File] = []
-    for path in paths:
-        mask = Mask.load(path)
-        found.append(File(path, pack(mask), mask.sparsity, mask.info))
-        try:
-            check_same_covering(found[0].bits, found[-1].bits)
-        except UserError as error:
-            raise UserError(f"{paths[0]} and {path} cannot be compared: {error}") from None
-    return found
+    mask = Mask.load(path)
+    return pack(mask), f"{mask.sparsity:.1%}", mask.info
 
 
-def labels(masks: Sequence[File]) -> list[str]:
-    """Name each mask by its task (or file), with level and seed where they distinguish masks, or else by its path."""
-    for keys in ((), ("level",), ("seed",), ("level", "seed")):
-        names = []
-        for mask in masks:
-            file = mask.path.stem if mask.path.stem != "mask" else mask.path.absolute().parent.name
-            names.append(
-                " ".join([mask.info.get("task", file), *(f"{key} {mask.info[key]}" for key in keys if key in mask.info)])
-            )
-        if len({*names}) == len(names):
-            return names
-    return [str(mask.path) for mask in masks]
+def labels(paths: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name each mask by its task (or file), and by its method, seed and level where masks differ in them.
+
+    Equal names are replaced by numbered ones, with the folder of the level or the file.
+    """
+    names = [str(info.get("task", path.stem)) for path, info in zip(paths, infos, strict=True)]
+    for key in ("method", "seed", "level"):
+        values = [info.get(key) for info in infos]
+        if len({*values} - {None}) > 1:
+            names = [f"{name} {key} {value}" if value is not None else name for name, value in zip(names, values, strict=True)]
+    if len({*names}) == len(names):
+        return names
+    places = ["/".join(path.parts[-3:-1]) if path.name == FILE else path.name for path in paths]
+    return [f"{number} {place}" for number, place in enumerate(places, 1)]
 
 
-# ---- tables, pictures, JSON ----
+# ---- tables and pictures ----
 
 
-def _numbers(overlap: Overlap) -> list[str]:
-    return [f"{getattr(overlap, name):.4f}" for name in MEASURES]
+def part_table(counts: DataFrame) -> DataFrame:
+    """A line per layer and kind ("all" sums up): its weights, the percentage that each mask keeps, and the measures."""
+    import pandas as pd
+
+    lines = []
+    for (layer, kind), part in with_totals(counts).groupby(["layer", "kind"], sort=False):
+        weights, one, other = part[["weights", "one", "other"]].sum()
+        kept = {"weights": weights, "kept by one (%)": 100 * one / weights, "kept by other (%)": 100 * other / weights}
+        lines.append({"layer": layer, "kind": kind, **kept, **overlap(part)})
+    return pd.DataFrame(lines)
 
 
-def part_table(by: str, names: Sequence[str], parts: Mapping[str, Mapping[str, Overlap]]) -> str:
-    """Format a line per layer, or per kind."""
-    found = parts["all"] if by == "kind" else {layer: row["all"] for layer, row in parts.items()}
-    rows = [[part, f"{o.weights:,}", *(f"{kept / o.weights:.1%}" for kept in o.kept), *_numbers(o)] for part, o in found.items()]
-    return table([by, "weights", *(f"kept by {name}" for name in names), *MEASURES], rows)
-
-
-def write_json(
-    path: Path,
-    names: Sequence[str],
-    masks: Sequence[File],
-    pairs: Mapping[tuple[int, int], Overlap],
-    parts: Mapping[str, Mapping[str, Overlap]],
-) -> None:
-    """Write all numbers: `masks`, `pairs` (of their indices), and `parts` by layer and kind."""
-    found = {
-        "masks": [
-            {"label": name, "file": str(mask.path), "sparsity": mask.sparsity, "info": mask.info}
-            for name, mask in zip(names, masks, strict=True)
-        ],
-        "pairs": [{"masks": pair, **asdict(overlap)} for pair, overlap in pairs.items()],
-        "parts": {layer: {kind: asdict(overlap) for kind, overlap in row.items()} for layer, row in parts.items()},
-    }
-    write(path, json.dumps(found, indent=1).encode() + b"\n")
-
-
-def draw_pairs(output: Path, names: list[str], masks: Sequence[File], pairs: Mapping[tuple[int, int], Overlap]) -> None:
+def draw_pairs(output: Path, names: Sequence[str], sparsities: Sequence[str], pairs: DataFrame) -> None:
     """Draw the Jaccard index of every two masks, and each mask's sparsity on the diagonal."""
-    cells: list[list[Any]] = [[(None, f"{mask.sparsity:.1%}")] * len(masks) for mask in masks]
-    for (i, j), overlap in pairs.items():
-        cells[i][j] = cells[j][i] = _cell(overlap)
-    _draw(output, "Mask overlap (in brackets: by chance)\nOn the diagonal: sparsity", ("mask", "mask"), names, names, cells)
+    import pandas as pd
+
+    cells = [(name, name, math.nan, sparsity) for name, sparsity in zip(names, sparsities, strict=True)]
+    for one, other, jaccard, chance in pairs[["mask", "and mask", "jaccard", "chance"]].itertuples(index=False):
+        cells += [(row, column, jaccard, f"({chance:.3f})") for row, column in ((one, other), (other, one))]
+    title = "Mask overlap (in brackets: by chance)\nOn the diagonal: sparsity"
+    drawn = pd.DataFrame(cells, columns=["row", "column", "value", "remark"])
+    draw_heat_map(output, title, ("mask", "mask"), drawn, MEASURES["jaccard"])
 
 
-def draw_parts(output: Path, names: Sequence[str], parts: Mapping[str, Mapping[str, Overlap]]) -> None:
+def draw_parts(output: Path, names: Sequence[str], parts: DataFrame) -> None:
     """Draw the Jaccard index of two masks by layer and kind. A tensor outside the layers, such as the pooler, is a row."""
-    kinds = [kind for kind in parts["all"] if kind not in parts or kind == "all"]
-    cells = [[_cell(row[kind]) if kind in row else (None, "") for kind in kinds] for row in parts.values()]
     title = f"Overlap of {names[0]} with {names[1]}\n(in brackets: by chance)"
-    _draw(output, title, ("kind of matrix", "layer"), kinds, list(parts), cells)
-
-
-def _cell(overlap: Overlap) -> tuple[float, str]:
-    return overlap.jaccard, f"({overlap.chance:.3f})"
-
-
-def _draw(output: Path, title: str, axes: tuple[str, str], columns: list[str], rows: list[str], cells: list[list[Any]]) -> None:
-    from bert_tickets.report.heatmap import draw
-
-    draw(output, title, axes, columns, rows, cells, MEASURES["jaccard"])
+    drawn = parts[(parts["kind"] == "all") | ~parts["kind"].isin(parts["layer"])]
+    drawn = drawn.sort_values("layer", key=lambda layers: layers == "all", kind="stable")  # "all" after the pooler
+    drawn = drawn.rename(columns={"layer": "row", "kind": "column", "jaccard": "value"})
+    drawn["remark"] = drawn["chance"].map("({:.3f})".format)
+    draw_heat_map(output, title, ("kind of matrix", "layer"), drawn, MEASURES["jaccard"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import argparse
 from collections.abc import Sequence
 
 from bert_tickets.cli import FORMATTER, hyphens, run_command
-from bert_tickets.report.plots import need_matplotlib, picture_file
+from bert_tickets.errors import UserError
+from bert_tickets.report.pictures import picture_file
 
 FIGURES = {
     "curves": "the metric over sparsity, a panel per task",
@@ -34,6 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         figure = figures.add_parser(name, help=words, description=f"Draw {words}.", allow_abbrev=False)
         figure.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold them")
         figure.add_argument("--output", type=picture_file, required=True, metavar="FILE", help="a .png, .svg or .pdf file")
+        figure.add_argument("--setting", metavar="WORDS", help="of runs with several settings, those with these words")
         figure.add_argument("--title", metavar="TEXT", help="the picture's title")
         if name != "curves":
             figure.add_argument("--sparsity", type=float, required=True, metavar="PERCENT", help="pruned weights")
@@ -44,23 +46,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    need_matplotlib()  # before anything is read
     from bert_tickets.report import figures
-    from bert_tickets.report.cells import ResultSet
-    from bert_tickets.report.results import check_one_setting, read_results
+    from bert_tickets.report.results import comparable, has_setting, read_results
 
-    results, failures = read_results(args.runs)
-    found = ResultSet(results, failures)
-    if args.figure == "curves":
-        text = figures.draw_curves(found, args.output, args.title)
-    else:
-        check_one_setting(results)
-        draw = getattr(figures, f"draw_{args.figure}")
-        more = {"relative": args.relative} if args.figure == "transfer" else {}
-        text = draw(found, args.output, args.sparsity / 100, title=args.title, **more)
-    print(text)
+    levels, failures = read_results(args.runs)
+    levels = comparable(levels, args.setting)
+    if levels.empty:
+        raise UserError("no finished level" + (f" with the setting {args.setting!r}" if args.setting is not None else ""))
+    draw = getattr(figures, f"draw_{args.figure}")
+    more = {} if args.figure == "curves" else {"sparsity": args.sparsity / 100}
+    more |= {"relative": args.relative} if args.figure == "transfer" else {}
+    print(draw(levels, args.output, args.title, **more))
     for failure in failures:
-        print(f"not drawn: {failure}")
+        if args.setting is None or has_setting(failure["setting"], args.setting):
+            print(f"not drawn: {failure['text']}")
     print(f"drawn in {args.output}")
 
 

@@ -51,23 +51,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.report import formats
-    from bert_tickets.report.cells import ResultSet
-    from bert_tickets.report.results import check_one_setting, choose_setting, read_results
+    from bert_tickets.report.results import comparable, has_setting, read_results
     from bert_tickets.report.tables import TABLES, build
 
-    results, failures = read_results(args.runs)
-    if args.setting is not None:
-        results, failures = choose_setting(results, args.setting), choose_setting(failures, args.setting)
-        if not results and not failures:
-            raise UserError(f"no run has the setting {args.setting!r}")
-    check_one_setting(results, "give the runs of one, or choose it with --setting")
-    found, sparsity = ResultSet(results, failures), None if args.sparsity is None else args.sparsity / 100
-    made = [build(name, found, sparsity) for name in ([args.table] if args.table else TABLES)]
+    levels, failures = read_results(args.runs)
+    levels = comparable(levels, args.setting)
+    reasons = [each["text"] for each in failures if args.setting is None or has_setting(each["setting"], args.setting)]
+    if args.setting is not None and levels.empty and not reasons:
+        raise UserError(f"no run has the setting {args.setting!r}")
+    sparsity = None if args.sparsity is None else args.sparsity / 100
+    made = [build(name, levels, sparsity, reasons) for name in ([args.table] if args.table else TABLES)]
     tables = [table for table in made if table]
     if not tables:
         what, (_, sweep) = f"table {args.table}" if args.table else "any table", TABLES[args.table or "2"]
-        reasons = "".join(f"\n  {failure}" for failure in failures)
-        raise UserError(f"no runs for {what}; make them by: bash scripts/{sweep}.sh{reasons}")
+        raise UserError("\n  ".join([f"no runs for {what}; make them by: bash scripts/{sweep}.sh", *reasons]))
     if args.format == "csv":
         text = formats.csv(tables)
     else:

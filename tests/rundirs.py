@@ -33,9 +33,9 @@ def oneshot(path: Path, sparsity: float, method: str = "random", seed: int = 57)
     return path
 
 
-def weights(path: Path, perturbed: str) -> Path:
-    """The file that perturb_weight.py writes, with one weight."""
-    write_tensors(path, {"weight": torch.zeros(1)}, {"perturbed": perturbed})
+def weights(path: Path, words: str, key: str = "perturbed") -> Path:
+    """The file that perturb_weight.py writes, with one weight; with the key `rewound` that of a run."""
+    write_tensors(path, {"weight": torch.zeros(1)}, {key: words})
     return path
 
 

@@ -1,4 +1,4 @@
-"""Tables of cells, as grids (DataFrames of texts), and written as Markdown, LaTeX or CSV by pandas."""
+"""Tables as Markdown, LaTeX or CSV, written by pandas."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
-from bert_tickets.report.cells import NO_RUN, UNIT, Cell, percent, place
+from bert_tickets.report.cells import NO_RUN, percent, signed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 LONG = 40  # lines from which a LaTeX table may break over pages
+CSV_COLUMNS = (
+    *("task", "row", "sparsity", "metric", "mean", "sd", "n", "seeds", "undefined", "warnings"),
+    *("within_one_sd", "match_or_exceed", "published"),
+    *("reference", "pairs", "difference", "interval_low", "interval_high", "p_holm", "verdict"),
+    *("run", "level", "mask_sha256"),
+)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `grids` by heading, `cells` for CSV and sources, and what a reader must know."""
+    """A table: `grids` of texts by heading, the `cells` behind them, what a reader must know, and the missing runs."""
 
     name: str
     title: str
     grids: Mapping[str, DataFrame]
-    cells: Sequence[Cell]
+    cells: DataFrame
     notes: Sequence[str]
     missing: Sequence[str]
 
@@ -36,59 +42,46 @@ def frame(lines: Sequence[Mapping[str, str]]) -> DataFrame:
     return pd.DataFrame(list(lines)).fillna("")
 
 
-def listing(cells: Sequence[Cell]) -> DataFrame:
-    """One line per cell: its score, the published one, and its difference to the reference."""
+def listing(cells: DataFrame) -> DataFrame:
+    """A line per cell: its score, the published one, and its difference to the reference. Columns without text are left out."""
     lines = []
-    for c in cells:
-        line = {"task": published.name(c.task), "row": c.row, "sparsity": percent(c.sparsity), "here": c.text}
-        line |= {"published": c.published, "difference": "", "95 % interval": "", "pairs": ""}
-        if (d := c.difference) is not None:
-            line["difference"] = signed(d.mean)
-            line["95 % interval"] = "none" if d.low is None else f"{signed(d.low)} to {signed(d.high)}"
-            line["pairs"] = str(len(d.seeds)) + f" ({len(d.unpaired)} unpaired)" * bool(d.unpaired)
-        lines.append(line | {"verdict": c.verdict if c.results else ""})
+    for cell in cells.sort_values("task", key=lambda tasks: tasks.map(published.place), kind="stable").to_dict("records"):
+        line = _place(cell) | {"here": cell["text"], "published": cell["published"]}
+        line |= {"difference": "", "95 % interval": "", "pairs": "", "verdict": cell["verdict"] if cell["run"] else ""}
+        if cell["pairs"] > 0:
+            line["difference"] = signed(cell["difference"])
+            interval = f"{signed(cell['interval_low'])} to {signed(cell['interval_high'])}"
+            line["95 % interval"] = interval if cell["p"] >= 0 else "none"
+            line["pairs"] = f"{cell['pairs']:.0f}" + (f" ({cell['unpaired']:.0f} unpaired)" if cell["unpaired"] else "")
+        lines.append(line)
     wide = frame(lines)
     return wide.loc[:, (wide != "").any()]
 
 
-def signed(value: float | None, digits: int = 1) -> str:
-    """A difference in points; one that rounds to zero has no sign."""
-    if value is None:
-        return ""
-    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+def _place(cell: Mapping[str, Any]) -> dict[str, str]:
+    return {"task": published.name(cell["task"]), "row": cell["row"], "sparsity": percent(cell["sparsity"])}
 
 
-def scores(cells: Iterable[Cell]) -> DataFrame:
-    """The cells' texts by row and sparsity (lines) and task (columns), with a star for each criterion that a cell meets."""
-    cells = sorted((cell for cell in cells if cell.results), key=place)
+def scores(cells: DataFrame) -> DataFrame:
+    """Scores by row and sparsity (lines) and task (columns), with a star for each criterion that a cell meets."""
     lines = []
-    for c in cells:
-        stars = " **" if c.within and c.exceeds else " *" if c.within else ""
-        lines.append({"row": c.row, "sparsity": percent(c.sparsity), "task": published.name(c.task), "text": c.text + stars})
-    if not lines:
-        return frame([])
+    for cell in cells[cells["text"] != NO_RUN].to_dict("records"):
+        stars = " *" * bool(cell["within_one_sd"]) + "*" * bool(cell["within_one_sd"] and cell["match_or_exceed"])
+        lines.append(_place(cell) | {"text": cell["text"] + stars})
     wide = frame(lines).pivot_table(index=["row", "sparsity"], columns="task", values="text", aggfunc="first", sort=False)
-    tasks = [published.name(task) for task in published.in_order(cell.task for cell in cells)]
+    tasks = [published.name(task) for task in published.in_order(cells["task"])]
     return wide[tasks].fillna(NO_RUN).reset_index().rename_axis(columns=None)
 
 
 def sources_of(tables: Sequence[Table]) -> DataFrame:
     """The run, level and mask of every number, each once."""
-    lines = [
-        {
-            "task": published.name(cell.task),
-            "row": cell.row,
-            "sparsity": percent(cell.sparsity),
-            "seed": str(r.seed),
-            "value": "undefined" if r.value is None else f"{UNIT * r.value:.4f}",
-            "run": str(r.run),
-            "level": str(r.level),
-            "mask sha256": r.mask_sha256,
-        }
-        for table in tables
-        for cell in table.cells
-        for r in cell.results
-    ]
+    lines = []
+    for table in tables:
+        for cell in table.cells.to_dict("records"):
+            for seed, run, level, mask_sha256 in zip(cell["seeds"], cell["run"], cell["level"], cell["mask_sha256"], strict=True):
+                value = f"{cell['values'][seed]:.4f}" if seed in cell["values"] else "undefined"
+                line = _place(cell) | {"seed": str(seed), "value": value}
+                lines.append(line | {"run": run, "level": str(level), "mask sha256": mask_sha256})
     return frame(lines).drop_duplicates()
 
 
@@ -101,15 +94,15 @@ def markdown(tables: Sequence[Table], *, sources: bool = False) -> str:
     for table in tables:
         blocks.append(f"## {table.title}")
         for heading, grid in table.grids.items():
-            blocks += [f"**{heading}**"] * bool(heading) + [_markdown_grid(grid)]
+            blocks += [f"**{heading}**"] * bool(heading) + [markdown_grid(grid)]
     blocks += ["## Notes", _bullets(note for table in tables for note in table.notes)]
     missing = _bullets(line for table in tables for line in table.missing)
     blocks += ["## Missing runs", missing] if missing else []
-    blocks += ["## Sources of the numbers", _markdown_grid(sources_of(tables))] if sources else []
+    blocks += ["## Sources of the numbers", markdown_grid(sources_of(tables))] if sources else []
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown_grid(grid: DataFrame) -> str:
+def markdown_grid(grid: DataFrame) -> str:
     return grid.map(lambda text: text.replace("|", "\\|")).to_markdown(index=False, disable_numparse=True)
 
 
@@ -142,23 +135,11 @@ def _escape_tex(text: str) -> str:
 
 
 def csv(tables: Sequence[Table]) -> str:
-    """One line per cell in full precision, with its runs, levels and masks separated by semicolons."""
+    """A line per cell in full precision, with its runs, levels and masks separated by semicolons."""
     import pandas as pd
 
-    return pd.DataFrame([{"table": table.name} | _facts(cell) for table in tables for cell in table.cells]).to_csv(index=False)
-
-
-def _facts(cell: Cell) -> dict[str, Any]:
-    s, d, results = cell.summary, cell.difference, cell.results
-    facts: dict[str, Any] = {"task": cell.task, "row": cell.row, "sparsity": cell.sparsity}
-    facts |= {"metric": results[0].metric if results else "", "unit": f"x {UNIT}", "mean": s.mean, "sd": s.sd, "n": s.n}
-    facts |= {"seeds": _join(s.values), "undefined": _join(s.undefined), "warnings": "; ".join(cell.warnings)}
-    facts |= {"within_one_sd": cell.within, "match_or_exceed": cell.exceeds, "published": cell.published}
-    facts |= {"reference": cell.reference, "pairs": d and len(d.seeds), "difference": d and d.mean}
-    facts |= {"interval_low": d and d.low, "interval_high": d and d.high, "p_holm": d and d.p_holm, "verdict": cell.verdict}
-    facts |= {name: _join(getattr(r, name) for r in results) for name in ("run", "level", "mask_sha256")}
-    return facts
-
-
-def _join(values: Iterable[Any]) -> str:
-    return ";".join(map(str, values))
+    cells = pd.concat([table.cells[list(CSV_COLUMNS)].assign(table=table.name) for table in tables])
+    for name in ("seeds", "undefined", "run", "level", "mask_sha256"):
+        cells[name] = [";".join(map(str, values)) for values in cells[name]]
+    cells.insert(cells.columns.get_loc("mean"), "unit", "x 100")
+    return cells[["table", *cells.columns.drop("table")]].to_csv(index=False)

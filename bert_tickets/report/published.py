@@ -13,9 +13,14 @@ TASKS: list[str] = DATA["tasks"]  # in the paper's order
 TRANSFER_SPARSITY: float = DATA["transfer"]["sparsity"] / 100  # of Figure 2
 
 
+def place(task: str) -> tuple[int, str]:
+    """A sort key: the paper's order, then other tasks by name."""
+    return (TASKS.index(task) if task in TASKS else len(TASKS)), task
+
+
 def in_order(found: Iterable[str]) -> list[str]:
     """Each task once, in the paper's order; other tasks last."""
-    return sorted(set(found), key=lambda task: (TASKS.index(task) if task in TASKS else len(TASKS), task))
+    return sorted(set(found), key=place)
 
 
 def name(task: str) -> str:

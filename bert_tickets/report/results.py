@@ -1,16 +1,20 @@
-"""Read run directories: one `LevelResult` per finished level, and one `Failure` per run whose next level diverged.
+"""Read run directories into one table, a pandas DataFrame with a line per finished level.
 
-Everything is read from the files, nothing from a directory's name. Imports no torch.
+A row name says how a ticket was found and what it starts from: `imp ticket`, `imp (scope tensor) ticket of MNLI`,
+`imp ticket, random weights`, `random pruning`. It contains every setting of the method that differs from the preset, so that
+tickets found in different ways are never in one row, and a new method has rows without code here. Settings of the training are
+in the column `setting`; a table has one of them per task. All is read from the files, nothing from a directory's name, without
+torch.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from bert_tickets.config import COMMON, build, flat
 from bert_tickets.errors import Damaged, UserError
@@ -19,123 +23,105 @@ from bert_tickets.report import published
 from bert_tickets.runs.directory import failure, level_dir, levels_done, read_run
 from bert_tickets.runs.integrity import check_level
 
-PRETRAINED, SHUFFLED = "pre-trained", "shuffled"  # `LevelResult.weights`; others: "random", or as their file says
-OWN_FIELD = {"seed", "mask", "init", "rewind", "levels"}  # settings that a LevelResult has as fields
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+COLUMNS = {
+    "run": "the directory",
+    "level": "",
+    "levels": "of the finished run",
+    "task": "",
+    "row": "how the ticket was found and what it starts from",
+    "sparsity": "pruned fraction of the covered weights, to three decimals: small networks cannot prune exactly 40 %",
+    "seed": "",
+    "metric": "the task's main metric",
+    "value": "of the metric, x 100 as in the paper; NaN if undefined",
+    "warnings": "a list",
+    "total": "weights that the mask covers",
+    "mask_sha256": "",
+    "given": "whether the run trains a given ticket; otherwise it found this one",
+    "method": 'that found the ticket, with its settings; "" if the mask file does not say',
+    "rewind": 'what the method rewinds to, if that differs from the preset; otherwise ""',
+    "source": 'the task that the ticket was found on; "" if none',
+    "weights": "that the ticket starts from",
+    "setting": "settings of the training that differ from the preset",
+    "data": "sha256 of the data, and the precision",
+    "model": "sha256 of the encoder before training",
+}
+FULL = "full BERT"
+RANDOM_PRUNING, ONE_SHOT = "random pruning", "one-shot pruning"
+UNTRAINED = {"oneshot random": RANDOM_PRUNING, "oneshot magnitude": ONE_SHOT}  # the paper's names of what oneshot.py makes
+PRETRAINED, RANDOM, SHUFFLED = "pre-trained", "random", "shuffled"  # weights; others as their file says
 
 
-@dataclass(frozen=True, kw_only=True)
-class LevelResult:
-    """One finished level of a run."""
-
-    run: Path
-    level: int
-    levels: int  # of the finished run
-    task: str
-    seed: int
-    metric: str  # the task's main metric, a key of `metrics`
-    metrics: Mapping[str, float | None]  # fractions or correlations, not percent; None if undefined
-    sparsity: float  # pruned fraction of the weights that the mask covers
-    total: int  # weights that the mask covers
-    mask_sha256: str
-    warnings: tuple[str, ...]
-    given: bool  # the run trains a given ticket; otherwise it found this one
-    method: str  # that found the ticket; "" if its mask file does not say
-    source: str  # task that the ticket was found on; "" if none
-    weights: str  # that the ticket starts from
-    rewind: str  # what the method rewinds to: 0, a step, a percentage, none
-    finding: str  # other settings of the method that differ from its preset
-    setting: str  # settings of the training that differ from the preset
-    model: str  # sha256 of the encoder before training
-    data: str  # sha256 of the data, and the precision
-
-    @property
-    def value(self) -> float | None:
-        """The main metric."""
-        return self.metrics[self.metric]
-
-    @property
-    def mask_file(self) -> Path:
-        return level_dir(self.run, self.level) / "mask.safetensors"
+# ---- reading ----
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A run whose next level diverged when it was last tried."""
+def read_results(places: Iterable[str | Path]) -> tuple[DataFrame, list[dict[str, str]]]:
+    """Read run directories, or all run directories in a folder.
 
-    run: Path
-    task: str
-    setting: str
-    level: int
-    ended: str
-
-    def __str__(self) -> str:
-        return f"{self.run}: level {self.level} diverged: {self.ended}"
-
-
-Of = TypeVar("Of", LevelResult, Failure)
-
-
-def read_results(places: Iterable[str | Path]) -> tuple[list[LevelResult], list[Failure]]:
-    """Read run directories, or all run directories in a folder, sorted by path.
-
-    A ticket found by one of the runs keeps that run's `rewind` and `finding` where it is given to another run. Raises
-    `UserError` if there is no run, `Damaged` for a damaged one.
+    Returns the table of levels (`COLUMNS`), and for each run whose next level diverged its `setting` and a sentence, `text`.
+    Raises `UserError` if there is no run, `Damaged` for a damaged one.
     """
+    import pandas as pd
+
     given = [Path(place) for place in places]
     files = [[place / "run.json"] if (place / "run.json").is_file() else place.rglob("run.json") for place in given]
     runs = sorted({file.parent.resolve(): file.parent for found in files for file in found}.values())
     if not runs:
         raise UserError(f"no run directory in {', '.join(map(str, given))}")
-    results: list[LevelResult] = []
-    failures: list[Failure] = []
+    lines: list[dict[str, Any]] = []
+    failures = []
     for run in runs:
-        about = read_run(run)
-        facts = _facts_of_run(run, about["config"], about["differs_from_preset"], about["fingerprint"])
-        done = levels_done(run)
+        facts, done = _facts_of_run(run), levels_done(run)
         if any(int(path.name[6:]) > done for path in run.glob("level_*") if path.name[6:].isdecimal()):
             raise Damaged(f"{level_dir(run, done)} is missing, and a later level is there")
-        results += [_read_level(run, level, facts) for level in range(done)]
+        lines += [facts | _facts_of_level(run, level, facts["given"]) for level in range(done)]
         if failed := failure(run):
-            failures.append(Failure(run, facts["task"], facts["setting"], failed["level"], failed["ended"]))
-    return _inherit(results), failures
+            text = f"{run}: level {failed['level']} diverged: {failed['ended']}"
+            failures.append({"setting": facts["setting"], "text": text})
+    _name_rows(lines)
+    return pd.DataFrame(lines, columns=list(COLUMNS)), failures
 
 
-def _facts_of_run(run: Path, config: dict[str, Any], differs: dict[str, Any], fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The fields that all levels of a run share."""
-    common = {key: value for key, value in differs.items() if key in COMMON and key not in OWN_FIELD}
-    protocol = {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
+def _facts_of_run(run: Path) -> dict[str, Any]:
+    """The columns that all levels of a run share."""
+    about = read_run(run)
+    config, differs, fingerprint = about["config"], about["differs_from_preset"], about["fingerprint"]
+    setting = {key: value for key, value in differs.items() if key in COMMON and key not in ("seed", "init")}
+    setting |= {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
     return {
-        "run": run,
+        "run": str(run),
         "levels": config.get("levels", 1),
         "task": config["task"],
         "seed": config["seed"],
         "given": config.get("mask") is not None,
         "method": config["method"],
+        "own_settings": _words(_own_settings(config, differs)),
+        "rewind": differs.get("rewind", ""),
         "source": config["task"],
         "weights": _weights(config["init"], fingerprint.get("init") or {}, config["seed"]),
-        "rewind": config.get("rewind", "0"),
-        "finding": _words(_finding(config, differs)),
-        "setting": _words(protocol | common),
-        "model": str(fingerprint.get("model")),
+        "setting": _words(setting),
         "data": json.dumps([fingerprint.get(key) for key in ("train", "evaluation", "precision")], sort_keys=True),
+        "model": str(fingerprint.get("model")),
     }
 
 
-def _finding(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's own settings that differ from those that the preset and the rewinding step imply."""
+def _own_settings(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's own settings that differ from those that the preset and --rewind imply."""
+    own = {key: value for key, value in config.items() if key not in COMMON and key not in ("mask", "rewind", "levels")}
     asked = {key: config[key] for key in ("task", "method", "protocol", *(differs.keys() & {"rewind"}))}
-    own = {key: value for key, value in config.items() if key not in COMMON and key not in OWN_FIELD}
     try:
-        plain = flat(build(asked)) if own else {}
+        implied = flat(build(asked)) if own else {}
     except (UserError, TypeError):  # the method is not installed, or has a required flag
         return {key: value for key, value in own.items() if key in differs}
-    return {key: value for key, value in own.items() if value != plain.get(key)}
+    return {key: value for key, value in own.items() if value != implied.get(key)}
 
 
 def _weights(init: str, facts: Mapping[str, Any], seed: int) -> str:
     """The initial weights in words, the same for every seed: without a drawn order, or the run's own seed."""
     if init in ("pretrained", "random"):
-        return PRETRAINED if init == "pretrained" else init
+        return PRETRAINED if init == "pretrained" else RANDOM
     said = str(facts.get("perturbed") or facts.get("rewound") or f"the file {init}")
     if said == "the entries of each matrix shuffled":
         return SHUFFLED
@@ -146,62 +132,133 @@ def _words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(values.items()))
 
 
-def _read_level(run: Path, level: int, facts: dict[str, Any]) -> LevelResult:
+def _facts_of_level(run: Path, level: int, given: bool) -> dict[str, Any]:
     line = check_level(run, level)
-    origin = {}
-    if facts["given"]:
+    value = line["metrics"][line["metric"]]
+    facts = {key: line[key] for key in ("level", "metric", "mask_sha256", "warnings")}
+    facts |= {"value": math.nan if value is None else 100 * value}
+    facts |= {"sparsity": round(line["sparsity"], 3), "total": line.get("total", 0)}
+    if given:
         info = read_facts(level_dir(run, level) / "mask.safetensors")
-        origin = {"method": info.get("method", ""), "source": info.get("task", ""), "rewind": "0", "finding": ""}
-    return LevelResult(
-        **(facts | origin),
-        level=level,
-        **{key: line[key] for key in ("metric", "metrics", "sparsity", "mask_sha256")},
-        total=line.get("total", 0),
-        warnings=tuple(line.get("warnings", ())),
-    )
+        facts |= {"method": info.get("method", ""), "source": info.get("task", ""), "own_settings": "", "rewind": ""}
+    return facts
 
 
-def _inherit(results: Sequence[LevelResult]) -> list[LevelResult]:
-    """Give given tickets the `rewind` and `finding` of the run that found them; of several, of the plainest."""
-    found: dict[tuple[str, str, str], LevelResult] = {}
-    for r in sorted((r for r in results if not r.given), key=plainness):
-        found.setdefault((r.method, r.source, r.mask_sha256), r)
-    finders = [found.get((r.method, r.source, r.mask_sha256)) if r.given else None for r in results]
-    return [replace(r, rewind=f.rewind, finding=f.finding) if f else r for r, f in zip(results, finders, strict=True)]
+# ---- names of rows ----
 
 
-def plainness(r: LevelResult) -> tuple[bool, bool, bool, str, str, str]:
-    """A sort key: runs that rewind to the pre-trained weights first, then the preset's settings, then the paper's method."""
-    return r.rewind != "0", r.finding != "", r.method != published.METHOD, r.method, r.rewind, r.finding
+def _name_rows(lines: Sequence[dict[str, Any]]) -> None:
+    """Name the rows, and complete `method` by its settings. A given ticket has those of the run that found it, if it is there.
+
+    If several runs found the same mask, as at level 1 if they rewind to different steps, it is the plainest one's.
+    """
+    found = [line for line in lines if not line["given"]]
+    for line in found:
+        _name_row(line)
+    finders: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line in sorted(found, key=lambda line: plainness(line["row"])):
+        finders.setdefault((line["method"].partition(" (")[0], line["source"], line["mask_sha256"]), line)
+    for line in lines:
+        if line["given"]:
+            finder = finders.get((line["method"], line["source"], line["mask_sha256"]), line)
+            line |= {"method": finder["method"], "rewind": finder["rewind"]}
+            _name_row(line)
+
+
+def _name_row(line: dict[str, Any]) -> None:
+    line["method"] += f" ({line['own_settings']})" if line["own_settings"] else ""
+    method, source, weights = line["method"], line["source"], line["weights"]
+    if not line["given"]:
+        found_in = "" if weights == PRETRAINED else f", found in {weights} weights"
+        line["row"] = row_name(method, rewind=line["rewind"]) + found_in
+    elif not source:
+        name = UNTRAINED.get(method, method or f"mask {line['mask_sha256'][:8]}")
+        line["row"] = name + _from(weights)
+    else:
+        again = ", trained again" if source == line["task"] and weights == PRETRAINED else ""
+        other = "" if source == line["task"] else source
+        line["row"] = row_name(method, source=other, rewind=line["rewind"], weights=weights) + again
+
+
+def row_name(method: str, *, source: str = "", rewind: str = "", weights: str = PRETRAINED) -> str:
+    """The row of a method's tickets; `source` is the task they were found on, if another than they are trained on."""
+    of = f" of {published.name(source)}" if source else ""
+    return f"{method} ticket{of}" + (f", rewind {rewind}" if rewind else "") + _from(weights)
+
+
+def _from(weights: str) -> str:
+    if weights == PRETRAINED:
+        return ""
+    return f", {weights}" if " " in weights else f", {weights} weights"
+
+
+def plainness(row: str) -> tuple[int, bool, str]:
+    """A sort key of rows: those with the fewest settings first, then the paper's method."""
+    return len(row.split()), not is_published(row), row
+
+
+def is_published(name: str) -> bool:
+    """Whether a method, or the method of a row, is the paper's."""
+    return name.partition(" ")[0] == published.METHOD
 
 
 # ---- what may be compared ----
 
 
-def choose_setting(found: Sequence[Of], setting: str) -> list[Of]:
-    """Those whose setting has all these words ("lr 0.0001, precision bf16"); "" is the preset unchanged."""
-    words = set(setting.split(", ")) if setting else set()
-    return [r for r in found if (words <= set(r.setting.split(", ")) if words else r.setting == "")]
+def comparable(levels: DataFrame, setting: str | None = None) -> DataFrame:
+    """The levels that tables and figures compare, in the order of rows: those of one setting, equal copies once.
+
+    Level 0 of runs that find tickets is the row `full BERT`; of each task and seed it is the plainest run's. Raises `UserError`
+    if the runs of a task have several settings and `setting` does not choose one, or if runs with equal settings differ.
+    """
+    import pandas as pd
+
+    if setting is not None:
+        levels = levels[[has_setting(found, setting) for found in levels["setting"]]]
+    if levels.empty:
+        return levels
+    advice = "give the runs of one, or choose it with --setting"
+    _refuse_several(levels, ["setting"], ["task"], f"have different settings; {advice}")
+    for columns, what, same in (
+        (["data"], "data or precision", ["task"]),
+        (["model"], "initial weights", ["task", "seed", "weights"]),
+        (["value", "mask_sha256"], "results", ["task", "row", "sparsity", "seed"]),
+    ):
+        _refuse_several(levels, columns, same, f"have the same settings, but different {what}; give one of them")
+    levels = levels.drop_duplicates(["task", "row", "sparsity", "seed"])
+    is_full = ~levels["given"] & (levels["weights"] == PRETRAINED) & (levels["sparsity"] == 0)
+    dense = levels[is_full].sort_values("row", key=lambda rows: rows.map(plainness)).drop_duplicates(["task", "seed"])
+    levels = pd.concat([levels[~is_full], dense.assign(row=FULL)], ignore_index=True)
+    return levels.loc[[line.Index for line in sorted(levels.itertuples(), key=_place)]].reset_index(drop=True)
 
 
-def check_one_setting(results: Sequence[LevelResult], advice: str = "give the runs of one") -> None:
-    """Raise `UserError` if the runs of a task have several settings."""
-    settings: dict[str, dict[str, Path]] = {}
-    for r in results:
-        settings.setdefault(r.task, {}).setdefault(r.setting, r.run)
-    for task, found in settings.items():
-        if len(found) > 1:
-            listed = "\n".join(f"  {setting or 'the preset unchanged'} (such as {run})" for setting, run in found.items())
-            raise UserError(f"the runs of {task} have {len(found)} settings; {advice}:\n{listed}")
+def has_setting(found: str, wanted: str) -> bool:
+    """Whether a setting has all words of another ("lr 0.0001, precision bf16"); "" is the preset unchanged."""
+    return set(wanted.split(", ")) <= set(found.split(", ")) if wanted else found == ""
 
 
-def check_same_subject(results: Sequence[LevelResult]) -> None:
-    """Raise `UserError` if runs with equal settings used other data, or started from other weights with the same seed."""
-    first: dict[tuple[str, ...], LevelResult] = {}
-    for r in results:
-        same = (r.task, r.setting)
-        seeded = (*same, str(r.seed), r.weights)
-        for field, what, key in (("data", "data or precision", same), ("model", "initial weights", seeded)):
-            other = first.setdefault((field, *key), r)
-            if getattr(other, field) != getattr(r, field):
-                raise UserError(f"{other.run} and {r.run} have the same settings, but different {what}: give one of them")
+def _refuse_several(levels: DataFrame, columns: list[str], same: list[str], message: str) -> None:
+    """Raise `UserError` if lines that agree in the columns `same` differ in `columns`."""
+    distinct = levels.drop_duplicates([*same, *columns])
+    several = distinct[distinct.duplicated(same, keep=False)]
+    if several.empty:
+        return
+    first = several[(several[same] == several[same].iloc[0]).all(axis=1)]
+    where = ", ".join(f"{key} {value}" for key, value in first[same].iloc[0].items())
+    listed = "".join(
+        f"\n  {run}: {setting or 'the preset unchanged'}" for run, setting in zip(first.run, first.setting, strict=True)
+    )
+    raise UserError(f"runs ({where}) {message}:{listed}")
+
+
+def _place(line: Any) -> tuple:
+    """The order of rows: the full BERT, tickets on their own task, tickets of no task, tickets of other tasks."""
+    kind = 0 if not line.given else 1 if line.source == line.task else 2 if not line.source else 3
+    source = published.place(line.source) if kind == 3 else (0, "")
+    return line.row != FULL, kind, source, line.row, published.place(line.task), line.sparsity, line.seed
+
+
+def own_tickets(levels: DataFrame) -> DataFrame:
+    """The levels that are tickets on the task that they were found on, rewound as the preset says."""
+    is_own = ~levels["given"] & (levels["weights"] == PRETRAINED) & (levels["rewind"] == "")
+    return levels[is_own & (levels["sparsity"] > 0)]

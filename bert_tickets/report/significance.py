@@ -1,4 +1,4 @@
-"""Means over seeds, and paired t-tests of their differences.
+"""Paired t-tests of differences over seeds, and the paper's two criteria of a matching ticket.
 
 Runs with the same seed share the head's initial weights and the order of the examples, so that they are paired.
 """
@@ -6,99 +6,74 @@ Runs with the same seed share the head's initial weights and the order of the ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import Series
 
 ALPHA = 0.05  # of the tests; intervals have 1 - ALPHA
 ROUNDING = 1e-9  # differences that vary by less are equal
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A metric over seeds."""
+def paired(ticket: Mapping[int, float], reference: Mapping[int, float]) -> dict[str, Any]:
+    """Compute the mean difference of two rows over their common seeds, and its 95 % t-interval, from values by seed.
 
-    values: Mapping[int, float]  # by seed
-    undefined: tuple[int, ...] = ()  # seeds whose metric is undefined
-
-    @property
-    def n(self) -> int:
-        return len(self.values)
-
-    @property
-    def mean(self) -> float | None:
-        return mean(self.values.values()) if self.values else None
-
-    @property
-    def sd(self) -> float | None:
-        """The sample standard deviation (n - 1); None for fewer than two seeds."""
-        return stdev(self.values.values()) if self.n > 1 else None
-
-    @property
-    def constant(self) -> bool:
-        """Whether all of several seeds have the same value, as constant predictions give."""
-        return self.n > 1 and len(set(self.values.values())) == 1
-
-
-def summarize(values: Mapping[int, float | None], unit: float = 1.0) -> Summary:
-    """Summarize values by seed, times `unit`; None is an undefined value."""
-    defined = {seed: value * unit for seed, value in sorted(values.items()) if value is not None}
-    return Summary(defined, tuple(sorted(values.keys() - defined.keys())))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean paired difference of two summaries, and its 95 % t-interval."""
-
-    mean: float
-    seeds: tuple[int, ...]  # that both have
-    unpaired: tuple[int, ...] = ()  # that only one has
-    sd: float | None = None  # of the differences
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None  # two-sided; None, as the interval, for one pair or for equal differences
-    p_holm: float | None = None  # corrected over all comparisons with one reference
-
-
-def paired(ticket: Summary, reference: Summary) -> Difference | None:
-    """Subtract `reference` from `ticket` over their common seeds; None if there are none.
-
-    Metrics that count examples often differ by the same amount in two seeds. That is no evidence of a variance of zero, so equal
-    differences get no interval.
+    Without common seeds there is no `difference`; with one pair no `difference_sd`. Metrics that count examples often differ by
+    the same amount in two seeds. That is no evidence of a variance of zero, so that equal differences, as one pair, get no
+    interval.
     """
-    seeds = tuple(sorted(ticket.values.keys() & reference.values.keys()))
+    seeds = sorted(ticket.keys() & reference.keys())
+    found: dict[str, Any] = {"pairs": len(seeds), "unpaired": len(ticket.keys() ^ reference.keys())}
     if not seeds:
-        return None
-    unpaired = tuple(sorted(ticket.values.keys() ^ reference.values.keys()))
-    ours, theirs = ([summary.values[seed] for seed in seeds] for summary in (ticket, reference))
+        return found
+    ours, theirs = [ticket[seed] for seed in seeds], [reference[seed] for seed in seeds]
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    found["difference"] = mean(differences)
     if len(seeds) == 1:
-        return Difference(differences[0], seeds, unpaired)
+        return found
     if max(differences) - min(differences) < ROUNDING:
-        return Difference(mean(differences), seeds, unpaired, sd=0.0)
+        return found | {"difference_sd": 0.0}
     from scipy.stats import ttest_rel
 
     test = ttest_rel(ours, theirs)
     low, high = map(float, test.confidence_interval(1 - ALPHA))
-    return Difference(mean(differences), seeds, unpaired, stdev(differences), low, high, float(test.pvalue))
+    return found | {"difference_sd": stdev(differences), "interval_low": low, "interval_high": high, "p": float(test.pvalue)}
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct p-values for multiple tests by Holm's step-down method; None stays None and does not count."""
-    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, i) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        corrected[i] = largest
-    return corrected
+def holm(p_values: Series) -> Series:
+    """Correct p-values for multiple tests by Holm's step-down method; NaN stays NaN and does not count."""
+    known = p_values.dropna().sort_values()
+    steps = known * list(range(len(known), 0, -1))
+    return steps.clip(upper=1).cummax().reindex(p_values.index)
 
 
-def verdict(difference: Difference | None) -> str:
-    """The result of a test, with the corrected p-value, in words."""
-    if difference is None:
+def verdict(cell: Mapping[str, Any]) -> str:
+    """The result of a cell's comparison, with the corrected p-value, in words."""
+    if not cell["n"]:
+        return "undefined"
+    if not cell["reference"]:
+        return ""
+    if not cell["pairs"] > 0:
         return "no common seed"
-    if difference.p is None:
+    if not cell["p_holm"] >= 0:  # NaN
         return "no interval"
-    if difference.p_holm is None or difference.p_holm >= ALPHA:
+    if cell["p_holm"] >= ALPHA:
         return "not significant"
-    return "below" if difference.mean < 0 else "above"
+    return "below" if cell["difference"] < 0 else "above"
+
+
+# ---- the paper's criteria; `ticket` and `full` are defined values over seeds ----
+
+
+def within_one_sd(ticket: Sequence[float], full: Sequence[float]) -> bool | None:
+    """Whether a ticket matches: its mean is at least the full BERT's mean minus its standard deviation.
+
+    None if either has fewer than two seeds.
+    """
+    return None if min(len(ticket), len(full)) < 2 else mean(ticket) >= mean(full) - stdev(full)
+
+
+def match_or_exceed(ticket: Sequence[float], full: Sequence[float]) -> bool | None:
+    """The stricter criterion: the ticket's mean is at least the full BERT's. None if either has no value."""
+    return mean(ticket) >= mean(full) if ticket and full else None

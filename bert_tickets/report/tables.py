@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
-from bert_tickets.report.cells import (
-    CLOSE,
-    FULL,
-    NO_RUN,
-    RANDOM_PRUNING,
-    Cell,
-    ResultSet,
-    compare,
-    expect_common_seeds,
-    is_published,
-    percent,
-    row_name,
-)
+from bert_tickets.report.cells import fill, full, percent
 from bert_tickets.report.formats import Table, frame, listing, scores
-from bert_tickets.report.matching import Highest, highest, match_or_exceed, within_one_sd
-from bert_tickets.report.results import PRETRAINED, SHUFFLED, LevelResult
+from bert_tickets.report.results import FULL, PRETRAINED, RANDOM, RANDOM_PRUNING, SHUFFLED, is_published, own_tickets, row_name
 from bert_tickets.report.transfer import transfer
 
-REWINDS = ("0", "5%", "10%", "20%", "50%", "none")  # the paper's Table 3
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+REWINDS = ("5%", "10%", "20%", "50%", "none")  # the paper's Table 3
 WITHIN = "Within one deviation, the paper's criterion: mean >= mean - standard deviation of the full BERT; it needs two seeds."
-EXCEED = "Match or exceed, the stricter criterion: mean >= mean of the full BERT."
+EXCEED = "Match or exceed, the stricter criterion: mean >= mean of the full BERT. That one seed does is weak evidence."
 COMMON_NOTES = (
     "Scores: mean ± standard deviation (n - 1) of accuracy, F1 or a correlation, x 100 (number of seeds).",
     "Differences: in points, paired over seeds, each with its own 95 % t-interval. Verdicts are corrected by Holm's method over "
@@ -35,200 +26,243 @@ COMMON_NOTES = (
 )
 
 
-def build(name: str, found: ResultSet, sparsity: float | None = None) -> Table | None:
-    """Build one of `TABLES`; None if there are no runs for it. `sparsity` (a fraction) is for tables 3 and transfer."""
+def build(name: str, levels: DataFrame, sparsity: float | None = None, failures: Sequence[str] = ()) -> Table | None:
+    """Build one of `TABLES` from comparable levels; None if there are no runs for it.
+
+    `sparsity` (a fraction) is for tables 3 and transfer, `failures` are sentences about runs that diverged.
+    """
     make, sweep = TABLES[name]
-    title, grids, cells, notes = make(found, sparsity)
-    if not cells:
+    title, grids, cells, notes = make(levels, sparsity) if len(levels) else ("", {}, None, [])
+    if cells is None:
         return None
-    warned = (f"{published.name(c.task)}, {c.row} at {percent(c.sparsity)}: {'; '.join(c.warnings)}" for c in cells if c.warnings)
-    warnings = dict.fromkeys(f"Warning: {line}" for line in warned)
-    notes = [*notes, *COMMON_NOTES, *warnings, *_coverings(cells), *_settings(found.results)]
-    return Table(name, title, grids, cells, notes, missing_runs(found, cells, sweep))
+    notes = [*notes, *COMMON_NOTES, *remarks(cells), *_coverings(levels, cells), *_settings(levels)]
+    return Table(name, title, grids, cells, notes, [*failures, *missing_runs(levels, cells, sweep)])
 
 
-def _coverings(cells: Sequence[Cell]) -> list[str]:
+def remarks(cells: DataFrame) -> Iterator[str]:
+    """The warnings of the runs, and undefined values, which means leave out."""
+    for c in cells.itertuples():
+        where = f"{published.name(c.task)}, {c.row} at {percent(c.sparsity)}"
+        if c.warnings:
+            yield f"Warning: {where}: {c.warnings}"
+        if c.undefined:
+            yield f"Undefined: {where}: seed {', '.join(map(str, c.undefined))}"
+
+
+def _coverings(levels: DataFrame, cells: DataFrame) -> Iterator[str]:
     """A note for each task whose masks cover different weights."""
-    notes = []
-    for task in dict.fromkeys(cell.task for cell in cells):
-        sizes = sorted({r.total for cell in cells if cell.task == task for r in cell.results})
-        words = f"{published.name(task)}: the masks cover {' or '.join(f'{n:,}' for n in sizes)} weights; their sparsities are"
-        notes += [f"{words} not comparable."] * (len(sizes) > 1)
-    return notes
+    shown = levels[levels["run"].isin(cells["run"].explode())]
+    for task, totals in shown.groupby("task", sort=False)["total"]:
+        if totals.nunique() > 1:
+            sizes = " or ".join(f"{total:,}" for total in sorted(totals.unique()))
+            yield f"{published.name(task)}: the masks cover {sizes} weights; their sparsities are not comparable."
 
 
-def _settings(results: Sequence[LevelResult]) -> list[str]:
+def _settings(levels: DataFrame) -> Iterator[str]:
     """The settings that differ from the paper's, a note for all tasks that share them."""
-    tasks: dict[str, set[str]] = {}
-    for r in results:
-        if (words := ", ".join(part for part in (r.setting, r.finding) if part)) and not r.given:
-            tasks.setdefault(words, set()).add(published.name(r.task))
-    return [f"{', '.join(sorted(names))}: not the published settings, but {words}" for words, names in sorted(tasks.items())]
+    for setting, tasks in levels[levels["setting"] != ""].groupby("setting")["task"]:
+        names = ", ".join(map(published.name, published.in_order(tasks)))
+        yield f"{names}: not the published settings, but {setting}"
 
 
-def missing_runs(found: ResultSet, cells: Sequence[Cell], sweep: str) -> list[str]:
-    """What a table lacks, a sentence each: diverged and unfinished runs, seeds of its cells, tasks of the paper."""
-    tasks = {cell.task for cell in cells}
-    lines = [str(failure) for failure in found.failures]
-    last = {r.run: r for r in sorted(found.results, key=lambda r: r.level) if r.task in tasks}
-    lines += [f"{run}: {r.level + 1} of {r.levels} levels are finished" for run, r in last.items() if r.level + 1 < r.levels]
-    groups: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        if cell.missing:
-            groups.setdefault((cell.task, cell.sparsity, cell.sweep, cell.missing), []).append(cell)
-    lines += map(_missing_seeds, groups.values())
-    if left := [task for task in published.TASKS if task not in tasks]:
+def missing_runs(levels: DataFrame, cells: DataFrame, sweep: str) -> list[str]:
+    """What a table lacks, a sentence each: unfinished runs, seeds of its cells, tasks of the paper."""
+    there = set(cells["task"])
+    last = levels[levels["task"].isin(there)].groupby("run")[["level", "levels"]].max()
+    unfinished = last[last["level"] + 1 < last["levels"]]
+    lines = [f"{r.Index}: {r.level + 1} of {r.levels} levels are finished" for r in unfinished.itertuples()]
+    lacking = cells.assign(missing=[" ".join(map(str, seeds)) for seeds in cells["missing"]])
+    groups = lacking[lacking["missing"] != ""].groupby(["task", "sparsity", "sweep", "missing"], sort=False)
+    lines += [_missing_seeds(group, *key) for key, group in groups]
+    if left := [task for task in published.TASKS if task not in there]:
         names = ", ".join(map(published.name, left))
         lines.append(f"no run of {names}. To make them: `TASKS='{' '.join(left)}' bash scripts/{sweep}.sh`")
     return lines
 
 
-def _missing_seeds(group: Sequence[Cell]) -> str:
-    first = group[0]
-    seeds = " ".join(map(str, first.missing))
-    at = f" at {percent(first.sparsity)}" if first.sparsity else ""
-    text = f"no run of {published.name(first.task)}{at}, seeds {seeds}: {'; '.join(dict.fromkeys(cell.row for cell in group))}"
-    if not first.sweep:
+def _missing_seeds(group: DataFrame, task: str, sparsity: float, sweep: str, seeds: str) -> str:
+    at = f" at {percent(sparsity)}" if sparsity else ""
+    text = f"no run of {published.name(task)}{at}, seeds {seeds}: {'; '.join(group['row'])}"
+    if not sweep:
         return text
-    tasks = " ".join(dict.fromkeys(task for cell in group for task in (cell.source, cell.task) if task))
-    more = f" SPARSITY={100 * first.sparsity:.0f}" if first.sparsity and first.sweep != "rewinding" else ""
-    return f"{text}. To make them: `TASKS='{tasks}' SEEDS='{seeds}'{more} bash scripts/{first.sweep}.sh`"
+    tasks = " ".join(dict.fromkeys(task for task in (*group["source"], task) if task))
+    more = f" SPARSITY={100 * sparsity:.0f}" if sparsity and sweep != "rewinding" else ""
+    return f"{text}. To make them: `TASKS='{tasks}' SEEDS='{seeds}'{more} bash scripts/{sweep}.sh`"
 
 
-# ---- Tables 2 and 4, Figure 11 ----
+# ---- Tables 2 and 4: the highest sparsity with matching tickets ----
 
 
-def table2(found: ResultSet, _: float | None) -> tuple:
-    """The tickets at the highest matching sparsity, and the controls: random pruning, random weights, shuffled weights."""
-    lines, cells = [], []
-    for task in found.dense_tasks:
-        full = found.full(task)
-        shown, others = [], []
-        for name in found.tickets(task):
-            curve = found.curve(task, name)
-            best = highest({at: within_one_sd(cell.summary, full.summary) for at, cell in curve.items()}).sparsity
-            rows = {"ticket": row_name(name), RANDOM_PRUNING: RANDOM_PRUNING}
-            rows |= {f"{words} weights": row_name(name, weights=words) for words in ("random", SHUFFLED)}
-            places = {at for row in list(rows.values())[2:] for at in found.sparsities(task, row)}
-            places |= {at for at in (best, published.sparsity(task)) if at is not None}
-            keys = {row: published.beside_table2(key, task) if is_published(name) else "" for key, row in rows.items()}
-            listed = [found.ticket(task, name, at, row, published=keys[row]) for at in sorted(places) for row in keys]
-            stands = published.sparsity(task) if best is None else best  # where controls should be
-            shown += [cell for cell in listed if cell.results or cell.sparsity == stands]
-            others += [cell for at, cell in curve.items() if at not in places]  # tested too, in the search for the best
-            lines.append(_highest_line(full, name, curve))
-        cells += [full, *compare(full, [*shown, *others])[: len(shown)]]
+def table2(levels: DataFrame, _: float | None) -> tuple:
+    """The highest sparsity within one standard deviation of the full BERT, with the controls."""
     notes = [
         WITHIN,
+        EXCEED,
         published.explain("table2", "table4"),
         "Table 2 has five runs of BERT-base. As printed, the tickets of MRPC, SST-2, CoLA and MLM are below the full BERT by "
         "more than its standard deviation, and less than their own.",
     ]
     title = "The highest sparsity with matching tickets, and controls (the paper's Table 2)"
-    return title, {"": frame(lines), f"Scores, and differences to the {FULL}": listing(cells)}, cells, notes
+    return title, *_matching(levels, "within_one_sd", with_controls=True), notes
 
 
-def table4(found: ResultSet, _: float | None) -> tuple:
-    """The tickets at the highest sparsity that matches or exceeds the full BERT."""
-    lines, cells = [], []
-    for task in found.dense_tasks:
-        full, curves_of = found.full(task), {name: found.curve(task, name) for name in found.tickets(task)}
-        tested = compare(full, [cell for curve in curves_of.values() for cell in curve.values()])
-        cells.append(full)
-        for name, curve in curves_of.items():
-            best = highest({at: match_or_exceed(cell.summary, full.summary) for at, cell in curve.items()}).sparsity
-            cells += [cell for cell in tested if (cell.row, cell.sparsity) == (row_name(name), best)]
-            lines.append(_highest_line(full, name, curve))
-    notes = [f"{EXCEED} That one seed does is weak evidence.", WITHIN, published.explain("table4", "table2")]
+def table4(levels: DataFrame, _: float | None) -> tuple:
+    """The highest sparsity that matches or exceeds the full BERT."""
     title = "The highest sparsity that matches or exceeds the full BERT (the paper's Table 4)"
-    return title, {"": frame(lines), f"Scores, and differences to the {FULL}": listing(cells)}, cells, notes
+    notes = [WITHIN, EXCEED, published.explain("table2", "table4")]
+    return title, *_matching(levels, "match_or_exceed", with_controls=False), notes
 
 
-def _highest_line(full: Cell, name: str, curve: Mapping[float, Cell]) -> dict[str, str]:
+def _matching(levels: DataFrame, criterion: str, with_controls: bool) -> tuple[dict[str, DataFrame], DataFrame | None]:
+    """Tickets at the highest sparsity that satisfies a criterion; controls also at the published one, and where there are some.
+
+    All tickets that were tested in the search for that sparsity count in Holm's correction.
+    """
+    lines: list[dict[str, str]] = []
+    shown: list[dict[str, Any]] = []
+    tested: list[dict[str, Any]] = []
+    for task in published.in_order(levels.loc[levels["row"] == FULL, "task"]):
+        shown.append(full(task))
+        of_task = levels[levels["task"] == task]
+        for method, runs in own_tickets(of_task).groupby("method"):
+            finders = of_task[(of_task["method"] == method) & ~of_task["given"]]
+            ticket: dict[str, Any] = {"task": task, "row": row_name(method), "reference": FULL, "expected": set(finders["seed"])}
+            ticket["sweep"] = "table2" if is_published(method) else ""
+            curve = [ticket | {"sparsity": sparsity} for sparsity in sorted(set(runs["sparsity"]))]
+            filled = fill(levels, curve)
+            best, _ = highest(filled, criterion)
+            lines.append(_highest_line(task, method, filled))
+            tested += curve
+            if with_controls:
+                shown += _with_controls(of_task, method, ticket, best)
+            elif best is not None:
+                shown.append(ticket | {"sparsity": best})
+    if not shown:
+        return {}, None
+    cells = fill(levels, [*(cell | {"shown": True} for cell in shown), *(cell | {"shown": False} for cell in tested)])
+    cells = cells[cells["shown"]]
+    return {"": frame(lines), f"Scores, and differences to the {FULL}": listing(cells)}, cells
+
+
+def _with_controls(levels: DataFrame, method: str, ticket: dict[str, Any], best: float | None) -> list[dict[str, Any]]:
+    """A ticket and its controls, as far as there are runs; all of them at the best sparsity, or else at the published one."""
+    controls = {f"{weights} weights": row_name(method, weights=weights) for weights in (RANDOM, SHUFFLED)}
+    rows = {"ticket": ticket["row"], RANDOM_PRUNING: RANDOM_PRUNING} | controls
+    there = set(zip(levels["row"], levels["sparsity"], strict=True))
+    wanted = published.sparsity(ticket["task"])
+    places = {best, wanted, *levels.loc[levels["row"].isin(controls.values()), "sparsity"]} - {None}
+    cells = []
+    for sparsity in sorted(places):
+        for key, row in rows.items():
+            if (row, sparsity) in there or sparsity == (wanted if best is None else best):
+                beside = published.beside_table2(key, ticket["task"]) if is_published(method) else ""
+                cells.append(ticket | {"row": row, "sparsity": sparsity, "published": beside})
+    return cells
+
+
+def _highest_line(task: str, method: str, curve: DataFrame) -> dict[str, str]:
     """The highest sparsities of a method's tickets by both criteria, and the published ones."""
-    line = {"task": published.name(full.task), "method": name}
-    criteria = {"within one deviation": ("table2", within_one_sd), "match or exceed": ("table4", match_or_exceed)}
+    line = {"task": published.name(task), "method": method}
+    criteria = {"within one deviation": ("table2", "within_one_sd"), "match or exceed": ("table4", "match_or_exceed")}
     for words, (table, criterion) in criteria.items():
-        best = highest({at: criterion(cell.summary, full.summary) for at, cell in curve.items()})
-        at = published.sparsity(full.task, table) if is_published(name) else None
-        line |= {words: describe(best, curve), f"published {published.source(table)}": "" if at is None else percent(at)}
+        at = published.sparsity(task, table) if is_published(method) else None
+        line[words] = highest(curve, criterion)[1]
+        line[f"published {published.source(table)}"] = "" if at is None else percent(at)
     return line
 
 
-def describe(best: Highest, curve: Mapping[float, Cell]) -> str:
-    """The highest sparsity that satisfies a criterion, with what speaks against it in brackets."""
-    if not curve:
-        return NO_RUN
-    if best.sparsity is None:
-        return "undecided: needs two seeds" if best.undecided else "none"
-    remarks = ["warning"] * bool(curve[best.sparsity].warnings) + ["the last level"] * best.last
-    remarks += [f"not at {', '.join(map(percent, best.misses))}"] * bool(best.misses)
-    remarks += [f"undecided at {', '.join(map(percent, best.undecided))}"] * bool(best.undecided)
-    return percent(best.sparsity) + (f" ({'; '.join(remarks)})" if remarks else "")
+def highest(curve: DataFrame, criterion: str) -> tuple[float | None, str]:
+    """The highest sparsity at which a criterion holds; the same in words, with what speaks against it in brackets."""
+    holds, fails, undecided = (
+        curve.loc[where, "sparsity"].tolist()
+        for where in (curve[criterion].eq(True), curve[criterion].eq(False), curve[criterion].isna())
+    )
+    if not holds:
+        return None, "undecided: needs two seeds" if undecided else "none"
+    best = max(holds)
+    remarks = []
+    if (curve.loc[curve["sparsity"] == best, "warnings"] != "").any():
+        remarks.append("warning")
+    if best == curve["sparsity"].max():
+        remarks.append("the last level")
+    if below := [sparsity for sparsity in fails if sparsity < best]:
+        remarks.append(f"not at {', '.join(map(percent, below))}")
+    if undecided:
+        remarks.append(f"undecided at {', '.join(map(percent, undecided))}")
+    return best, percent(best) + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
-def curves(found: ResultSet, _: float | None) -> tuple:
-    """All rows that start from the pre-trained weights, over all sparsities."""
-    cells: list[Cell] = []
-    for task in found.dense_tasks:
-        names = {row_name(name): name for name in found.tickets(task)}
-        plain = {row for (of, row, at), cell in found.cells.items() if of == task and at and _is_plain(cell)}
-        raw = [cell for name in names.values() for cell in found.curve(task, name).values()]
-        for row in sorted(plain - names.keys() - {FULL}):
-            raw += expect_common_seeds([found.cell(task, row, at) for at in found.sparsities(task, row)])
-        cells += [found.full(task), *compare(found.full(task), raw)]
-    grids = {"": scores(cells), f"Differences to the {FULL}": listing([cell for cell in cells if cell.reference])}
-    return "All tasks over all sparsities (the paper's Figure 11)", grids, cells, [f"* {WITHIN} ** {EXCEED}"]
+# ---- Figure 11 ----
 
 
-def _is_plain(cell: Cell) -> bool:
-    return all(r.weights == PRETRAINED and r.rewind == "0" for r in cell.results)
+def curves(levels: DataFrame, _: float | None) -> tuple:
+    """Every row of every task at every sparsity."""
+    own = own_tickets(levels)
+    by_sweep = {*own.loc[own["method"].map(is_published), "row"]}
+    wanted = []
+    for task, row, sparsity in levels[["task", "row", "sparsity"]].drop_duplicates().itertuples(index=False):
+        cell = {"task": task, "row": row, "sparsity": sparsity, "reference": FULL, "sweep": "table2" if row in by_sweep else ""}
+        wanted.append(full(task) if row == FULL else cell)
+    cells = fill(levels, wanted)
+    title, notes = "All tasks over all sparsities (the paper's Figure 11)", [f"* {WITHIN} ** {EXCEED}"]
+    return title, {"": scores(cells), f"Differences to the {FULL}": listing(cells[cells["reference"] != ""])}, cells, notes
 
 
 # ---- Table 3, perturbed weights ----
 
 
-def table3(found: ResultSet, sparsity: float | None) -> tuple:
+def table3(levels: DataFrame, sparsity: float | None) -> tuple:
     """Rewinding to later steps, and standard pruning, at each task's published sparsity or the given one.
 
     A task without that level stands at the highest level below.
     """
-    cells: list[Cell] = []
-    for task in found.tasks:
-        later = [r for r in found.own(task) if r.rewind != "0" and r.weights == PRETRAINED and r.sparsity > 0]
-        for name in sorted({found.name_of(r) for r in later}):
-            rewinds = sorted({*REWINDS[1:], *(r.rewind for r in later if found.name_of(r) == name)}, key=_lateness)
-            rows = [row_name(name, rewind=rewind) for rewind in rewinds]
-            levels = sorted({at for row in (row_name(name), *rows) for at in found.sparsities(task, row)})
-            wanted = sparsity or published.sparsity(task) or levels[-1]
-            at = max((level for level in levels if level < wanted + CLOSE), default=levels[0])
-            own = found.ticket(task, name, at)
-            swept = expect_common_seeds([found.ticket(task, name, at, row, "rewinding") for row in rows])
-            cells += [found.full(task), own, *compare(own, swept)]
+    is_later = ~levels["given"] & (levels["rewind"] != "") & (levels["weights"] == PRETRAINED) & (levels["sparsity"] > 0)
+    wanted: list[dict[str, Any]] = []
+    for task in published.in_order(levels[is_later]["task"]):
+        later = levels[is_later & (levels["task"] == task)]
+        for method, runs in later.groupby("method"):
+            rows = [row_name(method, rewind=rewind) for rewind in dict.fromkeys([*REWINDS, *sorted(runs["rewind"])])]
+            of_task = levels[(levels["task"] == task) & levels["row"].isin([row_name(method), *rows])]
+            there = sorted(set(of_task["sparsity"]))
+            asked = sparsity or published.sparsity(task) or there[-1]
+            at = max((level for level in there if level <= round(asked, 3)), default=there[0])
+            wanted += _variants(task, method, at, dict.fromkeys(rows, "rewinding"))
     title = "Rewinding to later steps, and standard pruning (the paper's Table 3)"
-    notes = ["The paper's Table 3 is not among the published numbers."]
-    return title, {"Scores, and differences to the ticket that rewinds to the pre-trained weights": listing(cells)}, cells, notes
+    notes = ["`rewind none` is standard pruning. The paper's Table 3 is not among the published numbers."]
+    return title, *_beside_own(levels, wanted, "the ticket that rewinds to the pre-trained weights"), notes
 
 
-def _lateness(rewind: str) -> tuple[int, float]:
-    if rewind == "none":
-        return 3, 0.0
-    return (1, float(rewind[:-1])) if rewind.endswith("%") else (2, float(rewind))
-
-
-def weights(found: ResultSet, _: float | None) -> tuple:
+def weights(levels: DataFrame, _: float | None) -> tuple:
     """Tickets trained on their own task from perturbed pre-trained weights."""
-    cells: list[Cell] = []
-    given = [r for r in found.results if r.given and r.source == r.task and r.weights != PRETRAINED and r.rewind == "0"]
-    labels = sorted({r.weights for r in given}, key=_strength)
-    places = {(r.task, found.name_of(r), round(r.sparsity, 3)) for r in given} if set(labels) - {"random", SHUFFLED} else set()
-    for task, name, at in sorted(places, key=lambda place: (found.tasks.index(place[0]), place[1:])):
-        own = found.ticket(task, name, at)
-        sweeps = {row_name(name, weights=label): "table2" if label == "random" else "perturbed" for label in labels}
-        perturbed = [found.ticket(task, name, at, row, sweep) for row, sweep in sweeps.items()]
-        cells += [found.full(task), own, *compare(own, expect_common_seeds(perturbed))]
+    is_perturbed = (levels["source"] == levels["task"]) & (levels["weights"] != PRETRAINED) & (levels["rewind"] == "")
+    given = levels[levels["given"] & is_perturbed]
+    labels = sorted(set(given["weights"]), key=_strength)
+    wanted: list[dict[str, Any]] = []
+    if set(labels) - {RANDOM, SHUFFLED}:  # Table 2 has these
+        for task in published.in_order(given["task"]):
+            places = given.loc[given["task"] == task, ["method", "sparsity"]].drop_duplicates()
+            for method, at in sorted(places.itertuples(index=False, name=None)):
+                rows = {row_name(method, weights=label): "table2" if label == RANDOM else "perturbed" for label in labels}
+                wanted += _variants(task, method, at, rows)
     title = "Tickets trained from perturbed weights"
-    return title, {"Scores, and differences to the ticket with pre-trained weights": listing(cells)}, cells, []
+    return title, *_beside_own(levels, wanted, "the ticket with pre-trained weights"), []
+
+
+def _variants(task: str, method: str, at: float, sweep_of_row: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The full BERT, a method's ticket at a sparsity, and rows to be compared with the ticket. Sweeps make only the paper's."""
+    ticket = {"task": task, "row": row_name(method), "sparsity": at, "sweep": "table2" if is_published(method) else ""}
+    variants = [
+        ticket | {"row": row, "sweep": sweep if is_published(method) else "", "reference": ticket["row"]}
+        for row, sweep in sweep_of_row.items()
+    ]
+    return [full(task), ticket, *variants]
+
+
+def _beside_own(levels: DataFrame, wanted: list[dict[str, Any]], what: str) -> tuple[dict[str, DataFrame], DataFrame | None]:
+    if not wanted:
+        return {}, None
+    cells = fill(levels, wanted)
+    return {f"Scores, and differences to {what}": listing(cells)}, cells
 
 
 def _strength(label: str) -> tuple[bool, float, str]:

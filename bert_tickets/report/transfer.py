@@ -3,141 +3,98 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bert_tickets.errors import UserError
 from bert_tickets.report import published
-from bert_tickets.report.cells import (
-    CLOSE,
-    FULL,
-    NO_RUN,
-    ONE_SHOT,
-    Cell,
-    ResultSet,
-    compare,
-    is_published,
-    percent,
-    row_name,
-)
-from bert_tickets.report.formats import frame, listing, signed
-from bert_tickets.report.results import PRETRAINED
-from bert_tickets.report.significance import paired
+from bert_tickets.report.cells import NO_RUN, count, fill, full, percent, signed
+from bert_tickets.report.formats import frame, listing
+from bert_tickets.report.results import FULL, ONE_SHOT, PRETRAINED, is_published, own_tickets, plainness, row_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-Matrix = Mapping[str, Mapping[str, Cell]]  # ticket's row -> target task -> cell
 
-
-def transfer(found: ResultSet, sparsity: float | None) -> tuple:
-    """TRANSFER(source, target) minus the full BERT of the target, at 70 % or at the nearest sparsity with runs."""
+def transfer(levels: DataFrame, sparsity: float | None, relative: str = "dense") -> tuple:
+    """TRANSFER(source, target) minus the full BERT of the target (`dense`) or its own ticket (`same-task`), at 70 % or at the
+    nearest sparsity with runs."""
     title = "Transfer of tickets at {} sparsity (the paper's Figure 2)"
-    at = transfer_sparsity(found, sparsity)
+    at = transfer_sparsity(levels, sparsity)
     if at is None:
-        return title, {}, [], []
-    targets = found.dense_tasks
-    matrix = transfer_matrix(found, at, {task: found.full(task) for task in targets})
-    beside = [
-        {"ticket": row, **{published.name(task): signed(published.transfer(key, task), 2) for task in targets}}
-        | {"at least same-task": str(published.at_least_same_task(key))}
-        for row in matrix
-        if (key := _published_row(row))
-    ]
+        return title, {}, None, []
+    cells = transfer_cells(levels, at, relative)
+    of_tickets = cells[cells["ticket"] != ""]
     notes = [
         "A cell of the matrix: the mean paired difference to the target's full BERT in points (pairs of seeds).",
         "At least same-task: on how many other targets a ticket scores at least as high as the target's own, of those where both "
         "were trained; as published, of all others.",
         published.explain("transfer") + " Means of three runs of BERT-base.",
     ]
-    cells = [cell for task in targets for cell in (found.full(task), *(matrix[row][task] for row in matrix))]
+    lines = []
+    for ticket, key in of_tickets.loc[of_tickets["in_figure_2"] != "", ["ticket", "in_figure_2"]].drop_duplicates().values:
+        differences = {
+            published.name(task): signed(published.transfer(key, task), 2) for task in published.in_order(cells["task"])
+        }
+        lines.append({"ticket": ticket} | differences | {"at least same-task": str(published.at_least_same_task(key))})
     heading = f"Published {published.source('transfer')}, at {percent(published.TRANSFER_SPARSITY)}"
-    grids = {"": matrix_grid(matrix), heading: frame(beside)}
-    grids[f"Differences to the {FULL}"] = listing([cell for cell in cells if cell.reference and cell.results])
+    grids = {"": matrix(levels, of_tickets), heading: frame(lines)}
+    grids[f"Differences to the {FULL}"] = listing(of_tickets[of_tickets["verdict"] != NO_RUN])
     return title.format(percent(at)), grids, cells, notes
 
 
-def transfer_sparsity(found: ResultSet, asked: float | None) -> float | None:
+def transfer_sparsity(levels: DataFrame, asked: float | None) -> float | None:
     """Where tickets were trained on other tasks: the sparsity that was asked for, or the nearest to the paper's.
 
     None without such tickets. Raises `UserError` if there are none at the sparsity asked for.
     """
-    given = [r for r in found.results if r.given and r.weights == PRETRAINED and r.source != r.task]
-    there = sorted({round(r.sparsity, 3) for r in given if r.source or found.row_of(r) == ONE_SHOT})
-    wanted = published.TRANSFER_SPARSITY if asked is None else asked
-    at = min(there, key=lambda level: abs(level - wanted), default=None)
-    if at is not None and asked is not None and abs(at - asked) > CLOSE:
+    is_given = levels["given"] & (levels["weights"] == PRETRAINED) & (levels["source"] != levels["task"])
+    there = sorted(set(levels.loc[is_given & ((levels["source"] != "") | (levels["row"] == ONE_SHOT)), "sparsity"]))
+    wanted = published.TRANSFER_SPARSITY if asked is None else round(asked, 3)
+    if there and asked is not None and wanted not in there:
         listed = ", ".join(map(percent, there))
-        raise UserError(f"no ticket of {percent(asked)} was trained on another task; there are some of {listed}")
-    return at
+        raise UserError(f"no ticket of {percent(wanted)} was trained on another task; there are some of {listed}")
+    return min(there, key=lambda level: abs(level - wanted), default=None)
 
 
-def transfer_matrix(found: ResultSet, at: float, references: Mapping[str, Cell]) -> dict[str, dict[str, Cell]]:
-    """Every ticket at a sparsity (rows) on every task of `references` (columns), compared with the reference.
+def transfer_cells(levels: DataFrame, at: float, relative: str) -> DataFrame:
+    """Every ticket at a sparsity on every task, and the tasks' full BERTs.
 
-    Tickets of a task by each method; then one-shot pruning and other tickets of no task.
+    The column `ticket` names a ticket in the same way on all tasks ("" for the full BERT), `in_figure_2` is its row in the
+    published figure: a task, one-shot pruning, or "". A ticket of no task is compared with own tickets of the plainest method.
     """
-    there = [r for r in found.results if abs(r.sparsity - at) < CLOSE and r.weights == PRETRAINED and r.rewind == "0"]
-    found_on = {(found.name_of(r), r.source) for r in there if r.source}
-    rows: dict[str, tuple[str, str]] = {}  # row -> method's name, task
-    for name in sorted({name for name, _ in found_on}, key=lambda name: (not is_published(name), name)):
-        tasks = published.in_order(task for other, task in found_on if other == name)
-        rows |= {row_name(name, source=task): (name, task) for task in tasks}
-    rows |= dict.fromkeys([ONE_SHOT, *sorted({found.row_of(r) for r in there if not r.source})], ("", ""))
-    swept = tuple(sorted({r.seed for r in there if r.given and r.source != r.task}))  # fewer than other sweeps may have
-    columns = {}
-    for target, reference in references.items():
-        cells = []
-        for row, (name, task) in rows.items():
-            cell = found.ticket(target, name, at) if task == target else found.cell(target, row, at)
-            if task != target:
-                is_expected = bool(task or row == ONE_SHOT)
-                sweep = "transfer" if is_expected and name in ("", published.METHOD) else ""
-                seeds = swept if is_expected else tuple(r.seed for r in cell.results)
-                cell = replace(cell, seeds=seeds, sweep=sweep, source=task)
-            cells.append(replace(cell, row=row, published=_beside_figure2(row, target, at)))
-        columns[target] = {cell.row: cell for cell in compare(reference, cells)}
-    return {row: {target: columns[target][row] for target in columns} for row in rows}
+    there = levels[(levels["sparsity"] == at) & (levels["weights"] == PRETRAINED) & (levels["rewind"] == "")]
+    found = sorted(set(zip(there["method"], there["source"], strict=True)), key=lambda pair: (pair[0], published.place(pair[1])))
+    tickets = {row_name(method, source=source): (method, source) for method, source in found if source}
+    plainest = min((method for method, _ in tickets.values()), key=plainness, default=published.METHOD)
+    of_no_task = [ONE_SHOT, *there.loc[there["source"] == "", "row"]]
+    wanted: list[dict[str, Any]] = []
+    for target in published.in_order([*levels.loc[levels["row"] == FULL, "task"], *own_tickets(there)["task"]]):
+        wanted.append(full(target) | {"ticket": "", "in_figure_2": ""})
+        for ticket, (method, source) in (tickets | dict.fromkeys(of_no_task, (plainest, ""))).items():
+            row, sweep = (row_name(method), "table2") if source == target else (ticket, "transfer")
+            key = ticket if ticket == ONE_SHOT else source if is_published(method) else ""
+            cell = {"task": target, "row": row, "sparsity": at, "ticket": ticket, "in_figure_2": key, "source": source}
+            cell |= {"reference": FULL if relative == "dense" else row_name(method), "sweep": sweep if key else ""}
+            if key and at == published.TRANSFER_SPARSITY:
+                cell["published"] = f"{signed(published.transfer(key, target), 2)} {published.source('transfer')}"
+            wanted.append(cell)
+    return fill(levels, wanted)
 
 
-def _published_row(row: str) -> str | None:
-    """The row of the published Figure 2 for one of ours: a task, or one-shot pruning."""
-    rows = {row_name(published.METHOD, source=task): task for task in published.TASKS} | {ONE_SHOT: ONE_SHOT}
-    return rows.get(row)
-
-
-def _beside_figure2(row: str, target: str, at: float) -> str:
-    key = _published_row(row) if abs(at - published.TRANSFER_SPARSITY) < CLOSE else None
-    return f"{signed(published.transfer(key, target), 2)} {published.source('transfer')}" if key else ""
-
-
-def matrix_grid(matrix: Matrix) -> DataFrame:
+def matrix(levels: DataFrame, cells: DataFrame) -> DataFrame:
     """The differences by ticket (lines) and target task (columns), and the last column of Figure 2."""
-    return frame(
-        [
-            {"ticket": row, **{published.name(task): _difference(cell) for task, cell in columns.items()}}
-            | {"at least same-task": at_least_same_task(matrix, row)}
-            for row, columns in matrix.items()
-        ]
-    )
+    texts = cells.assign(text=[_difference(cell) for cell in cells.to_dict("records")], target=cells["task"].map(published.name))
+    wide = texts.pivot_table(index="ticket", columns="target", values="text", aggfunc="first", sort=False)
+    same = transfer_cells(levels, cells["sparsity"].iloc[0], "same-task")
+    others = same[(same["source"] != same["task"]) & (same["pairs"] > 0)]
+    is_at_least = (others["difference"] >= 0).groupby(others["ticket"])
+    counts = is_at_least.sum().astype(str) + " of " + is_at_least.count().astype(str)
+    wide["at least same-task"] = counts.reindex(wide.index).fillna(NO_RUN)
+    return wide.reset_index().rename_axis(columns=None)
 
 
-def at_least_same_task(matrix: Matrix, row: str) -> str:
-    """On how many other targets a ticket scores at least as high as the target's own by the same method, of how many.
-
-    A ticket of no task is compared with the paper's method.
-    """
-    method = row.partition(" ticket of ")[0] if " ticket of " in row else published.METHOD
-    pairs = []
-    for target, cell in matrix[row].items():
-        own = row_name(method, source=target)
-        if own != row and own in matrix and (pair := paired(cell.summary, matrix[own][target].summary)):
-            pairs.append(pair.mean >= 0)
-    return f"{sum(pairs)} of {len(pairs)}" if pairs else NO_RUN
-
-
-def _difference(cell: Cell) -> str:
+def _difference(cell: Mapping[str, Any]) -> str:
     """The difference and its number of pairs; the score, if there is nothing to compare it with."""
-    if cell.difference is None:
-        return cell.text if not cell.summary.n else f"{cell.text}, no {FULL}"
-    return f"{signed(cell.difference.mean, 2)} ({cell.count(len(cell.difference.seeds))})"
+    if not cell["pairs"] > 0:
+        return cell["text"] + (f", no {cell['reference']}" if cell["n"] else "")
+    return f"{signed(cell['difference'], 2)} ({count(cell, int(cell['pairs']))})"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import compare
+import pandas as pd
 import pytest
 import torch
 
 from bert_tickets.cli import run_command
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
-from bert_tickets.masking.similarity import MEASURES, layer_and_kind, mask_overlap, overlap_by_part, pack
+from bert_tickets.masking.similarity import MEASURES, layer_and_kind, overlap, pack, tensor_counts, with_totals
 
 LAYER = "bert.encoder.layer.{}."
 SHAPES = {
@@ -39,61 +39,51 @@ def bits(*tensors: str) -> Mask:
     return Mask({f"t{i}": torch.tensor([bit == "1" for bit in text]) for i, text in enumerate(tensors)})
 
 
-def overlap(one: Mask, other: Mask, over: str = ""):
-    return mask_overlap(*({name: x for name, x in pack(mask).items() if over in name} for mask in (one, other)))
+def measured(one: Mask, other: Mask, over: str = "") -> dict[str, float]:
+    """The measures of two masks, over the tensors with this in their names."""
+    return overlap(tensor_counts(*({name: bits for name, bits in pack(mask).items() if over in name} for mask in (one, other))))
 
 
 # ---- the measures ----
 
 
 def test_a_pair_counted_by_hand():
-    found = overlap(bits("1100", "11110000"), bits("1010", "11000000"))
-    assert (found.weights, found.kept) == (12, (6, 4))
-    assert found.jaccard == 3 / 7  # both keep 1 and 2, together 6 + 4 - 3
-    assert found.chance == 2 / 8  # 6 * 4 / 12 = 2 shared are expected
-    assert found.chance_by_tensor == 2 / 8  # 2 * 2 / 4 + 4 * 2 / 8
-    assert found.mean_jaccard == (1 / 3 + 2 / 4) / 2
-    assert found.hamming == 4 / 12
+    assert measured(bits("1100", "11110000"), bits("1010", "11000000")) == {
+        "jaccard": 3 / 7,  # both keep 1 and 2, together 6 + 4 - 3
+        "chance": 2 / 8,  # 6 * 4 / 12 = 2 shared are expected
+        "chance_by_tensor": 2 / 8,  # 2 * 2 / 4 + 4 * 2 / 8
+        "mean_jaccard": (1 / 3 + 2 / 4) / 2,
+        "hamming": 4 / 12,
+    }
 
 
 @pytest.mark.parametrize(("one", "other", "expected"), [("000", "000", 1), ("000", "111", 0), ("111", "111", 1)])
 def test_empty_and_full_masks(one, other, expected):
-    found = overlap(bits(one), bits(other))
-    assert found.jaccard == found.chance == found.chance_by_tensor == found.mean_jaccard == expected
-
-
-@pytest.mark.parametrize("seed", [0, 2, 5])
-def test_the_pooled_measures_equal_those_of_mask(seed):
-    one, other = drawn(seed, 0.2 * seed), drawn(seed + 100)
-    found = overlap(one, other)
-    assert found.jaccard == one.overlap(other)
-    assert found.hamming == pytest.approx(one.distance(other), abs=1e-15)
-    assert found.kept == (one.kept, other.kept)
-    jaccards = [Mask({name: one[name]}).overlap(Mask({name: other[name]})) for name in one]
-    assert found.mean_jaccard == pytest.approx(sum(jaccards) / len(jaccards))
+    found = measured(bits(one), bits(other))
+    assert {found[name] for name in MEASURES if name != "hamming"} == {expected}
 
 
 def test_chance_is_the_mean_overlap_of_random_masks():
     """Over 200 drawn pairs: kept places drawn over all weights, or within each tensor."""
     one = Mask({"a": torch.arange(2000) < 1500, "b": torch.arange(3000) < 300})
     other = Mask({"a": torch.arange(2000) < 800, "b": torch.arange(3000) < 100})
-    expected, generator = overlap(one, other), torch.Generator().manual_seed(0)
+    expected, generator = measured(one, other), torch.Generator().manual_seed(0)
     flat = [Mask({"all": torch.cat([mask["a"], mask["b"]])}) for mask in (one, other)]
 
     def shuffled(mask: Mask) -> Mask:
         return Mask({name: kept[torch.randperm(len(kept), generator=generator)] for name, kept in mask.items()})
 
-    for pair, value in ((flat, expected.chance), ([one, other], expected.chance_by_tensor)):
+    for pair, value in ((flat, expected["chance"]), ([one, other], expected["chance_by_tensor"])):
         overlaps = torch.tensor([shuffled(pair[0]).overlap(shuffled(pair[1])) for _ in range(200)]).double()
         assert abs(overlaps.mean() - value) < 4 * overlaps.std() / 200**0.5 + 1e-4
-    assert expected.chance_by_tensor > expected.chance + 0.1
+    assert expected["chance_by_tensor"] > expected["chance"] + 0.1
 
 
 def test_masks_of_different_coverings_are_an_error():
     with pytest.raises(UserError, match="t1 is covered by only one of the masks"):
-        overlap(bits("1100", "11110000"), bits("1100"))
+        measured(bits("1100", "11110000"), bits("1100"))
     with pytest.raises(UserError, match=r"t0 has shape \(4,\) in one mask and \(3,\)"):
-        overlap(bits("1100"), bits("110"))
+        measured(bits("1100"), bits("110"))
 
 
 # ---- layers and kinds ----
@@ -117,14 +107,20 @@ def test_layer_and_kind_follow_from_the_name(name, place):
 def test_a_part_is_compared_like_a_mask_of_its_tensors():
     one, other = drawn(1), drawn(2, 0.3)
     backwards = Mask(dict(reversed(other.items())))
-    found = overlap_by_part(pack(one), pack(backwards))
-    assert list(found) == [*map(str, range(11)), "pooler", "all"]
-    assert list(found["all"]) == ["attention.query", "attention.query.bias", "output", "pooler", "all"]
-    assert found["7"]["attention.query"] == overlap(one, other, "7.attention.self.query.weight")
-    assert found["7"]["all"] == overlap(one, other, ".7.")
-    assert found["all"]["attention.query"] == overlap(one, other, "query.weight")
-    assert found["all"]["all"] == overlap(one, other)
-    assert list(found["pooler"]) == ["pooler", "all"]
+    parts = with_totals(tensor_counts(pack(one), pack(backwards))).groupby(["layer", "kind"], sort=False)
+    found = {place: overlap(counts) for place, counts in parts}
+    assert list(dict.fromkeys(layer for layer, _ in found)) == [*map(str, range(11)), "pooler", "all"]
+    assert list(dict.fromkeys(kind for _, kind in found)) == [
+        "attention.query",
+        "attention.query.bias",
+        "output",
+        "pooler",
+        "all",
+    ]
+    assert found["7", "attention.query"] == measured(one, other, "7.attention.self.query.weight")
+    assert found["7", "all"] == measured(one, other, ".7.")
+    assert found["all", "attention.query"] == measured(one, other, "query.weight")
+    assert found["all", "all"] == measured(one, other)
 
 
 # ---- scripts/compare.py ----
@@ -147,40 +143,53 @@ def call(*words: object) -> None:
     compare.main(compare.parse([str(word) for word in words]))
 
 
-def test_three_masks_make_three_pairs_in_table_json_and_picture(run, tmp_path, capsys):
+def cells(out: str) -> list[list[str]]:
+    """The lines of the printed tables."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("| ")]
+
+
+def test_three_masks_make_three_pairs_in_table_file_and_picture(run, tmp_path, capsys):
     theirs = drawn(0, 0.25)  # in the format of the released code, in another order
     torch.save({name + "_mask": kept.float() for name, kept in reversed(theirs.items())}, tmp_path / "random.pt")
     runs = [run(task, 1, 0.7, 0.5, task=task, seed=57) for task in ("mnli", "qqp")]
-    call(*runs, tmp_path / "random.pt", "--level", 1, "--json", tmp_path / "o.json", "--output", tmp_path / "o.png")
-    out, found = capsys.readouterr().out, json.loads((tmp_path / "o.json").read_text())
-    assert [mask["label"] for mask in found["masks"]] == ["mnli", "qqp", "random"]
-    assert [mask["info"].get("level") for mask in found["masks"]] == [1, 1, None]
-    assert [pair["masks"] for pair in found["pairs"]] == [[0, 1], [0, 2], [1, 2]]
-    masks = [Mask.load(mask["file"]) for mask in found["masks"]]
-    for mask, printed in zip(masks, found["masks"], strict=True):
-        assert printed["sparsity"] == pytest.approx(mask.sparsity)
-        assert f"{mask.sparsity:.1%}" in out
-    for pair in found["pairs"]:
-        one, other = (masks[i] for i in pair["masks"])
+    call(*runs, tmp_path / "random.pt", "--level", 1, "--csv", tmp_path / "o.csv", "--output", tmp_path / "o.png")
+    out, found = cells(capsys.readouterr().out), pd.read_csv(tmp_path / "o.csv")
+    files = {"mnli": runs[0] / "level_01/mask.safetensors", "qqp": runs[1] / "level_01/mask.safetensors"}
+    masks = {name: Mask.load(file) for name, file in (files | {"random": tmp_path / "random.pt"}).items()}
+    for name, mask in masks.items():
+        assert [name, f"{mask.sparsity:.1%}"] in [line[:2] for line in out]
+    assert found[["mask", "and mask"]].values.tolist() == [["mnli", "qqp"], ["mnli", "random"], ["qqp", "random"]]
+    for pair in found.to_dict("records"):
+        one, other = masks[pair["mask"]], masks[pair["and mask"]]
         assert pair["jaccard"] == one.overlap(other)
         assert pair["chance"] == pytest.approx(1 / (1 / one.density + 1 / other.density - 1))
-        names = [found["masks"][i]["label"] for i in pair["masks"]]
-        line = next(line.split() for line in out.splitlines() if line.split()[:2] == names)
-        assert line[2:] == [f"{pair[key]:.4f}" for key in MEASURES]
+        assert [pair["mask"], pair["and mask"], *(f"{pair[name]:.4f}" for name in MEASURES)] in out
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_masks_of_one_task_are_named_by_what_differs(run, capsys):
+    runs = [run(f"a{seed}", 1, 0.5, task="mnli", method="imp", seed=seed) for seed in (57, 58)]
+    call(*runs, runs[0] / "level_00")
+    names = ["mnli seed 57 level 1", "mnli seed 58 level 1", "mnli seed 57 level 0"]
+    assert [line[0] for line in cells(capsys.readouterr().out)[1:4]] == names
+    call(runs[0], runs[0], "--output", runs[0] / "o.png")
+    assert [line[0][:2] for line in cells(capsys.readouterr().out)[1:3]] == ["1 ", "2 "]
 
 
 def test_two_masks_by_part(run, tmp_path, capsys):
     places = [run(task, 0.5, task=task) for task in ("mnli", "qqp")]
-    call(*places, "--by", "kind", "--json", tmp_path / "o.json", "--output", tmp_path / "o.svg")
-    cells = json.loads((tmp_path / "o.json").read_text())["parts"]
-    out, shown = capsys.readouterr().out, (tmp_path / "o.svg").read_text()
-    assert "kept by mnli  kept by qqp" in out
-    for part, values in cells["all"].items():
-        densities = [f"{kept / values['weights']:.1%}" for kept in values["kept"]]
-        numbers = [f"{values[key]:.4f}" for key in MEASURES]
-        assert [part, f"{values['weights']:,}", *densities, *numbers] in [line.split() for line in out.splitlines()]
-    cell = cells["3"]["attention.query"]
+    call(*places, "--by", "kind", "--csv", tmp_path / "o.csv", "--output", tmp_path / "o.svg")
+    out, shown = cells(capsys.readouterr().out), (tmp_path / "o.svg").read_text()
+    one, other = (Mask.load(place / "level_00/mask.safetensors") for place in places)
+    kinds = {line[1]: line for line in out[-5:]}
+    assert list(kinds) == ["attention.query", "attention.query.bias", "output", "pooler", "all"]
+    expected = measured(one, other, "query.weight")
+    assert kinds["attention.query"][:3] == ["all", "attention.query", str(11 * 64)]
+    assert kinds["attention.query"][5:] == [f"{expected[name]:.4f}" for name in MEASURES]
+    assert float(kinds["all"][3]) == pytest.approx(100 * one.density, abs=1e-4)
+    written = pd.read_csv(tmp_path / "o.csv", index_col=["layer", "kind"])
+    assert written.loc[("3", "output"), "jaccard"] == measured(one, other, "3.output")["jaccard"]
+    cell = measured(one, other, "3.attention.self.query.weight")
     for text in ("attention.query", "10", f"{cell['jaccard']:.3f}", f"({cell['chance']:.3f})"):
         assert f">{text}<" in shown
 
@@ -208,4 +217,3 @@ def test_a_mistake_is_a_line_and_exit_code_2(run, tmp_path, monkeypatch, capsys,
         run_command(lambda: call(*words.split()))
     assert end.value.code == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("o.*"))

@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import figures
+import pandas as pd
 import pytest
 import rundirs
 
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
-from bert_tickets.report.heatmap import draw, ink_on
+from bert_tickets.report.pictures import draw_heat_map, ink_on
 
 
 @pytest.fixture
@@ -34,13 +35,21 @@ def table(out: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in lines(out)}
 
 
+def lacks(picture: Path, *words: str) -> list[str]:
+    """Those of the words that are not the beginning of a text in the picture."""
+    text = picture.read_text()
+    return [word for word in words if f">{word}" not in text]
+
+
 @pytest.fixture(scope="module")
 def made_once(tmp_path_factory) -> Path:
     """Two tasks, two seeds, and of their tickets at 10 % all but one trained on the other task."""
     place = tmp_path_factory.mktemp("grid")
     for seed in (1, 2):
         runs = {task: rundirs.run(place, [0.80, 0.79], task=task, seed=seed) for task in ("sst2", "qqp")}
-        rundirs.run(place, [0.70 + 0.02 * seed], task="sst2", seed=seed, mask=rundirs.mask_of(runs["qqp"], 1))
+        warnings = ["all predictions are positive"] * (seed == 2)
+        mask = rundirs.mask_of(runs["qqp"], 1)
+        rundirs.run(place, [0.70 + 0.02 * seed], task="sst2", seed=seed, mask=mask, warnings=warnings)
         rundirs.run(place, [0.79], task="qqp", seed=seed, mask=rundirs.oneshot(place / "one", 0.1, "magnitude"))
     return place
 
@@ -50,36 +59,17 @@ def grid(made_once, tmp_path) -> Path:
     return Path(shutil.copytree(made_once, tmp_path / "grid"))
 
 
-# ---- metric over sparsity ----
-
-
-def test_warnings_and_undefined_values_are_hollow_and_named(plot, tmp_path):
-    rundirs.run(tmp_path, [0.6, 0.5, 0.4], task="stsb", seed=1)
-    rundirs.run(tmp_path, [0.8, None, 0.2], task="stsb", seed=2, warnings=["all predictions are 2.5"])
-    out = plot("curves", tmp_path)
-    assert [line[2] for line in lines(out)[1:]] == [
-        "70.0 ± 14.1 (2)",
-        "50.0 (1, 1 undefined)",
-        "30.0 ± 14.1 (2, warning)",
-    ]
-    assert re.search(r"^undefined: .*stsb-imp-s2-.*, level 1$", out, re.MULTILINE)
-    assert re.search(r"^warning: .*stsb-imp-s2-.*, level 2: all predictions are 2.5$", out, re.MULTILINE)
-    svg = (tmp_path / "f.svg").read_text()
-    assert "hollow: a value is undefined or has a warning" in svg
-    assert svg.count("fill: #ffffff; stroke: #d55e00") == 2  # hollow markers
-    rundirs.run(tmp_path / "sound", [0.6, 0.5], task="stsb", seed=1)
-    plot("curves", tmp_path / "sound")
-    assert "hollow" not in (tmp_path / "f.svg").read_text()
-
-
-def test_panels_have_titles_units_a_legend_and_a_note(plot, tmp_path):
+def test_curves_have_panels_with_units_and_a_legend(plot, tmp_path):
     for task in ("cola", "sst2", "squad", "mnli"):
         rundirs.run(tmp_path, [0.6, 0.5], task=task)
-    plot("curves", tmp_path, "--title", "All of them")
+    failed = rundirs.run(tmp_path, [], "rte", levels=3)
+    rundirs.fail(failed, 0, "the loss became nan by step 40")
+    out = plot("curves", tmp_path, "--title", "All of them")
+    assert f"not drawn: {failed}: level 0 diverged: the loss became nan by step 40" in out
     text = (tmp_path / "f.svg").read_text()
     names = ["MNLI", "SST-2", "CoLA", "SQuAD"]
     assert sorted(names, key=lambda name: text.index(f">{name}<")) == names
-    words = (
+    words = [
         "All of them",
         "pruned weights (%)",
         "accuracy (%)",
@@ -88,67 +78,66 @@ def test_panels_have_titles_units_a_legend_and_a_note(plot, tmp_path):
         "one seed",
         "full BERT",
         "imp ticket",
-    )
-    assert [word for word in words if f">{word}<" not in text] == []
+    ]
+    assert lacks(tmp_path / "f.svg", *words) == []
+    assert "hollow" not in text
 
 
-def test_diverged_runs_are_named(plot, tmp_path):
-    rundirs.run(tmp_path, [0.6, 0.7])
-    folder = rundirs.run(tmp_path, [], "rte", levels=3)
-    rundirs.fail(folder, 0, "the loss became nan by step 40")
-    assert f"not drawn: {folder}: level 0 diverged: the loss became nan by step 40" in plot("curves", tmp_path)
+def test_warnings_and_undefined_values_are_hollow_and_named(plot, tmp_path):
+    rundirs.run(tmp_path, [0.6, 0.5, 0.4], task="stsb", seed=1)
+    rundirs.run(tmp_path, [0.8, None, 0.2], task="stsb", seed=2, warnings=["all predictions are 2.5"])
+    out = plot("curves", tmp_path)
+    assert [line[2] for line in lines(out)[1:]] == [
+        "70.0 ± 14.1 (2)",
+        "50.0 (1 of 2, 1 undefined)",
+        "30.0 ± 14.1 (2, warning)",
+    ]
+    assert "Undefined: STS-B, imp ticket at 10 %: seed 2\n" in out
+    assert "Warning: STS-B, imp ticket at 20 %: seed 2: all predictions are 2.5\n" in out
+    svg = (tmp_path / "f.svg").read_text()
+    assert "hollow: a value is undefined or has a warning" in svg
+    assert svg.count("fill: #ffffff; stroke: #d55e00") == 2  # hollow markers
 
 
-# ---- transfer ----
-
-
-def test_transfer_is_relative_to_the_full_bert(plot, grid, tmp_path):
+def test_transfer_is_relative_to_the_full_bert_or_to_the_own_ticket(plot, grid, tmp_path):
     found = table(plot("transfer", grid, "--sparsity", "10"))
     assert found["ticket"] == ["QQP", "SST-2", "at least same-task"]
-    assert found["imp ticket of QQP"] == ["-1.00 (2, all equal)", "-7.00 (2)", "0 of 1"]
+    assert found["imp ticket of QQP"] == ["-1.00 (2, all equal)", "-7.00 (2, warning)", "0 of 1"]
     assert found["imp ticket of SST-2"] == ["no run", "-1.00 (2, all equal)", "no run"]
     assert found["one-shot pruning"] == ["-1.00 (2, all equal)", "no run", "1 of 1"]
-    text = (tmp_path / "f.svg").read_text()
-    assert text.count(">no run<") == 2
-    words = ("trained on", "ticket", "−7.0", "±1.4", "difference to the full BERT")
-    assert [word for word in words if f">{word}" not in text] == []
+    assert (tmp_path / "f.svg").read_text().count(">no run<") == 2
+    words = [
+        "trained on",
+        "ticket",
+        "−7.0",
+        "±1.4*",
+        "difference to the full BERT",
+        "mean ± standard deviation of 2 seeds; * a value",
+    ]
+    assert lacks(tmp_path / "f.svg", *words) == []
     relative = table(plot("transfer", grid, "--sparsity", "10", "--relative", "same-task"))
-    assert relative["imp ticket of QQP"][:2] == ["0.00 (2, all equal)", "-6.00 (2)"]
+    assert relative["imp ticket of QQP"][:2] == ["0.00 (2, all equal)", "-6.00 (2, warning)"]
 
 
-def test_a_warning_is_a_star_in_the_transfer_figure(plot, tmp_path):
-    rundirs.run(tmp_path, [0.8, 0.7])
-    other = rundirs.run(tmp_path, [0.6, 0.5], task="mnli")
-    rundirs.run(tmp_path, [0.5], mask=rundirs.mask_of(other, 1), warnings=["all predictions are positive"])
-    assert table(plot("transfer", tmp_path, "--sparsity", "10"))["imp ticket of MNLI"][1] == "-30.00 (1, warning)"
-    assert "* a value is undefined or has a warning" in (tmp_path / "f.svg").read_text()
-
-
-def test_a_sparsity_without_tickets_names_the_levels(plot, grid):
-    for figure in ("transfer", "overlap", "densities"):
+def test_a_sparsity_without_tickets_and_several_settings_are_refused(plot, grid):
+    for figure in ("overlap", "densities"):
         with pytest.raises(UserError, match="no ticket at 70 % sparsity; the levels of these runs are 10 %"):
             plot(figure, grid, "--sparsity", "70")
+    rundirs.run(grid, [0.5, 0.4], task="qqp", seed=1, lr=1e-4)
+    with pytest.raises(UserError, match=r"task qqp\) have different settings"):
+        plot("curves", grid)
+    assert "40.0 (1)" in plot("curves", grid, "--setting", "lr 0.0001")
 
 
-def test_several_settings_are_refused(plot, grid):
-    rundirs.run(grid, [0.8, 0.7], task="qqp", seed=1, lr=1e-4)
-    with pytest.raises(UserError, match="qqp have 2 settings"):
-        plot("transfer", grid, "--sparsity", "10")
-
-
-# ---- masks ----
-
-
-def test_overlap_compares_tasks_with_one_seed_and_seeds_of_one_task(plot, grid, tmp_path):
+def test_overlap_compares_tasks_with_one_seed_and_seeds_of_one_task(plot, grid, tmp_path, monkeypatch):
     found = lines(plot("overlap", grid, "--sparsity", "10"))
-    assert found[0] == ["ticket", "and", "pairs", "jaccard", "chance", "chance_by_tensor"]
+    assert found[0] == ["ticket", "and", "pairs", "jaccard", "chance", "chance_by_tensor", "mean_jaccard", "hamming"]
     assert [line[:3] for line in found[1:]] == [["QQP", "QQP", "1"], ["QQP", "SST-2", "2"], ["SST-2", "SST-2", "1"]]
     masks = [Mask.load(next(grid.glob(f"qqp-imp-s{seed}-*")) / "level_01" / "mask.safetensors") for seed in (1, 2)]
     assert found[1][3:5] == [f"{masks[0].overlap(masks[1]):.4f}", "0.8182"]
     assert "diagonal: two seeds of a task" in (tmp_path / "f.svg").read_text()
-
-
-def test_masks_of_different_coverings_are_not_compared(plot, grid, monkeypatch):
+    apart = [next(grid.glob(name)) for name in ("qqp-imp-s1-*", "sst2-imp-s2-*")]
+    assert lines(plot("overlap", *apart, "--sparsity", "10"))[2] == ["QQP", "SST-2", "0", *5 * ["no pair"]]
     monkeypatch.setattr(rundirs, "WEIGHTS", 2000)
     rundirs.run(grid, [0.8, 0.79], task="mnli", seed=1)
     with pytest.raises(UserError, match="the tickets of MNLI and QQP cannot be compared: weight has shape"):
@@ -164,14 +153,13 @@ def test_densities_are_the_kept_weights_of_layers_and_kinds(plot, tmp_path):
     names = [f"bert.encoder.layer.{layer}.{kind}.weight" for layer in (0, 1) for kind in kinds]
     mask = Mask({**dict.fromkeys(names, ones), names[1]: some}, {"method": "imp", "task": "sst2"})
     rundirs.write_level(run, 1, mask, 0.7, "sst2")
-    found = lines(plot("densities", tmp_path, "--sparsity", "10"))
-    assert found == [
+    assert lines(plot("densities", tmp_path, "--sparsity", "10")) == [
         ["ticket", "layer", "attention.query", "output", "all"],
         ["SST-2", "0", "100.00", "60.00", "80.00"],
         ["SST-2", "1", "100.00", "100.00", "100.00"],
         ["SST-2", "all", "100.00", "80.00", "90.00"],
     ]
-    assert ">kept weights (%)<" in (tmp_path / "f.svg").read_text()
+    assert lacks(tmp_path / "f.svg", "kept weights (%)", "all weights", "attention.query") == []
 
 
 # ---- files ----
@@ -187,10 +175,11 @@ def test_equal_content_gives_equal_files(plot, grid, tmp_path, figure, suffix):
     assert len((tmp_path / f"a{suffix}").read_bytes()) > 2000
 
 
-def test_a_heat_map_writes_readable_values(tmp_path):
+def test_a_heat_map_writes_readable_values(tmp_path, capsys):
     assert (ink_on((1, 1, 0.8, 1)), ink_on((0.1, 0.0, 0.3, 1))) == ("black", "white")
-    draw(tmp_path / "f.svg", "title", ("x", "y"), ["a", "b"], ["c"], [[(0.25, "note"), (None, "none")]], "unit")
-    text = (tmp_path / "f.svg").read_text()
-    assert [word for word in ("title", "0.250", "note", "none", "unit") if f">{word}<" not in text] == []
+    cells = pd.DataFrame({"row": "c", "column": ["a", "b"], "value": [0.25, float("nan")], "remark": ["note", "none"]})
+    draw_heat_map(tmp_path / "f.svg", "title", ("x", "y"), cells, "unit")
+    assert lacks(tmp_path / "f.svg", "title", "0.250", "note", "none", "unit", "x", "y") == []
     with pytest.raises(SystemExit):
         figures.parse(["curves", "runs", "--output", "f.jpg"])
+    assert re.search(r"f\.jpg: must end in \.png, \.svg or \.pdf", capsys.readouterr().err)

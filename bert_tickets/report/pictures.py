@@ -1,8 +1,9 @@
-"""Pictures as .png, .svg or .pdf: their common style, and plots of lines in one panel per task."""
+"""Pictures as .png, .svg or .pdf: their common style, lines in one panel per task, and heat maps."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_tickets.errors import UserError
 from bert_tickets.files import write
 
 if TYPE_CHECKING:
@@ -44,21 +44,14 @@ def picture_file(word: str) -> Path:
     """The `type` of an argparse flag for a picture's file."""
     if Path(word).suffix not in DATELESS:
         raise argparse.ArgumentTypeError(f"{word}: must end in .png, .svg or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("pictures need matplotlib: pip install matplotlib, or pip install -e '.[figures]'")
     return Path(word)
-
-
-def need_matplotlib() -> None:
-    """Raise `UserError` if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib, or pip install -e '.[figures]'") from None
 
 
 @contextmanager
 def drawing(output: Path) -> Iterator[Figure]:
     """A figure to draw on, written atomically at the end of the block. Equal content gives equal bytes."""
-    need_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -75,9 +68,9 @@ def draw_lines(output: Path, title: str, x: str, points: DataFrame, note: str, t
 
     `points` has the columns panel, unit (of y), line, x, mean, sd and hollow (the marker). Without x a mean is a horizontal line.
     """
-    names = list(points["line"].unique())
-    columns = min(3, points["panel"].nunique())
-    rows = math.ceil(points["panel"].nunique() / columns)
+    names, panels = list(points["line"].unique()), points["panel"].nunique()
+    columns = min(3, panels)
+    rows = math.ceil(panels / columns)
     per_row = max(1, int(WIDTH / (0.5 + 0.065 * max(map(len, [*names, note[:20]])))))
     handles: dict[str, Any] = {}
     with drawing(output) as figure:
@@ -87,7 +80,7 @@ def draw_lines(output: Path, title: str, x: str, points: DataFrame, note: str, t
         for i, (name, panel) in enumerate(points.groupby("panel", sort=False)):
             handles |= _draw_panel(plots[i], panel, names)
             plots[i].set(title=name, ylabel=panel["unit"].iloc[0])
-            if i + columns >= points["panel"].nunique():
+            if i + columns >= panels:
                 plots[i].set_xlabel(x)
                 plots[i].tick_params(labelbottom=True)
             if ticks:
@@ -95,7 +88,7 @@ def draw_lines(output: Path, title: str, x: str, points: DataFrame, note: str, t
             plots[i].grid(color="0.9", linewidth=0.5)
             plots[i].set_axisbelow(True)
             plots[i].spines[["top", "right"]].set_visible(False)
-        for plot in plots[points["panel"].nunique() :]:
+        for plot in plots[panels:]:
             plot.remove()
         figure.suptitle(title)
         legend = {"loc": "outside lower center", "ncols": per_row, "frameon": False, "handlelength": 3}
@@ -112,9 +105,51 @@ def _draw_panel(plot: Axes, panel: DataFrame, names: Sequence[str]) -> dict[str,
             continue
         i, line = names.index(name), line.sort_values("x")
         style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-        handles[name] = plot.errorbar(
-            line["x"], line["mean"], yerr=line["sd"], linestyle=DASHES[i % len(DASHES)], elinewidth=0.8, capsize=2, **style
-        )
+        bars = {"yerr": line["sd"].fillna(0), "elinewidth": 0.8, "capsize": 2}
+        handles[name] = plot.errorbar(line["x"], line["mean"], linestyle=DASHES[i % len(DASHES)], **bars, **style)
         hollow = line[line["hollow"]]
         plot.plot(hollow["x"], hollow["mean"], linestyle="none", markerfacecolor="white", zorder=3, **style)
     return handles
+
+
+def draw_heat_map(
+    output: Path, title: str, axes: tuple[str, str], cells: DataFrame, unit: str, limit: float | None = None
+) -> None:
+    """Draw values with a remark below each; without a value grey. `axes` are the names of the columns and of the rows.
+
+    `cells` has the columns row, column, value and remark; rows and columns are in the order in which they appear. Values are in
+    [0, 1]; with `limit` differences, whose colours end at -limit and limit. `unit` is the colour bar's label.
+    """
+    from matplotlib import colormaps
+
+    rows, columns = list(cells["row"].unique()), list(cells["column"].unique())
+    values = cells.pivot(index="row", columns="column", values="value").reindex(index=rows, columns=columns)
+    form, colors = (".3f", "cividis") if limit is None else ("+.1f", "RdBu")
+    low, high = (0.0, 1.0) if limit is None else (-limit, limit)
+    if limit is None and cells["value"].notna().any():
+        low, high = math.floor(10 * cells["value"].min()) / 10, math.floor(10 * cells["value"].max() + 1) / 10
+    with drawing(output) as figure:
+        lines = title.splitlines()
+        width = 0.7 * len(columns) + 0.072 * max(map(len, rows)) + 0.5
+        figure.set_size_inches(max(width, 0.072 * max(map(len, (*lines, unit)))), 0.36 * len(rows) + 1.5 + len(lines) / 6)
+        plot = figure.subplots()
+        palette = colormaps[colors].with_extremes(bad="0.88")
+        image = plot.imshow(values.to_numpy(), cmap=palette, vmin=low, vmax=high, aspect="auto")
+        for row, column, value, remark in cells[["row", "column", "value", "remark"]].itertuples(index=False):
+            number = "" if math.isnan(value) else f"{value:{form}}".replace("-", "−")
+            ink = "black" if math.isnan(value) else ink_on(palette((value - low) / (high - low)))
+            style: dict[str, Any] = {"ha": "center", "va": "center", "color": ink, "linespacing": 1.1}
+            plot.text(columns.index(column), rows.index(row), f"{number}\n{remark}".strip(), **style)
+        plot.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+        plot.set_yticks(range(len(rows)), rows)
+        plot.set(xlabel=axes[0], ylabel=axes[1])
+        plot.tick_params(length=0)
+        plot.spines[:].set_visible(False)
+        figure.suptitle(title)
+        figure.colorbar(image, label=unit, location="bottom", extend="neither" if limit is None else "both", aspect=40, pad=0.03)
+
+
+def ink_on(color: tuple[float, float, float, float]) -> str:
+    """Black or white, the one with the higher contrast (at least 4.5 to 1 by WCAG)."""
+    red, green, blue = (part**2.2 for part in color[:3])
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else "white"
