@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,12 @@ from torch import Tensor
 from bert_tickets.errors import Damaged, UserError
 from bert_tickets.export.model_card import model_card, without_folder
 from bert_tickets.export.ticket import Ticket, load_ticket
-from bert_tickets.files import read_tensors, sha256_of, sync_files, sync_folder
+from bert_tickets.files import read_tensors, sha256_of, writing_folder
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import POOLER, save_model
 from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights, head_weights, set_parameters, untie_decoder
-from bert_tickets.runs.integrity import check_model, check_tensors
+from bert_tickets.runs.integrity import check_model, read_own
 from bert_tickets.tasks.create import create
 
 NET, MASK = "model.safetensors", "mask.safetensors"
@@ -40,7 +36,7 @@ def export(run: Path, output: Path, level: int | None = None, *, untrained: bool
         raise UserError(f"{output} exists: give a folder that does not exist yet, or is empty")
     ticket = load_ticket(run, level, model)
     net, tokenizer = load_untrained(ticket) if untrained else load_trained(ticket)
-    with new_folder(output) as folder:
+    with writing_folder(output) as folder:
         for name in ("is_local", "local_files_only"):  # true on this machine only
             tokenizer.init_kwargs.pop(name, None)
         save_model(net, tokenizer, folder)
@@ -48,22 +44,6 @@ def export(run: Path, output: Path, level: int | None = None, *, untrained: bool
         model_card(ticket, output.absolute().name, untrained=untrained).save(folder / "README.md")
         _check_zeros(folder, ticket)
     return ticket
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Open a temporary folder that becomes `output` by one rename when the block ends; an error leaves nothing."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        sync_files(temporary)
-        temporary.rename(output)
-        sync_folder(output.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _check_zeros(folder: Path, ticket: Ticket) -> None:
@@ -94,8 +74,7 @@ def load_trained(ticket: Ticket) -> tuple[Net, Any]:
     if not has_kept:
         _check_base(ticket, net, weights=ticket.cfg.init == "pretrained", head=False)
     if newest.is_file():
-        check_tensors(newest, ticket.run, ticket.level)
-        set_parameters(net, read_tensors(newest), newest)
+        set_parameters(net, read_own(newest, ticket.run, ticket.level), newest)
     elif kept.is_dir():
         set_parameters(net, _read_model(kept), kept)
     else:
@@ -114,8 +93,7 @@ def load_untrained(ticket: Ticket) -> tuple[Net, Any]:
     net, tokenizer = _load(ticket, ticket.model, ticket.cfg.init)
     _check_base(ticket, net, weights=True, head=True)
     if ticket.rewind_file:
-        check_tensors(ticket.rewind_file, ticket.run)
-        set_parameters(net, read_tensors(ticket.rewind_file), ticket.rewind_file)
+        set_parameters(net, read_own(ticket.rewind_file, ticket.run), ticket.rewind_file)
     ticket.mask.apply(dict(net.named_parameters()))
     if sha256_of(encoder_weights(net)) != ticket.result["init_sha256"]:
         raise UserError(

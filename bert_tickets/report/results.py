@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bert_tickets.config import COMMON, build, flat
-from bert_tickets.errors import Damaged, UserError
+from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.report import published
 from bert_tickets.runs.directory import failure, level_dir, levels_done, read_run
@@ -92,8 +92,6 @@ def read_results(places: Iterable[str | Path]) -> tuple[list[LevelResult], list[
         about = read_run(run)
         facts = _facts_of_run(run, about["config"], about["differs_from_preset"], about["fingerprint"])
         done = levels_done(run)
-        if any(int(path.name[6:]) > done for path in run.glob("level_*") if path.name[6:].isdecimal()):
-            raise Damaged(f"{level_dir(run, done)} is missing, and a later level is there")
         results += [_read_level(run, level, facts) for level in range(done)]
         if failed := failure(run):
             failures.append(Failure(run, facts["task"], facts["setting"], failed["level"], failed["ended"]))
