@@ -136,47 +136,28 @@ def test_a_signal_before_the_first_level_stops_at_once(runs, expected, monkeypat
     assert runs("run") == expected
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """A list that grows by one with every training step."""
-    taken, plain = [], Step.__call__
-    monkeypatch.setattr(Step, "__call__", lambda *arguments: (taken.append(1), plain(*arguments))[1])
-    return taken
-
-
-def test_finished_levels_are_not_trained_again(runs, steps):
-    runs.killed_at(14, "run")
-    steps.clear()
-    runs("run")
-    assert len(steps) == 18 - 12  # level 2 from its start: its first checkpoint was not reached
-
-
-def test_a_level_killed_in_its_evaluation_is_not_trained_again(runs, monkeypatch, steps):
+def test_no_level_is_trained_again_not_even_one_killed_in_its_evaluation(runs, monkeypatch):
     expected = runs("undisturbed", "--save-steps", "4")
     monkeypatch.setattr("bert_tickets.training.hooks.EVALUATION", 0.0)  # minutes; a level here takes less than a second
     with monkeypatch.context() as patch:
         patch.setattr(session, "evaluate", dying(session.evaluate, 2))
         with pytest.raises(Killed):
             runs("run", "--save-steps", "4")
-    steps.clear()
+    taken, plain = [], Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *arguments: (taken.append(1), plain(*arguments))[1])
     assert runs("run", "--save-steps", "4") == expected
-    assert len(steps) == 6  # of level 2
+    assert len(taken) == 6  # of level 2
 
 
-def test_temporary_files_of_a_killed_run_are_removed(runs, expected):
-    run = runs.killed_at(8, "run")
+def test_what_a_kill_leaves_is_removed_and_torn_logs_are_appended_to(runs, expected):
+    run = runs.killed_at(9, "run")
     (run / ".checkpoint.safetensors.elsewhere.1.tmp").write_bytes(b"half")
     (run / ".level_07.tmp").mkdir()
     (run / ".level_07.tmp" / "mask.safetensors").write_bytes(b"half")
-    assert runs("run") == expected
-
-
-def test_train_jsonl_and_log_jsonl_are_appended_to_after_a_torn_line(runs):
-    run = runs.killed_at(9, "run")
     for name in ("train.jsonl", "log.jsonl"):
         with (run / name).open("a") as file:
             file.write('{"event": "le')
-    runs("run")
+    assert runs("run") == expected
     assert sorted(seconds(run)) == [0, 1, 2]
     steps = [(line["level"], line["step"]) for line in events(run / "train.jsonl")]
     assert steps == [(level, step) for level in range(3) for step in (2, 4, 6)]
