@@ -159,6 +159,14 @@ def test_another_model_or_other_data_are_not_mixed_in(runs):
             runs("run")
 
 
+def test_a_directory_of_another_run_is_refused(runs):
+    run, other = runs.killed_at(8, "run"), runs.killed_at(8, "other", "--seed", "58")
+    shutil.rmtree(run)
+    shutil.copytree(other, run)
+    with pytest.raises(UserError, match=rf"{run.name}/run\.json belongs to {other.name}"):
+        runs("run")
+
+
 def test_another_environment_is_printed_and_logged(runs, capsys):
     """It may change the bits; but the next node of a cluster may well be another, so it is not refused."""
     run = runs.killed_at(8, "run")
