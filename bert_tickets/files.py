@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +15,6 @@ from typing import IO, TYPE_CHECKING, Any
 from bert_tickets.errors import Busy, Damaged
 
 if TYPE_CHECKING:  # reading JSON and metadata needs no torch
-    from filelock import FileLock
     from torch import Tensor
 
 FACTS = "bert_tickets"  # the only metadata key of our safetensors files (the order of several keys is random): a JSON object
@@ -24,41 +24,54 @@ FACTS = "bert_tickets"  # the only metadata key of our safetensors files (the or
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` when the block ends. After an error or a kill, `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"  # other processes may write the same
+    temporary = _temporary(path)
     try:
         with temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        _sync(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a whole file atomically."""
-    with writing(path) as file:
-        file.write(content)
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """Open a temporary folder that becomes `path` by one rename when the block ends. After an error, nothing is left of it."""
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            _sync(entry)
+        temporary.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"  # other processes may write the same
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk, so that it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def sync_files(folder: Path) -> None:
-    """Flush a folder and the files in it to disk."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
+def write(path: Path, content: bytes) -> None:
+    """Write a whole file atomically."""
+    with writing(path) as file:
+        file.write(content)
 
 
 def file_sha256(path: Path) -> str:
@@ -68,7 +81,7 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[FileLock]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock file. Raises `Busy`, naming the holder, if another process has it."""
     from filelock import FileLock, Timeout
 
@@ -82,7 +95,7 @@ def locked(path: Path) -> Iterator[FileLock]:
         raise Busy(f"{path.parent} is in use by {name or 'another process'}; wait for it, or stop it") from None
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield lock
+        yield
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
@@ -115,6 +128,13 @@ def read_checksummed(path: Path) -> dict[str, Any]:
 
 def _sha256_of_json(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a JSON line to a file. If the last line is torn, start a new one."""
+    with path.open("ab+") as file:
+        torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
 
 
 # ---- tensors ----

@@ -9,18 +9,20 @@ Changes nothing. The exit code is 0 if all files are intact, and 1 if one is dam
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from bert_tickets.cli import FORMATTER, hyphens, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
-from bert_tickets.runs.directory import events, failure, level_dir, read_run, results
+from bert_tickets.runs.directory import events, level_dir, read_run, results
 from bert_tickets.runs.integrity import problems
-from bert_tickets.runs.summary import table
+from bert_tickets.runs.summary import level_lines
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,12 +52,11 @@ def verify(run: Path) -> bool:
     """Print the provenance of a run, its levels and its problems. Returns whether it has no problem."""
     print(run)
     found = problems(run)
-    for part in (provenance, levels):
-        try:
-            print("\n".join(part(run)))
-        except (UserError, OSError):  # it is among the problems
-            break
-    print("\n".join([f"  {problem}" for problem in found] or ["  all files are intact"]) + "\n")
+    with contextlib.suppress(UserError, OSError):  # it is among the problems
+        for line in chain(provenance(run), level_lines(run), hashes(run)):
+            print(f"  {line}")
+    for problem in found or ["all files are intact"]:
+        print(f"  {problem}")
     return not found
 
 
@@ -83,7 +84,7 @@ def provenance(run: Path) -> Iterator[str]:
     if config["init"] != "pretrained":
         lines["initial weights"] = config["init"] + (f" {json.dumps(facts['init'])}" if facts["init"] else "")
     width = max(map(len, lines))
-    return (f"  {name:{width}}  {value}" for name, value in lines.items())
+    return (f"{name:{width}}  {value}" for name, value in lines.items())
 
 
 def _origin(path: Path) -> str:
@@ -94,19 +95,10 @@ def _origin(path: Path) -> str:
     return ", ".join(f"{key} {value}" for key, value in facts if key not in ("format", "shapes", "order", "density"))
 
 
-def levels(run: Path) -> Iterator[str]:
-    """Format a table of the finished levels (metric, sparsity, hashes of mask and initial weights), then their warnings."""
-    found, failed = results(run), failure(run)
-    header = ["level", "sparsity", found[0]["metric"] if found else "", "mask sha256", "initial weights sha256"]
-    rows = []
-    for line in found:
-        value = line["metrics"][line["metric"]]
-        metric = ("undefined" if value is None else f"{value:.6f}") + "*" * bool(line["warnings"])
-        rows.append([str(line["level"]), f"{line['sparsity']:.2%}", metric, line["mask_sha256"], line["init_sha256"]])
-    yield table(header, rows) if rows else "  no finished level"
-    yield from (f"* level {line['level']}: {warning}" for line in found for warning in line["warnings"])
-    if failed:
-        yield f"level {failed['level']} diverged: {failed['ended']}"
+def hashes(run: Path) -> Iterator[str]:
+    """Format the hashes of each level's mask and initial weights."""
+    for line in results(run):
+        yield f"level {line['level']}: mask sha256 {line['mask_sha256']}, initial weights sha256 {line['init_sha256']}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +15,11 @@ from typing import Any
 from bert_tickets.errors import UserError
 from bert_tickets.export.model_card import model_card, without_folder
 from bert_tickets.export.ticket import Ticket, load_ticket
-from bert_tickets.files import read_tensors, sha256_of, sync_files, sync_folder
+from bert_tickets.files import sha256_of, writing_folder
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
 from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights, head_weights, set_parameters, untie_decoder
-from bert_tickets.runs.integrity import check_model, check_tensors, check_weights
+from bert_tickets.runs.integrity import check_model, check_weights, read_own
 from bert_tickets.tasks.create import create
 
 
@@ -35,19 +34,11 @@ def export(run: Path, output: Path, level: int | None = None, *, untrained: bool
         raise UserError(f"{output} exists: give a folder that does not exist yet, or is empty")
     ticket = load_ticket(run, level, model)
     write_network = _untrained(ticket) if untrained else _trained(ticket)
-    folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    folder.mkdir(parents=True)
-    try:
+    with writing_folder(output) as folder:
         write_network(folder)
         _forget_place(folder / "tokenizer_config.json")
         ticket.mask.write(folder / "mask.safetensors", **{key: without_folder(value) for key, value in ticket.mask.info.items()})
         model_card(ticket, output.absolute().name, untrained=untrained).save(folder / "README.md")
-        sync_files(folder)
-        folder.rename(output)
-        sync_folder(output.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return ticket
 
 
@@ -82,8 +73,7 @@ def _untrained(ticket: Ticket) -> Callable[[Path], Any]:
     """
     net, tokenizer = _load_base(ticket, ticket.cfg.init)
     if ticket.rewind_file:
-        check_tensors(ticket.rewind_file, ticket.run)
-        set_parameters(net, read_tensors(ticket.rewind_file), ticket.rewind_file)
+        set_parameters(net, read_own(ticket.rewind_file, ticket.run), ticket.rewind_file)
     ticket.mask.apply(dict(net.named_parameters()))
     if sha256_of(encoder_weights(net)) != ticket.result["init_sha256"]:
         raise UserError(

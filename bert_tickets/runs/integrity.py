@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,65 @@ from bert_tickets.runs.directory import has_results, level_dir, levels_done, rea
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bert_tickets.masking.mask import Mask
 
-def check_levels(run: Path) -> None:
-    """Raise `Damaged` (or an `OSError`) unless run.json and the metrics and mask of every finished level are intact."""
-    if not (run / "run.json").is_file():
-        raise Damaged(f"{run / 'run.json'} is missing")
-    if read_run(run)["run"] != run.name:
-        raise Damaged(f"{run / 'run.json'} belongs to {read_run(run)['run']}")
-    if (missing := _missing_level(run)) is not None:
-        raise Damaged(f"{missing} is missing, and a later level exists")
-    for level in range(levels_done(run)):
-        check_level(run, level)
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def check_run(run: Path) -> None:
+    """Raise `Damaged` unless run.json and the metrics and mask of every finished level are intact and this run's."""
+    with advice_to_restore(run):
+        if (name := read_run(run)["run"]) != run.name:
+            raise Damaged(f"{run / 'run.json'} belongs to {name}")
+        for level in range(levels_done(run)):
+            check_level(run, level)
+
+
+@contextmanager
+def advice_to_restore(run: Path) -> Iterator[None]:
+    """Add advice to the error for a damaged or missing file."""
+    try:
+        yield
+    except (Damaged, FileNotFoundError) as error:
+        advice = f"The run cannot resume without it: restore a copy, or move {run} away and give the same command to start again."
+        raise Damaged(f"{str(error).rstrip('.')}. {advice}") from None
+
+
+def problems(run: Path) -> list[str]:
+    """List the problems of a run's files, tensors included, one line each.
+
+    A run.json that cannot be read, or a level that is missing before later ones, is the only problem listed.
+    """
+    try:
+        about, done = read_run(run), levels_done(run)
+    except (UserError, OSError) as error:
+        return [str(error)]
+    found: dict[str, None] = {}  # in order, each once
+
+    def attempt(check: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            check(*arguments)
+        except (UserError, OSError) as error:
+            found[str(error)] = None
+
+    for level in range(done):
+        attempt(check_level, run, level)
+        attempt(_read_mask, run, level)
+        attempt(check_model, run, level)
+    if done:
+        newest = level_dir(run, done - 1)
+        attempt(check_weights, run, done - 1)
+        attempt(_check_complete, run, about["config"], newest)
+        if (newest / "moments.safetensors").exists():
+            attempt(read_own, newest / "moments.safetensors", run, done - 1)
+    if (run / "rewind.safetensors").exists():
+        attempt(read_own, run / "rewind.safetensors", run)
+    if (run / CHECKPOINT).exists():
+        attempt(lambda: read_own(run / CHECKPOINT, run, read_facts(run / CHECKPOINT)["level"]))  # a kill may leave an earlier one
+    if (run / "failure.json").exists():
+        attempt(read_checksummed, run / "failure.json")
+    attempt(_check_results, run)
+    return list(found)
 
 
 def check_level(run: Path, level: int) -> dict[str, Any]:
@@ -32,24 +81,23 @@ def check_level(run: Path, level: int) -> dict[str, Any]:
     line, path = result(run, level), level_dir(run, level) / "mask.safetensors"
     if line.get("run") != read_run(run)["run"]:
         raise Damaged(f"{path.parent / 'metrics.json'} belongs to {line.get('run')}")
-    facts = read_facts(path)
-    if facts.get("sha256") != line["mask_sha256"]:
+    if read_facts(path).get("sha256") != line["mask_sha256"]:
         raise Damaged(f"{path} is not the mask that metrics.json names (mask_sha256)")
     return line
 
 
-def check_tensors(path: Path, run: Path, level: int | None = None) -> None:
-    """Raise `Damaged` if a file of tensors belongs to another run or level. `read_tensors` verifies its checksum."""
+def read_own(path: Path, run: Path, level: int | None = None) -> dict[str, Tensor]:
+    """Read a file of tensors. Raises `Damaged` if it belongs to another run or level, or does not match its checksum."""
     facts = read_facts(path)
     if (facts.get("run"), facts.get("level")) != (read_run(run)["run"], level):
         raise Damaged(f"{path} belongs to {facts.get('run')}, level {facts.get('level')}")
+    return read_tensors(path)
 
 
 def check_weights(run: Path, level: int) -> dict[str, Tensor]:
     """Read a level's trained weights. Raises `Damaged` unless they are finite, the level's, and zero where pruned."""
     path = level_dir(run, level) / "weights.safetensors"
-    check_tensors(path, run, level)
-    weights, mask = read_tensors(path), _read_mask(run, level)
+    weights, mask = read_own(path, run, level), _read_mask(run, level)
     mask.check_fits(weights, str(path), partly=True)
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
@@ -62,76 +110,29 @@ def check_weights(run: Path, level: int) -> dict[str, Tensor]:
 def check_model(run: Path, level: int) -> None:
     """Raise `Damaged` (or an `OSError`) if a kept model does not match the checksums in the level's metrics.json."""
     for name, sha256 in result(run, level).get("model_files", {}).items():
-        path = level_dir(run, level) / "model" / Path(name).name
+        path = level_dir(run, level) / "model" / name
         if file_sha256(path) != sha256:
             raise Damaged(f"{path} is damaged: its content does not match metrics.json")
 
 
-def problems(run: Path) -> list[str]:
-    """List the problems of a run's files, tensors included, one line each; for another format one line only."""
-    found: dict[str, None] = {}  # in order, each once
-
-    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return check(*arguments)
-        except (UserError, OSError) as error:
-            found[str(error)] = None
-
-    try:
-        about = read_run(run)
-    except Damaged as error:
-        about, found = None, {str(error): None}
-    except UserError as error:
-        return [str(error)]
-    done = levels_done(run)
-    if (missing := _missing_level(run)) is not None:
-        found[f"{missing} is missing, and a later level exists"] = None
-    for level in range(done):
-        attempt(check_level, run, level)
-        attempt(_read_mask, run, level)
-        attempt(check_model, run, level)
-    if done:
-        attempt(check_weights, run, done - 1)
-    required = attempt(_required_files, run, about) if about else ()
-    for path in (level_dir(run, done - 1) / "moments.safetensors", run / "rewind.safetensors", run / "checkpoint.safetensors"):
-        if path.exists() or path in (required or ()):
-            attempt(_check_own, run, path)
-    diverged = (run / "failure.json").exists()
-    if diverged:
-        attempt(read_checksummed, run / "failure.json")
-    if (done or diverged) and attempt(has_results, run) is False:
-        found[f"{run / 'results.jsonl'} is missing or does not match the levels; the same command writes it again"] = None
-    return list(found)
-
-
-def _missing_level(run: Path) -> Path | None:
-    """Return the folder of a level that is missing although a later one exists."""
-    later = [int(path.name[6:]) for path in run.glob("level_*") if path.name[6:].isdecimal() and path.is_dir()]
-    done = levels_done(run)
-    return level_dir(run, done) if max(later, default=0) > done else None
-
-
-def _read_mask(run: Path, level: int) -> Any:
+def _read_mask(run: Path, level: int) -> Mask:
     from bert_tickets.masking.mask import Mask
 
     return Mask.load(level_dir(run, level) / "mask.safetensors")
 
 
-def _required_files(run: Path, about: dict[str, Any]) -> list[Path]:
-    """List the files that resuming needs beside the newest weights: the weights to rewind to, the optimizer's state."""
-    done = levels_done(run)
-    if not done:
-        return []
-    settings, steps = from_flat(about["config"]).settings, result(run, 0)["steps"]
-    rewinds = hasattr(settings, "rewind_step") and settings.rewind_step(steps) > 0
-    keeps_moments = not getattr(settings, "reset_optimizer", True)
-    newest = level_dir(run, done - 1)
-    return [run / "rewind.safetensors"] * rewinds + [newest / "moments.safetensors"] * keeps_moments
+def _check_complete(run: Path, config: dict[str, Any], newest: Path) -> None:
+    """Raise `Damaged` if the weights to rewind to, or AdamW's state for the next level, are needed and missing."""
+    settings, steps, needed = from_flat(config).settings, result(run, 0)["steps"], []
+    if hasattr(settings, "rewind_step") and settings.rewind_step(steps) > 0:
+        needed.append(run / "rewind.safetensors")
+    if not getattr(settings, "reset_optimizer", True):
+        needed.append(newest / "moments.safetensors")
+    for path in needed:
+        if not path.exists():
+            raise Damaged(f"{path} is missing")
 
 
-def _check_own(run: Path, path: Path) -> None:
-    level = None if path.parent == run else levels_done(run) - 1
-    if path.name == "checkpoint.safetensors":  # after a kill it may be a finished level's; resuming removes it
-        level = read_facts(path).get("level")
-    check_tensors(path, run, level)
-    read_tensors(path)
+def _check_results(run: Path) -> None:
+    if not has_results(run):
+        raise Damaged(f"{run / 'results.jsonl'} is missing or does not match the levels; the same command writes it again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from torch import Tensor
 from bert_tickets.config import Config
 from bert_tickets.data.batches import Batches, Store
 from bert_tickets.errors import Diverged
-from bert_tickets.files import file_sha256, sha256_of, sync_files
+from bert_tickets.files import file_sha256, sha256_of
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
 from bert_tickets.modeling.parameters import encoder_weights, set_parameters
-from bert_tickets.runs.directory import results
-from bert_tickets.runs.train_log import TrainLog
+from bert_tickets.runs.directory import level_dir, result
+from bert_tickets.runs.train_log import train_log
 from bert_tickets.runs.writer import LevelCheckpoint, Run
 from bert_tickets.tasks import Task
 from bert_tickets.training.cuda_graphs import Recorder
@@ -61,22 +62,22 @@ class Session:
     def restore(self, level: int) -> Mask:
         """Load a finished level's mask onto the device; for the newest level also its trained weights into the network."""
         if level == self.run.done - 1:
-            set_parameters(self.net, self.run.read_weights(), self.run.level_dir(level))
+            set_parameters(self.net, self.run.read("weights.safetensors", level), level_dir(self.run.dir, level))
         self.previous = self.run.read_mask(level).to(self.batches.store.device)
         return self.previous
 
     def moments(self) -> dict[str, Tensor]:
         """Read AdamW's state at the end of the newest finished level, if it was kept."""
-        return self.run.read_weights("moments")
+        return self.run.read("moments.safetensors", self.run.done - 1)
 
     def save_weights_at(self, step: int) -> Hook:
         """Make a hook that saves the weights before step `step`, for `saved_weights`."""
-        described = f"{self.cfg.task} trained to step {step}, seed {self.cfg.train.seed}"
-        return At(step, lambda: self.run.write_rewind(dict(self.net.named_parameters()), described))
+        facts = {"rewound": f"{self.cfg.task} trained to step {step}, seed {self.cfg.train.seed}"}
+        return At(step, lambda: self.run.write("rewind.safetensors", dict(self.net.named_parameters()), facts))
 
     def saved_weights(self) -> dict[str, Tensor]:
         """Read the weights that `save_weights_at` saved."""
-        return self.run.read_rewind()
+        return self.run.read("rewind.safetensors")
 
     def train_level(
         self,
@@ -125,8 +126,8 @@ class Session:
     ) -> tuple[Loop, list[tuple[int, float]]]:
         """Train with the hooks of every level. Returns the final loop and the loss curve."""
         cfg, group = self.cfg.train, self.run.group
-        with TrainLog(self.run.dir, level, enabled=group.rank == 0) as log:
-            curve = LossCurve(cfg.log_every, log.append)
+        with train_log(self.run.dir, level) if group.rank == 0 else nullcontext(lambda line: None) as append:
+            curve = LossCurve(cfg.log_every, append)
             own = [curve, *hooks]
             checkpoint = Checkpoint(LevelCheckpoint(self.run, level), own, cfg.save_minutes, cfg.save_steps)
             every = [*own, CheckFinite(), checkpoint, ProgressBar(title, curve, self._note())]
@@ -142,8 +143,10 @@ class Session:
 
     def _note(self) -> dict[str, float | None]:
         """Return the last level's metric, which the progress bar shows beside the loss."""
-        last = results(self.run.dir)[-1:] if self.run.group.rank == 0 else []
-        return {f"last {line['metric']}": line["metrics"][line["metric"]] for line in last}
+        if self.run.group.rank or not self.run.done:
+            return {}
+        last = result(self.run.dir, self.run.done - 1)
+        return {f"last {last['metric']}": last["metrics"][last["metric"]]}
 
     def _evaluate(self) -> tuple[dict[str, float], list[str]]:
         """Compute the task's metrics on all its evaluation sets, and its warnings about them."""
@@ -189,7 +192,6 @@ class Session:
         self.tokenizer.backend_tokenizer.no_truncation()  # otherwise it is saved with the settings of its last call
         self.tokenizer.backend_tokenizer.no_padding()
         save_model(self.net, self.tokenizer, folder)
-        sync_files(folder)
         return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
 
 

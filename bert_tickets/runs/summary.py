@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from bert_tickets.config import Config, differences
-from bert_tickets.runs.directory import is_finished, is_number, level_dir, read_run, results, run_dir, seconds
-from bert_tickets.runs.integrity import check_levels
-from bert_tickets.runs.resume import advice_to_restore
+from bert_tickets.runs.directory import failure, is_finished, level_dir, results, run_dir, seconds
+from bert_tickets.runs.integrity import check_run
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -30,46 +32,54 @@ def print_finished(cfg: Config) -> bool:
     run = run_dir(cfg)
     if not (run / "run.json").exists():
         return False
-    with advice_to_restore(run):
-        read_run(run)
-        if not is_finished(cfg):
-            return False
-        check_levels(run)
+    check_run(run)
+    if not is_finished(cfg):
+        return False
     print_levels(cfg)
     return True
 
 
 def print_levels(cfg: Config) -> None:
-    """Print the closing table: level, sparsity, metrics, difference to the dense level, mask distance, seconds."""
+    """Print the closing table of a run."""
     run = run_dir(cfg)
+    for line in level_lines(run):
+        print(line)
+    print(f"results in {run}")
+    if cfg.keep_models and not all((level_dir(run, level) / "model").is_dir() for level in range(len(results(run)))):
+        print("the levels that were finished before --keep-models was given have no model folder")
+
+
+def level_lines(run: Path) -> Iterator[str]:
+    """Format a table of the finished levels (sparsity, metrics, difference to the dense level, mask distance, seconds), then
+    their warnings, and the reason if the next level diverged."""
     lines, spent = results(run), seconds(run)
-    metric, names = lines[0]["metric"], list(lines[0]["metrics"])
-    dense = lines[0]["metrics"][metric] if lines[0]["sparsity"] == 0 else None
-    rows = []
-    for result in lines:
-        value = result["metrics"][metric]
-        star = "*" * bool(result["warnings"])
-        rows.append(
-            [
-                str(result["level"]),
-                f"{result['sparsity']:.1%}",
-                *(_number(result["metrics"].get(name)) + star for name in names),
-                f"{value - dense:+.4f}" if dense is not None and value is not None else "-",
-                _number(result.get("mask_distance")),
-                f"{spent[result['level']]:.1f}" if result["level"] in spent else "-",
-            ]
-        )
-    print(table(["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"], rows))
+    if lines:
+        metric, names = lines[0]["metric"], list(lines[0]["metrics"])
+        dense = lines[0]["metrics"][metric] if lines[0]["sparsity"] == 0 else None
+        rows = []
+        for line in lines:
+            level, value, star = line["level"], line["metrics"][metric], "*" * bool(line["warnings"])
+            rows.append(
+                [
+                    str(level),
+                    f"{line['sparsity']:.1%}",
+                    *(_number(line["metrics"].get(name)) + star for name in names),
+                    f"{value - dense:+.4f}" if dense is not None and value is not None else "-",
+                    _number(line.get("mask_distance")),
+                    f"{spent[level]:.1f}" if level in spent else "-",
+                ]
+            )
+        header = ["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"]
+        yield from table(header, rows).splitlines()
     levels: dict[str, list[str]] = {}
     for line in lines:
         for warning in line["warnings"]:
             levels.setdefault(warning, []).append(str(line["level"]))
     for warning, found in levels.items():
-        print(f"* level{'s' * (len(found) > 1)} {', '.join(found)}: {warning}")
-    print(f"results in {run}")
-    if cfg.keep_models and not all((level_dir(run, line["level"]) / "model").is_dir() for line in lines):
-        print("the levels that were finished before --keep-models was given have no model folder")
+        yield f"* level{'s' * (len(found) > 1)} {', '.join(found)}: {warning}"
+    if failed := failure(run):
+        yield f"level {failed['level']} diverged: {failed['ended']}"
 
 
-def _number(value: object) -> str:
-    return f"{value:.4f}" if is_number(value) else "nan"
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"

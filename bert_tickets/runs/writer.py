@@ -1,4 +1,4 @@
-"""Write a run directory: lock it, resume its run, stop on a signal. `directory` lists its files."""
+"""Write a run directory: lock it, resume its run, stop on a signal. bert_tickets/README.md lists its files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,21 @@ from torch import Tensor
 
 from bert_tickets.config import Config, differences, flat
 from bert_tickets.errors import Damaged, Diverged, Stopped, UserError
-from bert_tickets.files import locked, read_facts, read_tensors, sync_folder, write_checksummed, write_tensors
+from bert_tickets.files import append_line, locked, read_facts, write, write_checksummed, write_tensors, writing_folder
 from bert_tickets.masking.mask import Mask
-from bert_tickets.runs.directory import FORMAT, level_dir, levels_done, levels_of, read_run, run_dir
-from bert_tickets.runs.integrity import check_tensors
+from bert_tickets.runs.directory import (
+    FORMAT,
+    failure,
+    has_results,
+    level_dir,
+    levels_done,
+    levels_of,
+    read_run,
+    results_lines,
+    run_dir,
+)
+from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_own
 from bert_tickets.runs.provenance import environment
-from bert_tickets.runs.resume import CHECKPOINT, advice_to_restore, resume, tidy
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
 
 FIRST_FILES = {"run.json", "log.jsonl", "lock", "lock.holder"}  # written before the first level trains
@@ -48,11 +57,24 @@ class Run:
     # ---- entering and leaving ----
 
     def __enter__(self) -> Run:
-        self._held = contextlib.ExitStack()
-        self.group.on_main(self._hold)
-        self.done = self.group.broadcast(levels_done(self.dir))
+        self.done = self.group.on_main(self._hold)
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
+
+    def _hold(self) -> int:
+        """Lock the directory and prepare it for resuming. Returns the number of finished levels."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(self.dir / "lock"))
+            if any(self.dir.glob("level_*")) or any((self.dir / name).exists() for name in ("run.json", CHECKPOINT)):
+                check_run(self.dir)
+            for leftover in self.dir.glob(".*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if failed := failure(self.dir):
+                print(f"level {failed['level']} diverged before ({failed['ended']}); it is trained again")
+            tidy(self.dir)
+            self._held = held.pop_all()
+        return levels_done(self.dir)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._handlers.items():
@@ -67,15 +89,6 @@ class Run:
                     self.dir.rmdir()
             self._held.close()
 
-    def _hold(self) -> None:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(locked(self.dir / "lock"))
-        try:
-            resume(self.dir, self.levels)
-        except BaseException:
-            self._held.close()
-            raise
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again, self.stop_signal = self.stop_signal is not None, number
         if again and self.group.world_size > 1 and time.monotonic() - self._signalled_at < 2:
@@ -89,10 +102,7 @@ class Run:
     def complete(self) -> bool:
         return self.done >= self.levels
 
-    def level_dir(self, level: int) -> Path:
-        return level_dir(self.dir, level)
-
-    # ---- reading and writing ----
+    # ---- run.json and log.jsonl ----
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Write run.json with the fingerprints `facts`, or, if the run is resumed, compare them with it."""
@@ -102,20 +112,7 @@ class Run:
     def _describe(self, facts: dict[str, Any]) -> None:
         here = environment(facts["device"]) | {"processes": self.group.world_size}
         if (self.dir / "run.json").exists():
-            with advice_to_restore(self.dir):
-                about = read_run(self.dir)
-            for key, value in facts.items():
-                if key in about["fingerprint"] and about["fingerprint"][key] != value:
-                    was, now = _brief(about["fingerprint"][key]), _brief(value)
-                    raise UserError(
-                        f"{self.dir} was started with {key} {was}, and now it is {now}. Resuming would mix two runs: restore "
-                        "the former value, or give another --output-dir."
-                    )
-            changed = {key: now for key, now in here.items() if about["environment"].get(key) != now}
-            for key, now in changed.items():
-                was = _brief(about["environment"].get(key))
-                print(f"resuming with {key} {_brief(now)}, started with {was}: results may differ in the last bits")
-            self.log("resume", changed=changed)
+            self._compare(read_run(self.dir), facts, here)
             return
         description = {
             "format": FORMAT,
@@ -130,42 +127,54 @@ class Run:
         self.is_new = True
         self.log("start")
 
+    def _compare(self, about: dict[str, Any], facts: dict[str, Any], here: dict[str, Any]) -> None:
+        """Raise `UserError` if a fingerprint is not that of run.json; print and log what else changed in the environment."""
+        for key, value in facts.items():
+            if (was := about["fingerprint"].get(key, value)) != value:
+                raise UserError(
+                    f"{self.dir} was started with {key} {_brief(was)}, and now it is {_brief(value)}. Resuming would mix two "
+                    "runs: restore the former value, or give another --output-dir."
+                )
+        changed = {key: now for key, now in here.items() if about["environment"].get(key) != now}
+        for key, now in changed.items():
+            was = about["environment"].get(key)
+            print(f"resuming with {key} {_brief(now)}, started with {_brief(was)}: results may differ in the last bits")
+        self.log("resume", changed=changed)
+
     def log(self, event: str, **facts: Any) -> None:
         """Append a line to log.jsonl."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         append_line(self.dir / "log.jsonl", {"event": event, "time": now, "host": socket.gethostname(), **facts})
+
+    # ---- tensors ----
 
     def read_mask(self, level: int) -> Mask:
         """Read a finished level's mask onto the CPU."""
 
         def read() -> Mask:
             with advice_to_restore(self.dir):
-                return Mask.load(self.level_dir(level) / "mask.safetensors")
+                return Mask.load(level_dir(self.dir, level) / "mask.safetensors")
 
         return self.group.on_main(read)
 
-    def read_weights(self, name: str = "weights") -> dict[str, Tensor]:
-        """Read the newest finished level's `weights`, or AdamW's `moments` at its end."""
-        return self._read(self.level_dir(self.done - 1) / f"{name}.safetensors", self.done - 1)
+    def read(self, file: str, level: int | None = None) -> dict[str, Tensor]:
+        """Read the tensors of a file of the run, or of a finished level."""
+        path = (self.dir if level is None else level_dir(self.dir, level)) / file
 
-    def read_rewind(self) -> dict[str, Tensor]:
-        """Read the weights of the rewinding step."""
-        return self._read(self.dir / "rewind.safetensors")
-
-    def _read(self, path: Path, level: int | None = None) -> dict[str, Tensor]:
         def read() -> tuple[dict[str, Tensor], None]:
             with advice_to_restore(self.dir):
-                check_tensors(path, self.dir, level)
-                return read_tensors(path), None
+                return read_own(path, self.dir, level), None
 
         found = self.group.broadcast_tensors(read)
         assert found is not None
         return found[0]
 
-    def write_rewind(self, weights: Mapping[str, Tensor], described: str) -> None:
-        """Write the weights of the rewinding step."""
-        facts = {"rewound": described, "run": self.dir.name, "level": None}
-        self.group.on_main(lambda: write_tensors(self.dir / "rewind.safetensors", weights, facts))
+    def write(self, file: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], level: int | None = None) -> None:
+        """Write tensors to a file of the run, with facts about them."""
+        facts = {**facts, "run": self.dir.name, "level": level}
+        self.group.on_main(lambda: write_tensors(self.dir / file, tensors, facts))
+
+    # ---- the end of a level ----
 
     def finish(
         self,
@@ -176,34 +185,23 @@ class Run:
         moments: Mapping[str, Tensor],
         write_model: Callable[[Path], dict[str, str]] | None,
     ) -> None:
-        """Write the level's folder under a temporary name, rename it, and remove files that are not needed any more."""
-        folder, facts, seconds = self.level_dir(level), {"run": self.dir.name, "level": level}, result.pop("seconds")
-        temporary = self.dir / f".{folder.name}.tmp"
+        """Write the level's folder, and remove files that are not needed any more."""
+        facts, seconds = {"run": self.dir.name, "level": level}, result.pop("seconds")
 
-        def write() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            mask.write(temporary / "mask.safetensors")
-            write_tensors(temporary / "weights.safetensors", weights, facts)
-            if moments:
-                write_tensors(temporary / "moments.safetensors", moments, facts)
-            if write_model is not None:
-                result["model_files"] = write_model(temporary / "model")
-            write_checksummed(temporary / "metrics.json", {**facts, **result})
-            self.log("level", level=level, seconds=round(seconds, 2))
-            temporary.rename(folder)
-            sync_folder(self.dir)
+        def write_level() -> None:
+            with writing_folder(level_dir(self.dir, level)) as folder:
+                mask.write(folder / "mask.safetensors")
+                write_tensors(folder / "weights.safetensors", weights, facts)
+                if moments:
+                    write_tensors(folder / "moments.safetensors", moments, facts)
+                if write_model is not None:
+                    result["model_files"] = write_model(folder / "model")
+                write_checksummed(folder / "metrics.json", {**facts, **result})
+                self.log("level", level=level, seconds=round(seconds, 2))
+            tidy(self.dir)
 
-        def finish() -> None:
-            try:
-                write()
-            except OSError:
-                shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
-                raise
-            tidy(self.dir, self.levels)
-
-        self.group.on_main(finish)
-        self.done = self.group.broadcast(levels_done(self.dir))
+        self.group.on_main(write_level)
+        self.done = level + 1
         self.saves_on_stop = False
 
     def fail(self, level: int, error: Diverged, title: str) -> NoReturn:
@@ -213,7 +211,7 @@ class Run:
             line = {"level": level, "ended": str(error)}
             write_checksummed(self.dir / "failure.json", {"run": self.dir.name, "task": self.cfg.task, **line})
             self.log("failure", **line)
-            tidy(self.dir, self.levels)
+            tidy(self.dir)
 
         self.group.on_main(record)
         if self.group.rank:
@@ -226,7 +224,7 @@ class LevelCheckpoint:
     """The checkpoint file of the level in progress, a `training.hooks.CheckpointFile`."""
 
     def __init__(self, run: Run, level: int) -> None:
-        self.run, self.level, self.path = run, level, run.dir / CHECKPOINT
+        self.run, self.level = run, level
         run.saves_on_stop = True
 
     @property
@@ -235,21 +233,20 @@ class LevelCheckpoint:
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
         """Read this level's checkpoint, if there is one. If it is damaged, print so: the level starts again."""
-        return self.run.group.broadcast_tensors(self._load)
+        path = self.run.dir / CHECKPOINT
 
-    def _load(self) -> tuple[dict[str, Tensor], dict] | None:
-        if not self.path.exists():
-            return None
-        try:
-            check_tensors(self.path, self.run.dir, self.level)
-            return read_tensors(self.path), read_facts(self.path)
-        except Damaged as error:
-            print(f"{error}; level {self.level} starts again")
-            return None
+        def read() -> tuple[dict[str, Tensor], dict] | None:
+            try:
+                return (read_own(path, self.run.dir, self.level), read_facts(path)) if path.exists() else None
+            except Damaged as error:
+                print(f"{error}; level {self.level} starts again")
+                path.unlink()
+                return None
+
+        return self.run.group.broadcast_tensors(read)
 
     def save(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        facts = {**facts, "run": self.run.dir.name, "level": self.level}
-        self.run.group.on_main(lambda: write_tensors(self.path, tensors, facts))
+        self.run.write(CHECKPOINT, tensors, facts, self.level)
 
     def stop(self, step: int) -> None:
         number = max(self.run.group.gather(self.run.stop_signal or 0))
@@ -260,11 +257,19 @@ class LevelCheckpoint:
         raise Stopped(f"{where}; the same command resumes", 128 + number)
 
 
-def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Append a JSON line to a file. If the last line is torn, start a new one."""
-    with path.open("ab+") as file:
-        torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+def tidy(run: Path) -> None:
+    """Remove files that only a finished level needed, then write results.jsonl from the levels' folders."""
+    done = levels_done(run)
+    for level in range(done - 1):
+        for name in ("weights.safetensors", "moments.safetensors"):
+            (level_dir(run, level) / name).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError, Damaged):  # the level that loads a damaged one reports it
+        if read_facts(run / CHECKPOINT)["level"] < done:
+            (run / CHECKPOINT).unlink()
+    if failure(run) is None:
+        (run / "failure.json").unlink(missing_ok=True)  # damaged, or the level was finished later
+    if not has_results(run):
+        write(run / "results.jsonl", results_lines(run))
 
 
 def _brief(value: Any) -> str:

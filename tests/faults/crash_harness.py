@@ -23,36 +23,28 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 KINDS = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}
-# Where a fault may occur: a function, by module (and class) and name, and what it belongs to.
-PLACES = {
-    "bert_tickets.runs.prepare:prepare": "start",
-    "bert_tickets.runs.writer:Run.describe": "start",
-    "bert_tickets.training.step:Step.__call__": "step",
-    "bert_tickets.runs.session:evaluate": "evaluation",
-    "bert_tickets.training.evaluate:autocast": "evaluation",
-    "bert_tickets.masking.prune:prune": "pruning",
-    "bert_tickets.modeling.parameters:rewind": "pruning",
-    "bert_tickets.runs.writer:write_tensors": "checkpoint",
-    "bert_tickets.runs.writer:write_checksummed": "level files",
-    "bert_tickets.masking.mask:Mask.write": "level files",
-    "bert_tickets.runs.writer:append_line": "log line",
-    "bert_tickets.runs.train_log:append_line": "log line",
-    "os:fsync": "flush",
-    "pathlib:Path.replace": "rename",
-    "pathlib:Path.rename": "rename",
-    "pathlib:Path.unlink": "removal",
-    "bert_tickets.runs.resume:write": "results",
-}
-FILE_SYSTEM = {  # where it is an error of the file system
-    "os:fsync": "flush",
-    "pathlib:Path.open": "open",
-    "pathlib:Path.mkdir": "mkdir",
-    "pathlib:Path.replace": "rename",
-    "pathlib:Path.rename": "rename",
-    "pathlib:Path.unlink": "removal",
-    "pathlib:Path.read_bytes": "read",
-    "bert_tickets.runs.writer:read_tensors": "read",
-}
+# Where a signal may come: at a call of a function, by module (and class) and name.
+PLACES = [
+    "bert_tickets.runs.prepare:prepare",
+    "bert_tickets.runs.writer:Run.describe",
+    "bert_tickets.training.step:Step.__call__",
+    "bert_tickets.runs.session:evaluate",
+    "bert_tickets.training.evaluate:autocast",
+    "bert_tickets.masking.prune:prune",
+    "bert_tickets.modeling.parameters:rewind",
+    "bert_tickets.runs.writer:write_tensors",
+    "bert_tickets.runs.writer:write_checksummed",
+    "bert_tickets.masking.mask:Mask.write",
+    "bert_tickets.runs.writer:append_line",
+    "bert_tickets.runs.writer:write",
+    "os:fsync",
+    "pathlib:Path.replace",
+    "pathlib:Path.rename",
+    "pathlib:Path.unlink",
+]
+# Where the file system may raise an error.
+FILE_SYSTEM = ["bert_tickets.runs.integrity:read_tensors", "os:fsync"]
+FILE_SYSTEM += [f"pathlib:Path.{name}" for name in ("open", "mkdir", "replace", "rename", "unlink", "read_bytes")]
 STEP = "bert_tickets.training.step:Step.__call__"
 ANY_MOMENT = "any moment"
 
@@ -173,7 +165,7 @@ def _become(folder: Path, script: str, words: list[str], fault: Fault | None) ->
             os.dup2(file.fileno(), 2)
         token_cache.HF_HOME = mlm_dataset.HF_HOME = "cache"  # its writes may meet a fault, too
         sys.argv = [script]  # run.json holds it
-        calls = dict.fromkeys(PLACES | FILE_SYSTEM, 0)
+        calls = dict.fromkeys([*PLACES, *FILE_SYSTEM], 0)
         for place in calls:
             _watch(place, calls, fault)
         try:

@@ -1,7 +1,6 @@
-"""Nothing is lost, and nothing silently wrong: runs that meet a signal or a disk error at any moment, and damaged files.
+"""Nothing is lost, and nothing silently wrong: runs that meet a signal or a disk error at any moment, and races of two starts.
 
-`-m faults` is the campaign: a hundred kills, hundreds of disk errors, every file damaged in every way. The default run takes a
-sample of it.
+`-m faults` is the campaign: a hundred kills, hundreds of disk errors, fifty races. The default run takes a sample of it.
 """
 
 from __future__ import annotations
@@ -16,17 +15,45 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from campaign import VARIANTS, Campaign, Variant, run_of, table
 from crash_harness import ANY_MOMENT, FILE_SYSTEM, PLACES, STEP, Fault, Harness, Outcome
-from trainrun import contents
+from trainrun import THREE_LEVELS, contents
 
 from bert_tickets.files import read_facts
-from bert_tickets.masking.mask import Mask
 from bert_tickets.runs.directory import events
 from bert_tickets.runs.integrity import problems
 
 SIGNALS = ["SIGKILL", "SIGTERM", "SIGINT"]
 ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO"]
+VARIANTS = [("lt_glue.py", words) for words in ("", "--rewind 3", "--rewind none", "--keep-models", "--protocol released")]
+VARIANTS += [("lt_squad.py", words) for words in ("", "--rewind 3")] + [("lt_pretrain.py", words) for words in ("", "--rewind 3")]
+
+
+class Campaign:
+    """Runs of the variants in the crash harness, each in a folder of its own."""
+
+    def __init__(self, harness: Harness, commands: dict[str, list[str]], place: Path) -> None:
+        self.harness, self.commands, self.place = harness, commands, place
+        self._number = itertools.count()
+        self._undisturbed: dict[tuple[str, str], tuple[Outcome, dict[str, bytes]]] = {}
+
+    def folder(self) -> Path:
+        """A folder that is not there yet."""
+        return self.place / f"{next(self._number):04d}"
+
+    def run(self, folder: Path, variant: tuple[str, str], fault: Fault | None = None) -> Outcome:
+        script, words = variant
+        return self.harness.run(folder, script, [*self.commands[script], *THREE_LEVELS, *words.split()], fault)
+
+    def undisturbed(self, variant: tuple[str, str]) -> tuple[Outcome, dict[str, bytes]]:
+        """How a run ends by itself, and its files."""
+        if variant not in self._undisturbed:
+            folder = self.folder()
+            outcome = self.run(folder, variant)
+            assert outcome.code == 0, outcome.output
+            (run,) = (folder / "runs").iterdir()
+            assert problems(run) == []
+            self._undisturbed[variant] = outcome, contents(folder / "runs")
+        return self._undisturbed[variant]
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +64,12 @@ def campaign(harness, commands, tmp_path_factory):
 # ---- signals and disk errors ----
 
 
-def draw(rng: random.Random, name: str, where: str, alone: Outcome) -> Fault:
-    """A fault of this kind, at a moment of a run that ends as `alone` when it is undisturbed."""
-    if where == ANY_MOMENT:
+def draw(rng: random.Random, name: str, place: str, alone: Outcome) -> Fault:
+    """A fault at a place, at a moment of a run that ends as `alone` when it is undisturbed."""
+    if place == ANY_MOMENT:
         return Fault(name, after=rng.uniform(0, alone.seconds))
-    known = PLACES if name in SIGNALS else FILE_SYSTEM
-    place = rng.choice([place for place, kind in known.items() if kind == where and alone.calls[place]])
     twice = name in ("SIGTERM", "SIGINT") and rng.random() < 0.3
-    return Fault(name, place, rng.randint(1, alone.calls[place]), name not in SIGNALS or rng.random() < 0.5, twice)
+    return Fault(name, place, rng.randint(1, alone.calls[place]), name in ERRORS or rng.random() < 0.5, twice)
 
 
 def check_outcome(fault: Fault, outcome: Outcome, folder: Path) -> bool:
@@ -74,50 +99,37 @@ def check_outcome(fault: Fault, outcome: Outcome, folder: Path) -> bool:
     return True
 
 
-def disturb(
-    campaign: Campaign, rng: random.Random, wanted: list[tuple[str, str]], variants: list[Variant]
-) -> Counter[tuple[str, str]]:
+def disturb(campaign: Campaign, wanted: list[tuple[str, str]], variants: list[tuple[str, str]], rng: random.Random) -> None:
     """Disturb runs, some more than once, until each wanted fault has struck; compare each rerun with the undisturbed run."""
-    struck: Counter[tuple[str, str]] = Counter()
-    for variant in itertools.cycle(rng.sample(variants, len(variants))):
+    for variant in itertools.cycle(variants):
         if not wanted:
             break
-        alone, _ = campaign.undisturbed(variant)
+        alone, expected = campaign.undisturbed(variant)
         folder, faults = campaign.folder(), []
         for _ in range(rng.choice([1, 1, 2, 3])):
-            if not wanted:
-                break
+            if not wanted or not alone.calls.get(wanted[0][1], True):
+                break  # this variant never comes to that place
             faults.append(draw(rng, *wanted[0], alone))
             if not check_outcome(faults[-1], campaign.run(folder, variant, faults[-1]), folder):
                 break  # the run ended before that moment: another run takes the fault
-            struck[wanted.pop(0)] += 1
-        campaign.check_rerun(folder, variant, faults)
-    return struck
+            wanted.pop(0)
+        again = campaign.run(folder, variant)
+        assert again.code == 0, (variant, faults, again.output)
+        assert contents(folder / "runs") == expected, (variant, faults)
+        shutil.rmtree(folder)
 
 
-def moments(rng: random.Random, names: list[str], places: dict[str, str], count: int) -> list[tuple[str, str]]:
-    """So many faults and kinds of places, each pair as often as the others."""
-    pairs = list(itertools.product(names, dict.fromkeys([*places.values(), *[ANY_MOMENT] * (names == SIGNALS)])))
+@pytest.mark.parametrize("what", ["signals", "disk errors"])
+@pytest.mark.parametrize("variants", [VARIANTS[:1], pytest.param(VARIANTS, marks=pytest.mark.faults)], ids=["sample", "campaign"])
+def test_disturbed_runs_end_bit_identical(campaign, figures, what, variants):
+    began, rng = time.monotonic(), random.Random(57)
+    count = 4 if len(variants) == 1 else {"signals": 100, "disk errors": 200}[what]
+    names, places = (SIGNALS, [*PLACES, ANY_MOMENT]) if what == "signals" else (ERRORS, FILE_SYSTEM)
+    reached = {place for variant in variants for place, calls in campaign.undisturbed(variant)[0].calls.items() if calls}
+    pairs = list(itertools.product(names, [place for place in places if place in reached | {ANY_MOMENT}]))
     rng.shuffle(pairs)
-    return list(itertools.islice(itertools.cycle(pairs), count))
-
-
-@pytest.mark.parametrize(("names", "places"), [(SIGNALS, PLACES), (ERRORS, FILE_SYSTEM)], ids=["signals", "errors"])
-def test_disturbed_runs_end_bit_identical(campaign, names, places):
-    rng = random.Random(57)
-    assert disturb(campaign, rng, moments(rng, names, places, 4), VARIANTS[:1]).total() == 4
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("names", "places", "count"), [(SIGNALS, PLACES, 100), (ERRORS, FILE_SYSTEM, 200)], ids=["signals", "errors"]
-)
-def test_hundreds_of_disturbed_runs_end_bit_identical(campaign, figures, names, places, count):
-    began, rng = time.monotonic(), random.Random(1)
-    struck = disturb(campaign, rng, moments(rng, names, places, count), VARIANTS)
-    assert struck.total() == count
-    figures.append(f"{'signals' if names == SIGNALS else 'disk errors'} survived: {count}, {time.monotonic() - began:.0f} s")
-    figures.extend(table(struck, names, "place"))
+    disturb(campaign, list(itertools.islice(itertools.cycle(pairs), count)), variants, rng)
+    figures.append(f"{what} survived: {count}, {time.monotonic() - began:.0f} s")
 
 
 # ---- two processes ----
@@ -148,8 +160,7 @@ def test_two_starts_never_both_train(campaign, commands, figures):
             assert contents(place / "runs") == contents(alone / "runs")
             shutil.rmtree(place)
     assert sum(count for pair, count in codes.items() if "75" in pair) >= 40
-    figures.append(f"two starts of one run: 50 times, {time.monotonic() - began:.0f} s; exit codes of the two:")
-    figures.extend(f"  {one:>4} {two:>4}: {count:3}" for (one, two), count in sorted(codes.items()))
+    figures.append(f"two starts of one run: 50 times, {time.monotonic() - began:.0f} s; exit codes: {dict(codes)}")
 
 
 def check_race(place: Path, first: Outcome, second: Outcome) -> None:
@@ -160,110 +171,8 @@ def check_race(place: Path, first: Outcome, second: Outcome) -> None:
         if outcome.code == 75:
             assert holder.code != 75, (first, second)
             assert re.search(rf"in use by (process {holder.pid} on \S+|another process); wait for it", outcome.output), outcome
-    log = Counter((event["event"], event.get("level")) for event in events(run_of(place) / "log.jsonl"))
+    (run,) = (place / "runs").iterdir()
+    log = Counter((event["event"], event.get("level")) for event in events(run / "log.jsonl"))
     assert log["start", None] == 1, log
     assert log["resume", None] <= (first.code == -9), log
     assert all(count == 1 for (event, _), count in log.items() if event == "level"), log
-
-
-# ---- damaged files ----
-
-DAMAGES = ("truncated", "bit-flipped", "emptied", "of another kind", "of another run", "removed")
-DISPENSABLE = {"checkpoint.safetensors", "results.jsonl", "log.jsonl", "train.jsonl", "lock", "lock.holder"}
-UNCHECKED = {"log.jsonl", "train.jsonl", "lock", "lock.holder"}
-
-
-def damage(path: Path, kind: str, other: Path, rng: random.Random) -> None:
-    """Damage a file; `other` is the same one of another run."""
-    data = bytearray(path.read_bytes())
-    if kind == "truncated":
-        path.write_bytes(data[: rng.randrange(len(data) or 1)])
-    elif kind == "bit-flipped":
-        if data:
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        path.write_bytes(data)
-    elif kind == "emptied":
-        path.write_bytes(b"")
-    elif kind == "of another kind":
-        path.write_bytes(rng.choice([b"PK\x03\x04", b"{}", b"[[[", b"\xff\xfe\x00", b"a text\n"]) * rng.randint(1, 99))
-    elif kind == "of another run":
-        shutil.copy(other, path)
-    else:
-        path.unlink()
-
-
-def check_rerun(campaign: Campaign, variant: Variant, finished: bool, name: str, folder: Path) -> str:
-    """Give the command again over a damaged file: it recovers to the undisturbed bytes, or refuses and names the file.
-
-    A run reads no kept model, and a finished one only run.json, metrics, and the masks' metadata: then it leaves the file.
-    """
-    before, expected = contents(folder / "runs"), campaign.undisturbed(variant)[1]
-    outcome, file = campaign.run(folder, variant), Path(name).name
-    assert "Traceback" not in outcome.output, outcome.output
-    if outcome.code == 0:
-        found = contents(folder / "runs")
-        if found == expected:
-            return "recovered"
-        damaged = f"{run_of(folder).name}/{name}"
-        assert found.pop(damaged, None) == before.pop(damaged, None)
-        assert found == {path: data for path, data in expected.items() if path != damaged}
-        assert (finished and file.endswith(".safetensors")) or "model" in Path(name).parts, (name, outcome.output)
-        return "not read"
-    assert outcome.code == 2, outcome
-    assert file not in DISPENSABLE, outcome.output
-    assert re.search(rf"^error: .*{re.escape(name)}.*restore a copy", outcome.output, re.MULTILINE), outcome.output
-    assert contents(folder / "runs") == before
-    return "refused"
-
-
-def damaged(campaign: Campaign, variant: Variant, finished: bool, rng: random.Random, only: set[tuple[str, str]] | None = None):
-    """Damage each file of a run in each way, one at a time, and give the command again: (file, damage, outcome)."""
-    source, other = (campaign.source((variant[0], variant[1] + more), finished=finished) for more in ("", " --seed 58"))
-    run, other = run_of(source), run_of(other)
-    names = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
-    for name, kind in itertools.product(names, DAMAGES):
-        if only is not None and (name, kind) not in only:
-            continue
-        if kind == "of another run" and name.endswith("mask.safetensors") and Mask.load(run / name) == Mask.load(other / name):
-            continue  # an equal mask is not damage
-        folder = Path(shutil.copytree(source, campaign.folder()))
-        path = run_of(folder) / name
-        damage(path, kind, other / name, rng)
-        changed = not path.exists() or path.read_bytes() != (run / name).read_bytes()
-        found = list(problems(run_of(folder)))
-        if not changed or name in UNCHECKED:
-            assert found == [], (name, kind, found)
-        elif (name, kind) != ("checkpoint.safetensors", "removed"):
-            named = any(Path(name).name in problem for problem in found)
-            assert named or (found and name == "run.json"), (name, kind, found)  # then the other files are another run's
-        if changed:
-            yield name, kind, check_rerun(campaign, variant, finished, name, folder)
-        shutil.rmtree(folder)
-
-
-SAMPLE = {
-    ("level_01/weights.safetensors", "of another run"): "refused",
-    ("level_00/mask.safetensors", "removed"): "refused",
-    ("run.json", "removed"): "refused",
-    ("checkpoint.safetensors", "of another run"): "recovered",
-    ("results.jsonl", "bit-flipped"): "recovered",
-    ("log.jsonl", "of another kind"): "recovered",
-}
-
-
-def test_damaged_files_are_recovered_or_refused(campaign):
-    found = damaged(campaign, ("lt_glue.py", ""), False, random.Random(57), set(SAMPLE))
-    assert {(name, kind): outcome for name, kind, outcome in found} == SAMPLE
-
-
-@pytest.mark.faults
-def test_every_file_damaged_in_every_way(campaign, figures):
-    began, rng, counts, total = time.monotonic(), random.Random(1), Counter(), 0
-    for variant, finished in itertools.product([*VARIANTS[:4], VARIANTS[5], VARIANTS[7]], [False, True]):
-        for name, kind, outcome in damaged(campaign, variant, finished, rng):
-            total += 1
-            counts[outcome, Path(name).name] += 1
-            counts[kind, Path(name).name] += 1
-    assert total > 300
-    figures.append(f"files damaged, and the command given again: {total} times, {time.monotonic() - began:.0f} s")
-    figures.extend(table(counts, [*DAMAGES, "recovered", "refused", "not read"], "file"))

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import ast
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from trainrun import train
 from bert_tickets.data.glue_files import ROWS, read_tsv
 from bert_tickets.data.squad_files import read_json as read_squad
 from bert_tickets.errors import UserError
-from bert_tickets.files import read_checksummed, read_facts, read_tensors, write_checksummed, write_tensors
+from bert_tickets.files import write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
-from bert_tickets.runs import directory, integrity, summary
+from bert_tickets.runs.directory import results_lines
+from bert_tickets.runs.integrity import problems
+from bert_tickets.runs.summary import print_finished
 
 SEED = 57
 SOON = 5  # seconds; an input takes milliseconds
@@ -100,25 +101,12 @@ def replaced(value: Any, changes: list[tuple[int, Any]]) -> Any:
 # ---- the fuzzer ----
 
 
-@contextmanager
-def time_limit() -> Iterator[None]:
-    """Fail what does not end soon."""
+@pytest.fixture
+def fuzz(figures: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that feeds a reader so many inputs. The reader may raise `UserError` or `OSError`, and nothing else."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"no answer in {SOON} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SOON)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture
-def fuzz(figures: list[str]) -> Callable[..., None]:
-    """A function that feeds a reader so many inputs. The reader may raise `UserError` or `OSError`, and nothing else."""
 
     def run(reader: str, inputs: st.SearchStrategy, read: Callable[[Any], None], examples: int) -> None:
         counts, began = {"read": 0, "refused": 0}, time.monotonic()
@@ -133,14 +121,20 @@ def fuzz(figures: list[str]) -> Callable[..., None]:
         )
         @given(inputs)
         def feed(content: Any) -> None:
-            with time_limit(), redirect_stdout(StringIO()):
-                try:
-                    read(content)
-                    counts["read"] += 1
-                except (UserError, OSError):
-                    counts["refused"] += 1
+            signal.setitimer(signal.ITIMER_REAL, SOON)
+            try:
+                read(content)
+                counts["read"] += 1
+            except (UserError, OSError):
+                counts["refused"] += 1
 
-        feed()
+        monkeypatch.setattr("sys.stdout", StringIO())
+        before = signal.signal(signal.SIGALRM, late)
+        try:
+            feed()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
         assert counts["refused"] > 0
         if examples > 50:
             done = f"{counts['read']:,} read, {counts['refused']:,} refused, 0 failures"
@@ -231,95 +225,51 @@ def finished(commands, tmp_path_factory) -> tuple[Path, Any]:
     write_tensors(run / "checkpoint.safetensors", {"total": torch.zeros(())}, {"run": run.name, "level": 2, "step": 1})
     line = {"run": run.name, "task": cfg.task, "level": 2, "ended": "the loss became nan by step 1"}
     write_checksummed(run / "failure.json", line)
-    (run / "results.jsonl").write_bytes(directory.results_lines(run))
+    (run / "results.jsonl").write_bytes(results_lines(run))
     return run, cfg
-
-
-def read_all(run: Path, cfg: Any) -> None:
-    """Read a run directory in every way; raises the last error."""
-    readers: list[Callable[[], object]] = [
-        lambda: directory.read_run(run),
-        lambda: directory.seconds(run),
-        lambda: directory.failure(run),
-        lambda: directory.results(run),
-        lambda: summary.print_finished(cfg),
-        lambda: summary.print_levels(cfg),
-        lambda: [Mask.load(path) for path in run.glob("level_*/mask.safetensors")],
-        lambda: [(read_facts(path), read_tensors(path)) for path in run.rglob("*.safetensors")],
-    ]
-    list(integrity.problems(run))
-    failed = None
-    for reader in readers:
-        try:
-            reader()
-        except (UserError, OSError) as error:
-            failed = error
-    if failed is not None:
-        raise failed
 
 
 @pytest.mark.parametrize("examples", TIMES)
 def test_run_directories(finished, examples, fuzz):
+    """An edited file is a problem, unless it is a log; what reads the directory reads it right, or refuses it."""
     run, cfg = finished
     whole = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file() and path.name != "lock"}
-    objects = {path: read_checksummed(path) for path in whole if path.suffix == ".json"}
-    logs = {path: json.loads(whole[path].splitlines()[-1]) for path in whole if path.suffix == ".jsonl"}
+    logs = {path: json.loads(whole[path].splitlines()[-1]) for path in whole if path.name in ("log.jsonl", "train.jsonl")}
 
-    def change(path: Path, changes: list[tuple[int, Any]]) -> tuple[Path, Any]:
-        if path in objects:
-            return path, replaced(objects[path], changes)
-        return path, whole[path] + json.dumps(replaced(logs[path], changes)).encode() + b"\n"
-
-    def read(given: Any) -> None:
+    def read(given: tuple[Path, bytes]) -> None:
         path, content = given
+        path.write_bytes(content)
         try:
-            if isinstance(content, dict):  # under a checksum that fits
-                write_checksummed(path, content)
+            found = problems(run)
+            if content == whole[path] or path in logs:
+                assert found == []
             else:
-                path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-            read_all(run, cfg)
+                assert found or path.suffix == ".json"  # an edit of white space is no damage
+            if not print_finished(cfg):
+                raise UserError(f"{path} is damaged")
         finally:
             path.write_bytes(whole[path])
 
     files = st.sampled_from(list(whole))
     edited = st.builds(lambda path, edits, other: (path, edit(whole[path], edits, whole[other])), files, EDITS, files)
-    changed = st.builds(change, st.sampled_from([*objects, *logs]), CHANGES)
-    fuzz("run directories", st.one_of(edited, changed), read, examples)
+    lines = st.sampled_from(list(logs)), CHANGES
+    logged = st.builds(lambda path, new: (path, whole[path] + json.dumps(replaced(logs[path], new)).encode() + b"\n"), *lines)
+    fuzz("run directories", st.one_of(edited, logged), read, examples)
 
 
 # ---- unpickling ----
 
-
-def unpickles(source: str) -> list[str]:
-    """Where a module could run code that a file holds: pickles, and evaluated text."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            banned = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
-            found += [f"imports {name}" for name in names if name.split(".")[0] in banned]
-        if isinstance(node, ast.Call):
-            options = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            name = ast.unparse(node.func)
-            if name.endswith("torch.load") and options.get("weights_only") != "True":
-                found.append(f"{name} without weights_only=True")
-            if options.get("allow_pickle", "False") != "False" or options.get("trust_remote_code", "False") != "False":
-                found.append(f"{name} of untrusted content")
-            if name in ("eval", "exec", "__import__") or name.endswith(("read_pickle", "load_source")):
-                found.append(name)
-    return found
+UNSAFE = r"^\s*(import|from) (c?pickle|dill|cloudpickle|joblib|marshal|shelve|runpy)\b|allow_pickle=(?!False)|read_pickle"
+UNSAFE += r"|trust_remote_code=(?!False)|(?<![\w.])(eval|exec|__import__)\(|torch\.load\((?!.*weights_only=True)"
 
 
 def test_nothing_is_unpickled_but_weights():
     files = [*(ROOT / "bert_tickets").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")]
-    assert {str(path): found for path in files if (found := unpickles(path.read_text(encoding="utf-8")))} == {}
-    assert sum("torch.load(" in path.read_text(encoding="utf-8") for path in files) == 1
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if re.search(UNSAFE, line)] == []
+    assert sum("torch.load(" in line for line in lines) == 1
 
 
-UNSAFE = ["import pickle", "def late():\n    from joblib import load", "torch.load(path)", "torch.load(p, weights_only=False)"]
-UNSAFE += ["np.load(path, allow_pickle=True)", "eval(text)", "AutoModel.from_pretrained(name, trust_remote_code=True)"]
-
-
-@pytest.mark.parametrize("source", UNSAFE)
-def test_a_module_that_unpickles_is_found(source):
-    assert unpickles(source)
+@pytest.mark.parametrize("line", ["import pickle", "  from joblib import load", "torch.load(path)", "eval(text)"])
+def test_a_line_that_unpickles_is_found(line):
+    assert re.search(UNSAFE, line)

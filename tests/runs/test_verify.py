@@ -68,8 +68,8 @@ def test_a_sound_run_is_traced(run, capsys):
     for line in results(run):
         assert line["mask_sha256"] in out
         assert line["init_sha256"] in out
-        assert f"{line['metrics']['accuracy']:.6f}" in out
-        assert all(f"* level {line['level']}: {warning}" in out for warning in line["warnings"])
+        assert f"{line['metrics']['accuracy']:.4f}" in out
+        assert all(warning in out for warning in line["warnings"])
     assert any(line["warnings"] for line in results(run))
     assert "all files are intact" in out
 
@@ -82,7 +82,7 @@ def test_commit_given_mask_and_initial_weights_are_printed(run):
     write_checksummed(run / "run.json", about)
     path = run / "level_00" / "mask.safetensors"
     Mask(Mask.load(path)).write(path, method="oneshot random", seed=3)
-    lines = {line.split("  ")[1]: line for line in verify.provenance(run)}
+    lines = {line.split("  ")[0]: line for line in verify.provenance(run)}
     assert lines["commit"].endswith("  0123abc, with changes")
     assert "  given.safetensors: method oneshot random, seed 3, sha256 " in lines["given mask"]
     assert lines["initial weights"].endswith('  shuffled.safetensors {"perturbed": "the entries of each matrix shuffled"}')
@@ -101,25 +101,14 @@ def test_a_diverged_level_is_printed_and_its_record_verified(run, capsys):
     assert any("failure.json is damaged" in problem for problem in problems(run))
 
 
-FILES = ["run.json", "results.jsonl", "level_00/metrics.json", "level_01/mask.safetensors", "level_02/weights.safetensors"]
-FILES += [f"level_01/model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")]
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["flipped", "cut", "emptied", "foreign", "removed"])
-def test_a_damaged_file_is_named_and_the_exit_code_is_1(run, name, how, capsys):
-    path = run / name
-    data = bytearray(path.read_bytes())
-    if how == "flipped":
-        data[len(data) // 2] ^= 1
-    path.unlink()
-    if how != "removed":
-        content = {"cut": data[: len(data) // 2], "emptied": b"", "foreign": b"PK\x03\x04 something else"}
-        path.write_bytes(content.get(how, data))
-    assert verified(run) == 1
+def test_a_damaged_file_is_named_and_the_exit_code_is_1(run, capsys):
+    """tests/faults/test_damage.py damages every file in every way."""
+    path = run / "level_01" / "model" / "config.json"
+    path.write_text("{}")
+    assert verified(run.parent) == 1
     captured = capsys.readouterr()
-    assert str(path) in captured.out or f"{run} is not a run directory: it has no run.json" in captured.out
-    assert f"damaged: {run}" in captured.err
+    assert f"{path} is damaged" in captured.out
+    assert captured.err == f"damaged: {run}\n"
 
 
 @pytest.mark.parametrize(
@@ -143,9 +132,13 @@ def test_a_sound_file_of_another_run_or_level_is_named(run, name, fact, problem)
     assert any(re.search(problem, line) for line in problems(run))
 
 
-def test_a_level_that_is_gone_before_others_is_named(run):
+def test_a_run_that_cannot_be_read_has_one_problem(run):
     shutil.rmtree(run / "level_01")
-    assert f"{run / 'level_01'} is missing, and a later level exists" in problems(run)
+    assert one_problem(run) == f"{run / 'level_01'} is missing, and a later level is there"
+    write_checksummed(run / "run.json", read_checksummed(run / "run.json") | {"format": 2})
+    assert f"{run} has format 2, and this version reads format 3" in one_problem(run)
+    (run / "run.json").unlink()
+    assert "is not a run directory: it has no run.json" in one_problem(run)
 
 
 def test_masks_and_weights_that_do_not_fit_are_named(run):
@@ -187,14 +180,6 @@ def test_checkpoints_are_verified_and_those_of_a_finished_level_do_no_harm(run):
     assert problems(run) == []
     write_tensors(path, {"x": torch.zeros(2)}, {"run": "another", "level": 2})
     assert "checkpoint.safetensors belongs to another" in one_problem(run)
-
-
-def test_a_run_of_another_format_is_one_line(run, capsys):
-    write_checksummed(run / "run.json", read_checksummed(run / "run.json") | {"format": 2})
-    assert verified(run) == 1
-    name, line, _ = capsys.readouterr().out.splitlines()
-    assert name == str(run)
-    assert f"{run} has format 2, and this version reads format 3" in line
 
 
 def test_a_folder_without_a_run_is_a_users_mistake(tmp_path, capsys):
