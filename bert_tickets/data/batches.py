@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.modeling.packing import Batch, Shard, ship
 from bert_tickets.seeds import seeded
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -106,6 +108,11 @@ def _round_up(number: int, unit: int) -> int:
 def order(count: int, seed: int, epoch: int) -> Tensor:
     """Draw the order of the examples in an epoch ([count], int64, CPU)."""
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
+
+
+def subset(examples: list[T], limit: int | None) -> list[T]:
+    """Draw up to `limit` of the examples, the same ones for every seed of a run."""
+    return examples if limit is None else [examples[i] for i in order(len(examples), seed=0, epoch=0)[:limit].tolist()]
 
 
 Augment = Callable[[Batch, int], Batch]  # maps a batch and its step to the augmented batch

@@ -99,7 +99,7 @@ def _overlap(predicted: list[str], gold: list[str]) -> float:
 # ---- comparison with evaluate ----
 
 
-def compare_with_evaluate(task: str, predictions: Any, references: Any, ours: dict[str, float]) -> str:
+def compare_with_evaluate(task: str, predictions: Any, references: Any, ours: Mapping[str, float]) -> str:
     """Compare `ours` with `evaluate.load("glue", task)`, or its "squad"; returns a line to print.
 
     Raises `UserError` if a value differs by more than 1e-9. If `evaluate` cannot be loaded, the line gives the reason.
