@@ -56,12 +56,12 @@ ROWS = {
 Example = tuple[tuple[str, ...], float]  # one or two texts, a label
 
 
-def find_folder(data_dir: Path, folder: str) -> Path:
-    """Find the task's folder: `data_dir/MNLI`, or `data_dir` itself. Raises `UserError` if neither has the files."""
-    for place in (data_dir / folder, data_dir):
-        if (place / "train.tsv").is_file():
-            return place
-    raise no_data(f"neither {data_dir / folder}/train.tsv nor {data_dir}/train.tsv exists", HUB, LAYOUT)
+def read_folder(data_dir: Path, row: Row) -> dict[str, list[Example]]:
+    """Read all splits from `data_dir/MNLI`, or from `data_dir` itself. Raises `UserError` if neither has the files."""
+    for folder in (data_dir / row.folder, data_dir):
+        if (folder / "train.tsv").is_file():
+            return {split: read_tsv(folder / file, row) for split, file in {"train": "train.tsv", **row.dev}.items()}
+    raise no_data(f"neither {data_dir / row.folder}/train.tsv nor {data_dir}/train.tsv exists", HUB, LAYOUT)
 
 
 def read_tsv(path: Path, row: Row) -> list[Example]:

@@ -48,14 +48,14 @@ class Corpus:
         augment_batch: Augment | None = None,
     ) -> None:
         inner = length - 2
-        self._blocks = stream[: len(stream) // inner * inner].reshape(-1, inner)
+        self.blocks = stream[: len(stream) // inner * inner].reshape(-1, inner)  # without [CLS] and [SEP]
         self._ends, self._augment_batch = ends, augment_batch
         self.length, self.device = length, torch.device(device)
-        self.lengths = np.broadcast_to(np.int64(length), len(self._blocks))  # takes no memory
+        self.lengths = np.broadcast_to(np.int64(length), len(self.blocks))  # takes no memory
         self.sha256 = hashlib.sha256(repr((sha256, ends, length, len(self))).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self.blocks)
 
     def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch:
         """Return the blocks of these indices ([B], int64, on the CPU), in their order. The labels are the tokens themselves, [T].
@@ -65,7 +65,7 @@ class Corpus:
         count, length, device = len(examples), self.length, self.device
         ids = np.empty((count, length), np.int64)
         ids[:, 0], ids[:, -1] = self._ends
-        ids[:, 1:-1] = self._blocks[examples.numpy()]
+        ids[:, 1:-1] = self.blocks[examples.numpy()]
         tokens = ship(torch.from_numpy(ids), device).view(1, -1)
         block, position = torch.arange(count, device=device), torch.arange(length, device=device)
         batch = Batch(
@@ -81,15 +81,11 @@ class Corpus:
         )
         return batch if self._augment_batch is None else self._augment_batch(batch, examples)
 
-    def first(self, blocks: int = 10_000) -> np.ndarray:
-        """Return the tokens of the first blocks, without [CLS] and [SEP]."""
-        return self._blocks[:blocks]
-
     @cached_property
     def unigram_entropy(self) -> float:
         """The loss of a model of token frequencies alone on these blocks, in nats per token."""
-        size = int(self._blocks.max()) + 1
-        parts = np.split(self._blocks, range(1000, len(self), 1000))  # counting takes eight bytes per token
+        size = int(self.blocks.max()) + 1
+        parts = np.split(self.blocks, range(1000, len(self), 1000))  # counting takes eight bytes per token
         counts = np.sum([np.bincount(part.ravel(), minlength=size) for part in parts], axis=0)
         frequencies = counts[counts > 0] / counts.sum()
         return float(-(frequencies * np.log(frequencies)).sum())

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from bert_tickets.config import Config
 from bert_tickets.data.batches import TokenStore, subset
-from bert_tickets.data.glue_files import MAX_BROKEN, ROWS, Example, find_folder, read_hub, read_tsv
+from bert_tickets.data.glue_files import MAX_BROKEN, ROWS, Example, read_folder, read_hub
 from bert_tickets.data.token_cache import tokenize
 from bert_tickets.modeling.bert import Net, classify
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.packing import Batch, at_least_fp32
 from bert_tickets.tasks import Outputs, Stores, Task
-from bert_tickets.tasks.metrics import METRICS, compare_with_evaluate
+from bert_tickets.tasks.metrics import compare_with_evaluate, glue_metric
 from bert_tickets.tasks.sanity import overlap, unknown_tokens
 
 
@@ -42,13 +42,8 @@ class Glue(Task):
         return net, tokenizer
 
     def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
-        if cfg.data_dir is not None:
-            folder = find_folder(Path(cfg.data_dir), self.row.folder)
-            splits = {split: read_tsv(folder / file, self.row) for split, file in {"train": "train.tsv", **self.row.dev}.items()}
-        else:
-            splits = read_hub(self.name, self.row)
-        train = splits.pop("train")
-        train = subset(train, cfg.limit_train)
+        splits = read_hub(self.name, self.row) if cfg.data_dir is None else read_folder(Path(cfg.data_dir), self.row)
+        train = subset(splits.pop("train"), cfg.limit_train)
         evals = {split: examples[: cfg.limit_eval] for split, examples in splits.items()}
         self.data_warnings: list[str] = []
         for split, examples in evals.items():
@@ -89,7 +84,7 @@ class Glue(Task):
         for split, logits in outputs.items():
             suffix = "_mm" if split.endswith("mismatched") else ""
             for metric in self.row.metrics:
-                values[metric + suffix] = METRICS[metric](self.decode(logits), stores[split].labels.cpu().numpy())
+                values[metric + suffix] = glue_metric(metric, self.decode(logits), stores[split].labels.cpu().numpy())
         return values
 
     def warnings(self, outputs: Outputs, stores: Stores) -> list[str]:
@@ -104,7 +99,7 @@ class Glue(Task):
                 found.append(f"all {len(predicted)} predictions on {split} are {self._answer(predicted[0])}")
             if np.ptp(labels) == 0 or np.ptp(predicted) < 1e-4:
                 continue
-            value = METRICS[self.metric](predicted, labels)
+            value = glue_metric(self.metric, predicted, labels)
             chance = np.bincount(labels).max() / len(labels) if self.metric == "accuracy" else 0.0
             if value < chance:
                 found.append(f"{self.metric} {value:.4f} on {split} is below chance ({chance:.4f})")

@@ -51,11 +51,11 @@ class Mlm(Task):
             f"{len(train):,} blocks of {cfg.max_length} tokens to train on, {len(held_out):,} to evaluate on; "
             f"their unigram entropy is {held_out.unigram_entropy:.3f} nats per token"
         )
-        same = ["the validation text is the training text"] if texts["train"].key == texts["validation"].key else []
+        same = texts["train"].key == texts["validation"].key
         self.data_warnings = [
-            *same,
-            *unknown_tokens(train.first(), tokenizer, "train"),
-            *unknown_tokens(held_out.first(), tokenizer, "validation"),
+            *["the validation text is the training text"] * same,
+            *unknown_tokens(train.blocks[:10_000], tokenizer, "train"),
+            *unknown_tokens(held_out.blocks[:10_000], tokenizer, "validation"),
         ]
         return train, {"validation": held_out}
 
@@ -81,8 +81,8 @@ class Mlm(Task):
         with torch.autocast(hidden.device.type, enabled=False):  # half-precision scores tie
             for part, labels in zip(hidden.to(at_least_fp32(hidden)).split(CHUNK), batch.labels.split(CHUNK), strict=True):
                 scores = net.cls(part)
-                hits = scores.argmax(1) == labels
-                rows.append(torch.stack([F.cross_entropy(scores, labels, reduction="none"), hits.to(scores.dtype)], 1))
+                losses, hits = F.cross_entropy(scores, labels, reduction="none"), scores.argmax(1) == labels
+                rows.append(torch.stack([losses, hits.to(losses.dtype)], 1))
         return torch.cat(rows)
 
     def compute_metrics(self, outputs: Outputs, stores: Stores) -> dict[str, float]:

@@ -39,7 +39,7 @@ class Squad(Task):
         return load_bert(cfg.model, "qa", cfg.init, cfg.train.seed)
 
     def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
-        splits = read_folder(Path(cfg.data_dir)) if cfg.data_dir is not None else read_hub()
+        splits = read_hub() if cfg.data_dir is None else read_folder(Path(cfg.data_dir))
         found = [(question, answer) for question in splits["train"] if (answer := question.found_answer) is not None]
         if len(found) < len(splits["train"]):
             print(f"skipped {len(splits['train']) - len(found)} of {len(splits['train'])} training questions: {MISPLACED}")

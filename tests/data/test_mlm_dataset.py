@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from bert_tickets.data import mlm_dataset, text_source, token_cache
 from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.mlm_dataset import load_corpus, read_tokens
-from bert_tickets.data.text_source import HELD_OUT, PIECE, WIKIPEDIA, WIKITEXT, file_text, find_texts, hub_text
+from bert_tickets.data.text_source import HELD_OUT, PIECE, ROWS, WIKIPEDIA, WIKITEXT, file_text, find_texts, hub_text
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
 
@@ -69,18 +69,23 @@ def counted(path: Path):
 # ---- a stream, and its blocks ----
 
 
-def test_blocks_are_those_of_the_released_code(cache, tokenizer, tmp_path):
+def test_blocks_are_those_of_the_released_code_and_a_batch_is_like_a_token_stores(cache, tokenizer, tmp_path):
     """As `TextDataset` of the released LT_pretrain.py: the whole file at once, the tail dropped."""
     text = words(500)
     ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
-    inner = LENGTH - 2
-    expected = [
-        [tokenizer.cls_token_id, *ids[i : i + inner], tokenizer.sep_token_id] for i in range(0, len(ids) - inner + 1, inner)
-    ]
-    found = load_corpus(file_text(written(tmp_path / "t", text)), tokenizer, LENGTH)
+    cls, sep, inner = tokenizer.cls_token_id, tokenizer.sep_token_id, LENGTH - 2
+    blocks = [[cls, *ids[i : i + inner], sep] for i in range(0, len(ids) - inner + 1, inner)]
     assert len(ids) % inner > 0
-    assert len(found) == len(expected)
-    assert found.batch(torch.arange(len(found))).input_ids.view(-1, LENGTH).tolist() == expected
+    found = load_corpus(file_text(written(tmp_path / "t", text)), tokenizer, LENGTH)
+    store = TokenStore(Tokens.of(blocks, [[0] * LENGTH] * len(blocks)), np.zeros(len(blocks)))
+    assert found.lengths.tolist() == store.lengths.tolist()
+    assert found.lengths.strides == (0,)  # takes no memory
+    for examples in (torch.arange(len(blocks)), torch.tensor([3, 0, 3])):
+        batch, expected = found.batch(examples), store.batch(examples)
+        for name in ("input_ids", "token_type_ids", "position_ids", "rows", "starts", "lens"):
+            assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+        assert batch.labels.tolist() == batch.input_ids[0].tolist()
+        assert (batch.lengths.tolist(), batch.longest) == (expected.lengths.tolist(), LENGTH)
 
 
 @settings(deadline=None, max_examples=30)
@@ -121,40 +126,19 @@ def test_the_text_of_a_special_token_is_ordinary_text(cache, tokenizer, tmp_path
     assert special.isdisjoint(stream_of(path, tokenizer))
 
 
-# ---- a corpus as a store ----
-
-
-def test_a_batch_is_its_blocks_concatenated(cache, tokenizer, tmp_path):
-    found = load_corpus(file_text(written(tmp_path / "t", words(500))), tokenizer, LENGTH)
-    blocks = found.batch(torch.arange(len(found))).input_ids.view(-1, LENGTH).tolist()
-    store = TokenStore(Tokens.of(blocks, [[0] * LENGTH] * len(blocks)), np.zeros(len(blocks)))
-    examples = torch.tensor([3, 0, 3])
-    batch, expected = found.batch(examples), store.batch(examples)
-    for name in ("input_ids", "token_type_ids", "position_ids", "rows", "starts", "lens"):
-        assert torch.equal(getattr(batch, name), getattr(expected, name)), name
-    assert batch.labels.tolist() == batch.input_ids[0].tolist()
-    assert (batch.lengths.tolist(), batch.longest) == (expected.lengths.tolist(), LENGTH)
-    assert found.lengths.tolist() == store.lengths.tolist()
-    assert found.lengths.strides == (0,)  # takes no memory
-
-
 def test_the_sha256_is_of_the_blocks_and_their_length(cache, tokenizer, tmp_path):
     path, other = written(tmp_path / "t", words(500)), written(tmp_path / "u", words(500, seed=1))
-
-    def fingerprint(path: Path, length: int = LENGTH, limit: int | None = None) -> str:
-        return load_corpus(file_text(path), tokenizer, length, limit).sha256
-
     same = written(tmp_path / "same", path.read_bytes())
-    assert fingerprint(path) == fingerprint(same)
-    assert len({fingerprint(path), fingerprint(other), fingerprint(path, LENGTH + 1), fingerprint(path, limit=5)}) == 4
+    cases = [(path, LENGTH, None), (other, LENGTH, None), (path, LENGTH + 1, None), (path, LENGTH, 5), (same, LENGTH, None)]
+    found = [load_corpus(file_text(text), tokenizer, length, limit).sha256 for text, length, limit in cases]
+    assert found[0] == found[-1]
+    assert len(set(found)) == 4
 
 
 def test_a_limit_takes_the_first_blocks_and_reads_no_further(cache, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(mlm_dataset, "PIECES", 1)
     path = written(tmp_path / "t", words(40000).encode() + b"\xff")  # an error for all who read to the end
-    assert path.stat().st_size > 2 * PIECE
-    few = load_corpus(file_text(path), tokenizer, LENGTH, limit=5)
-    more = load_corpus(file_text(path), tokenizer, LENGTH, limit=9)
+    few, more = (load_corpus(file_text(path), tokenizer, LENGTH, limit) for limit in (5, 9))
     assert (len(few), len(more)) == (5, 9)
     assert torch.equal(few.batch(torch.arange(5)).input_ids, more.batch(torch.arange(5)).input_ids)
     with pytest.raises(UserError, match="not UTF-8"):
@@ -301,9 +285,10 @@ def put_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[str]], revis
     return asked
 
 
-def test_wikitext_is_streamed_row_by_row_and_once(cache, tokenizer, tmp_path, monkeypatch):
-    text = words(30000)
+def test_wikitext_is_streamed_and_read_once(cache, tokenizer, tmp_path, monkeypatch):
+    text = words(3000)
     rows = [line + "\n" for line in text.split("\n")]
+    assert len(rows) > 2 * ROWS
     asked = put_hub(monkeypatch, {"train": rows, "validation": rows[::-1]})
     found = {split: read_tokens(text, tokenizer)[0] for split, text in find_texts(None).items()}
     assert found["train"].tolist() == stream_of(written(tmp_path / "t", text), tokenizer)

@@ -230,25 +230,9 @@ def store_of(lengths: list[int]) -> TokenStore:
     return TokenStore(Tokens.of(ids, types_), np.stack([rng.integers(0, n, 2) for n in lengths]))
 
 
-def test_the_packed_loss_and_its_gradients_equal_hugging_faces(net):
-    """For windows of equal length: otherwise Hugging Face's softmax counts the padding."""
-    store, examples = store_of([40] * 5), torch.tensor([3, 0, 4, 1, 2])
-    net = net.double().eval()
-    batch = store.batch(examples)
-    loss = Squad().loss(net, batch)
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}
-    net.zero_grad()
-    net.set_attn_implementation("eager")
-    padded = {key: getattr(batch, key).view(5, 40) for key in ("input_ids", "token_type_ids")}
-    padded |= dict(zip(("start_positions", "end_positions"), batch.labels.T, strict=True))
-    expected = net(**padded, attention_mask=torch.ones(5, 40)).loss
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, net.get_parameter(name).grad, rtol=0, atol=1e-10, msg=name)
+def test_predictions_are_float32_in_half_precision(net):
     with torch.autocast("cpu", torch.bfloat16):
-        assert Squad().predict(net.float(), batch).dtype == torch.float32
+        assert Squad().predict(net, store_of([40, 5]).batch(torch.arange(2))).dtype == torch.float32
 
 
 @pytest.mark.parametrize("padding", [0, 5])
