@@ -28,11 +28,6 @@ from bert_tickets.errors import UserError
 LENGTH = 12
 
 
-@pytest.fixture(scope="module")
-def tokenizer(bert_dir):
-    return AutoTokenizer.from_pretrained(bert_dir)
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache."""

@@ -28,11 +28,6 @@ BETWEEN = [" ", "  ", "\n", "\t ", "\u00a0", "\u3000"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(bert_dir):
-    return AutoTokenizer.from_pretrained(bert_dir)
-
-
-@pytest.fixture(scope="module")
 def keeping(bert_dir):
     """The tokenizer, keeping accents as BERT's cased one does."""
     tokenizer = AutoTokenizer.from_pretrained(bert_dir)

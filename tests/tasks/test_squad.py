@@ -16,7 +16,7 @@ from paragraphs import content, labelled_texts, starts_of
 from test_metrics import put_evaluate
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
-from transformers import AutoTokenizer, BertTokenizerFast
+from transformers import BertTokenizerFast
 
 from bert_tickets.config import Config, build
 from bert_tickets.data.batches import TokenStore
@@ -28,11 +28,6 @@ from bert_tickets.tasks import squad
 from bert_tickets.tasks.squad import Squad
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(bert_dir):
-    return AutoTokenizer.from_pretrained(bert_dir)
 
 
 def load(folder: Path | None, tokenizer, **given) -> tuple[Squad, TokenStore, TokenStore]:
@@ -219,18 +214,14 @@ def test_evaluate_gets_the_answers(squad_dir, tokenizer, monkeypatch):
 # ---- the network ----
 
 
-@pytest.fixture
-def net(bert_dir):
-    return Squad().load_net(Config(task="squad", model=str(bert_dir)))[0]
-
-
 def store_of(lengths: list[int]) -> TokenStore:
     rng = np.random.default_rng(len(lengths))
     ids, types_ = ([rng.integers(low, high, n).tolist() for n in lengths] for low, high in ((5, 100), (0, 2)))
     return TokenStore(Tokens.of(ids, types_), np.stack([rng.integers(0, n, 2) for n in lengths]))
 
 
-def test_predictions_are_float32_in_half_precision(net):
+def test_predictions_are_float32_in_half_precision(bert_dir):
+    net, _ = Squad().load_net(Config(task="squad", model=str(bert_dir)))
     with torch.autocast("cpu", torch.bfloat16):
         assert Squad().predict(net, store_of([40, 5]).batch(torch.arange(2))).dtype == torch.float32
 
