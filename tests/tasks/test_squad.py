@@ -94,25 +94,19 @@ def test_missing_data_name_three_ways_to_get_it(tmp_path):
 
 @pytest.mark.parametrize(("text", "start"), [("good", 4), ("good", -9), ("Good", 3), ("film", 700), (" ", 2)])
 def test_a_misplaced_answer_is_not_trained_on_but_counts_in_metrics(tmp_path, tokenizer, text, start, capsys):
-    train = one()
+    train, answers = one(), [(text, start), ("film", 8), ("good", 3)]
     train["data"] += one(text=text, start=start, id="r")["data"]
+    train["data"] += one(answers=[{"text": text, "answer_start": start} for text, start in answers], id="s")["data"]
     written(tmp_path, train, "train-v1.1.json")
     written(tmp_path, one(text=text, start=start))
     task, store, evals = load(tmp_path, tokenizer)
-    assert "skipped 1 of 2 training questions" in capsys.readouterr().out
-    assert (len(store), len(evals)) == (1, 1)
+    assert "skipped 1 of 3 training questions" in capsys.readouterr().out
+    assert (len(store), len(evals)) == (2, 1)
+    (first, last), ids = store.labels[1].tolist(), store.batch(torch.tensor([1])).input_ids[0]
+    assert tokenizer.decode(ids[first : last + 1]) == "film"  # the first answer that is in its place
     assert task.compute_metrics({"validation": np.zeros((int(evals.lengths.sum()), 2))}, {})["exact_match"] == 0
     task.decode = lambda logits: {"q": text}
     assert task.compute_metrics({"validation": None}, {})["exact_match"] == 1
-
-
-def test_the_first_answer_in_its_place_is_trained_on(tmp_path, tokenizer):
-    answers = [{"text": "good", "answer_start": 4}, {"text": "film", "answer_start": 8}, {"text": "good", "answer_start": 3}]
-    for file in FILES.values():
-        written(tmp_path, one(answers=answers), file)
-    _, store, _ = load(tmp_path, tokenizer)
-    (first, last), ids = store.labels[0].tolist(), store.batch(torch.tensor([0])).input_ids[0]
-    assert tokenizer.decode(ids[first : last + 1]) == "film"
 
 
 def test_an_answer_of_no_token_is_skipped_and_reported(tmp_path, tokenizer, capsys):
