@@ -151,12 +151,10 @@ def most_context(windows: Sequence[Window]) -> np.ndarray:
 
 
 def covered_tokens(context: Encoded, answer: tuple[str, int]) -> tuple[int, int]:
-    """Return the first and last token that an answer, stripped of white space, overlaps. If none, the last precedes the first."""
+    """Return the first and last token that an answer overlaps (none is white space). If none, the last precedes the first."""
     text, start = answer
-    begin = start + len(text) - len(text.lstrip())
-    end = max(start + len(text.rstrip()), begin)
-    first = np.searchsorted(context.chars[:, 1], begin, side="right")
-    last = np.searchsorted(context.chars[:, 0], end, side="left") - 1
+    first = np.searchsorted(context.chars[:, 1], start, side="right")
+    last = np.searchsorted(context.chars[:, 0], start + len(text), side="left") - 1
     return int(first), int(last)
 
 

@@ -6,25 +6,31 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from paragraphs import labelled_texts, starts_of
 from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer
 
-from bert_tickets.config import MAX_QUESTION
-from bert_tickets.data import token_cache
-from bert_tickets.data.squad_features import (
-    MAX_ANSWER,
-    N_BEST,
-    best_spans,
-    eval_windows,
-    train_windows,
-)
+from bert_tickets.data import squad_features, token_cache
+from bert_tickets.data.squad_features import best_spans, eval_windows, train_windows
 
 PLAIN = ["good", "film", "The", "plot", "was", "café", "naïve", "book's", "1984", "a.b", "(song)", '"fine"']
 ODD = ["cafe\u0301", "日本語", "東京was", "😀", "👩‍🚀", "한국", "İstanbul", "ﬁlm", "½", "e\u0301\u0323a", "µ", "—", "…"]
 BETWEEN = [" ", "  ", "\n", "\t ", "\u00a0", "\u3000"]
+
+
+LIMITS = {"MAX_QUESTION": 64, "N_BEST": 20, "MAX_ANSWER": 30}  # as in the released code
+MAX_QUESTION, N_BEST, MAX_ANSWER = 8, 4, 5  # in these tests, so that short contexts have many windows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_limits():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, small in (("MAX_QUESTION", MAX_QUESTION), ("N_BEST", N_BEST), ("MAX_ANSWER", MAX_ANSWER)):
+            assert getattr(squad_features, name) == LIMITS[name]
+            patch.setattr(squad_features, name, small)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,8 @@ def tasks(draw, **options):
     return [list(column) for column in zip(*found, strict=True)]
 
 
-@given(task=tasks(), doc_stride=st.integers(1, 40), more=st.integers(0, 30))
+@given(task=tasks(), doc_stride=st.integers(1, 20), more=st.integers(0, 30))
+@example(task=[["what film"], ["good " * 207], []], doc_stride=151, more=49)  # a last window shorter by more than 100 tokens
 @settings(max_examples=40, deadline=None)
 def test_windows_are_the_tokenizers_own_with_the_overlap_as_its_stride(tokenizer, task, doc_stride, more):
     """Each token of a context has most context in one window: min(left, right) + 0.01 * tokens, the first of the best."""
@@ -118,9 +125,9 @@ def test_an_answer_is_labelled_where_it_is_whole_and_cls_elsewhere(tokenizer):
     words = [random.Random(0).choice(["good", "film", "was"]) for _ in range(30)]
     context = " ".join(words)
     at = len(" ".join(words[:12])) + 1
-    made = train_windows(tokenizer, ["the plot"], [context], [(" ".join(words[12:16]), at)], 3 + 2 + 10, 4)
-    # Windows of 10 words from 0, 4, 8, 12, 16, 20; words 12 to 15 are whole in those from 8 and 12.
-    assert made["labels"].tolist() == [[0, 0], [0, 0], [4 + 4, 4 + 7], [4 + 0, 4 + 3], [0, 0], [0, 0]]
+    made = train_windows(tokenizer, ["the plot"], [context], [(" ".join(words[12:15]), at)], 3 + 2 + 10, 4)
+    # Windows of 10 words from 0, 4, 8, 12, 16, 20: words 12 to 14 are whole in those from 8 and 12, word 14 is not in that from 4.
+    assert made["labels"].tolist() == [[0, 0], [0, 0], [4 + 4, 4 + 6], [4 + 0, 4 + 2], [0, 0], [0, 0]]
     whole = train_windows(tokenizer, ["the plot"], [context], [(context, 0)], 3 + 2 + 10, 4)  # longer than a window
     assert not whole["labels"].any()
     assert whole["lost"].size == 0
