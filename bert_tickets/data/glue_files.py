@@ -98,7 +98,7 @@ def read_tsv(path: Path, row: Row) -> list[Example]:
 
 def _parse(line: str, header: Sequence[str], row: Row) -> Example:
     """Parse a line; quotes are ordinary characters. Raises `ValueError` if it is broken."""
-    cells = line.rstrip("\r").split("\t")
+    cells = line.split("\t")
     if len(cells) != len(header):
         raise ValueError(f"{len(cells)} columns, not {len(header)}")
     values = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}

@@ -126,7 +126,7 @@ def test_an_answer_is_labelled_where_it_is_whole_and_cls_elsewhere(tokenizer):
     context = " ".join(words)
     at = len(" ".join(words[:12])) + 1
     made = train_windows(tokenizer, ["the plot"], [context], [(" ".join(words[12:15]), at)], 3 + 2 + 10, 4)
-    # Windows of 10 words from 0, 4, 8, 12, 16, 20: words 12 to 14 are whole in those from 8 and 12, word 14 is not in that from 4.
+    # Windows of 10 words from 0, 4, 8, 12, 16, 20: words 12 to 14 are in those from 8 and 12, and word 14 is not in that from 4.
     assert made["labels"].tolist() == [[0, 0], [0, 0], [4 + 4, 4 + 6], [4 + 0, 4 + 2], [0, 0], [0, 0]]
     whole = train_windows(tokenizer, ["the plot"], [context], [(context, 0)], 3 + 2 + 10, 4)  # longer than a window
     assert not whole["labels"].any()
@@ -194,10 +194,10 @@ def naive(logits: np.ndarray, made: dict) -> list[list[int]]:
     return spans
 
 
-@given(task=tasks(), doc_stride=st.integers(1, 20), seed=st.integers(0, 2**32 - 1), ties=st.booleans())
+@given(task=tasks(), doc_stride=st.integers(1, 12), seed=st.integers(0, 2**32 - 1), ties=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_the_best_spans_are_those_of_the_definition(tokenizer, task, doc_stride, seed, ties):
-    made = eval_windows(tokenizer, *task[:2], MAX_QUESTION + 3 + doc_stride + 20, doc_stride)
+    made = eval_windows(tokenizer, *task[:2], MAX_QUESTION + 3 + doc_stride + 2, doc_stride)
     rng = np.random.default_rng(seed)
-    logits = (rng.integers(-2, 3, (len(made["ids"]), 2)) if ties else rng.normal(size=(len(made["ids"]), 2))).astype(np.float32)
+    logits = (rng.integers(0, 3, (len(made["ids"]), 2)) if ties else rng.normal(size=(len(made["ids"]), 2))).astype(np.float32)
     assert best_spans(logits, made).tolist() == naive(logits, made)
