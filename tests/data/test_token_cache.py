@@ -56,7 +56,7 @@ def test_another_text_length_column_or_tokenizer_is_another_entry(cache, tokeniz
     tokenize(tokenizer, [TEXTS], 12)
     tokenize(tokenizer, [TEXTS], 11)
     tokenize(tokenizer, [TEXTS[:3]], 12)
-    tokenize(tokenizer, [["the", "film was good", *TEXTS[1:]]], 12)  # the same letters, cut elsewhere
+    tokenize(tokenizer, [[TEXTS[0], "a café", " is naïve", TEXTS[3]]], 12)  # the same letters, cut elsewhere
     tokenize(tokenizer, [TEXTS[:2], TEXTS[2:]], 12)
     tokenizer.backend_tokenizer.add_tokens(["naïve"])
     tokenize(tokenizer, [TEXTS], 12)
