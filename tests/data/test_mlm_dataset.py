@@ -122,17 +122,10 @@ def test_the_text_of_a_special_token_is_ordinary_text(cache, tokenizer, tmp_path
 
 
 def test_the_sha256_is_of_the_blocks_and_their_length(cache, tokenizer, tmp_path):
-    path, other = written(tmp_path / "t", words(500)), written(tmp_path / "u", words(500, seed=1))
-    same = written(tmp_path / "same", path.read_bytes())
-    cases = [
-        (path, LENGTH, None),
-        (other, LENGTH, None),
-        (path, 402, None),
-        (path, 403, None),
-        (path, LENGTH, 5),
-        (same, LENGTH, None),
-    ]
-    found = [load_corpus(file_text(text), tokenizer, length, limit).sha256 for text, length, limit in cases]
+    files = {name: written(tmp_path / name, words(500, name == "other")) for name in ("text", "other", "same")}
+    cases = [("text", LENGTH, None), ("other", LENGTH, None), ("text", 402, None), ("text", 403, None), ("text", LENGTH, 5)]
+    cases.append(("same", LENGTH, None))
+    found = [load_corpus(file_text(files[name]), tokenizer, length, limit).sha256 for name, length, limit in cases]
     assert found[0] == found[-1]
     assert len(set(found)) == 5
 

@@ -131,6 +131,7 @@ def test_limits_are_of_questions_and_the_same_for_every_seed(squad_dir, tokenize
     stores = [load(squad_dir, tokenizer, limit_train=8, seed=seed)[1] for seed in (1, 2)]
     assert stores[0].sha256 == stores[1].sha256 != whole.sha256
     assert 8 <= len(stores[0]) < len(whole)
+    assert stores[0].lengths.tolist() != whole.lengths[: len(stores[0])].tolist()  # drawn from the whole set
     few, _, first = load(squad_dir, tokenizer, limit_eval=5)
     assert [q.id for q in few.asked] == [f"q{n}" for n in range(5)]
     assert first.lengths.tolist() == evals.lengths[: len(first)].tolist()
