@@ -61,7 +61,8 @@ def read_folder(data_dir: Path, row: Row) -> dict[str, list[Example]]:
     for folder in (data_dir / row.folder, data_dir):
         if (folder / "train.tsv").is_file():
             return {split: read_tsv(folder / file, row) for split, file in {"train": "train.tsv", **row.dev}.items()}
-    raise no_data(f"neither {data_dir / row.folder}/train.tsv nor {data_dir}/train.tsv exists", HUB, LAYOUT)
+    places = f"{data_dir / row.folder}/train.tsv nor {data_dir}/train.tsv"
+    raise no_data(f"no {row.folder} data: neither {places} exists", HUB, LAYOUT)
 
 
 def read_tsv(path: Path, row: Row) -> list[Example]:

@@ -38,7 +38,7 @@ def read_folder(data_dir: Path) -> dict[str, list[Question]]:
     """Read both published files of a folder. Raises `UserError` if one is missing."""
     for file in FILES.values():
         if not (data_dir / file).is_file():
-            raise no_data(f"{data_dir / file} does not exist", HUB, LAYOUT)
+            raise no_data(f"no SQuAD data: {data_dir / file} does not exist", HUB, LAYOUT)
     return {split: read_json(data_dir / file) for split, file in FILES.items()}
 
 
