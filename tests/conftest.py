@@ -26,7 +26,7 @@ from crash_harness import Harness
 from fake_cuda import FAKE, REAL
 from paragraphs import content
 from trainrun import THREE_LEVELS, Runs
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
 
@@ -116,6 +116,12 @@ def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             p.normal_(1.0 if "LayerNorm.weight" in name else 0.0, 0.1, generator=generator)
     net.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bert_dir: Path) -> BertTokenizer:
+    """The small BERT's tokenizer, which no test may change."""
+    return AutoTokenizer.from_pretrained(bert_dir)
 
 
 @pytest.fixture(scope="session")

@@ -30,31 +30,22 @@ def read_pairs(path: str) -> tuple[list[str], list[str], list[str]]:
     return tuple([line[at].strip() for line in lines] for at in columns)
 
 
-def classify(folder: str, path: str) -> tuple[dict, list[str], list]:
-    """The configuration, the labels as written, and each example's class by its name, or its score."""
+def glue(folder: str, path: str) -> dict[str, float]:
+    """Accuracy by the names of the classes (RTE), or the correlations of the scores (STS-B)."""
     net, tokenizer = open_net(AutoModelForSequenceClassification, folder), AutoTokenizer.from_pretrained(folder)
     first, second, labels = read_pairs(path)
-    found = []
+    logits = []
     for begin in range(0, len(first), BATCH):
         pairs = first[begin : begin + BATCH], second[begin : begin + BATCH]
         inputs = tokenizer(*pairs, truncation=True, max_length=128, padding=True, return_tensors="pt")
-        logits = net(**inputs).logits
-        found += logits[:, 0].tolist() if logits.shape[1] == 1 else [net.config.id2label[i] for i in logits.argmax(1).tolist()]
-    return net.config.to_dict(), labels, found
-
-
-def rte(folder: str, path: str) -> dict[str, float]:
-    config, labels, classes = classify(folder, path)
-    assert config["problem_type"] == "single_label_classification"
+        logits += net(**inputs).logits.tolist()
+    if net.config.problem_type == "regression":
+        scores, gold = [score for (score,) in logits], [float(label) for label in labels]
+        return {"pearson": float(pearsonr(scores, gold)[0]), "spearman": float(spearmanr(scores, gold)[0])}
+    assert net.config.problem_type == "single_label_classification"
+    classes = [net.config.id2label[int(np.argmax(values))] for values in logits]
     assert set(classes) == {"entailment", "not_entailment"}  # constant predictions would prove little
     return {"accuracy": float(np.mean([one == other for one, other in zip(labels, classes, strict=True)]))}
-
-
-def stsb(folder: str, path: str) -> dict[str, float]:
-    config, labels, values = classify(folder, path)
-    assert config["problem_type"] == "regression"
-    gold = [float(label) for label in labels]
-    return {"pearson": float(pearsonr(values, gold)[0]), "spearman": float(spearmanr(values, gold)[0])}
 
 
 def batches(path: str) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
@@ -84,7 +75,7 @@ def mlm(folder: str, path: str) -> dict[str, float]:
 def main(job: Path) -> None:
     metrics = {}
     for name, (task, folder, data) in json.loads((job / "job.json").read_text()).items():
-        found = {"rte": rte, "stsb": stsb, "squad": squad, "mlm": mlm}[task](folder, data)
+        found = {"rte": glue, "stsb": glue, "squad": squad, "mlm": mlm}[task](folder, data)
         if task == "squad":
             np.save(job / f"{name}.npy", found)
         else:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.modeling.packing import Batch, Shard, ship
 from bert_tickets.seeds import seeded
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -103,37 +106,40 @@ def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
+@lru_cache(maxsize=1)
 def order(count: int, seed: int, epoch: int) -> Tensor:
     """Draw the order of the examples in an epoch ([count], int64, CPU)."""
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
 
 
+def subset(examples: list[T], limit: int | None) -> list[T]:
+    """Draw up to `limit` of the examples, the same ones for every seed of a run."""
+    return examples if limit is None else [examples[i] for i in order(len(examples), seed=0, epoch=0)[:limit].tolist()]
+
+
 Augment = Callable[[Batch, int], Batch]  # maps a batch and its step to the augmented batch
 
 
+@dataclass(frozen=True)
 class Batches:
     """The training batches of a level, by step, each split over `world_size` processes and there into `grad_accum` parts.
 
     Every example is in one part, and the parts have about equally many tokens.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        batch_size: int,
-        seed: int,
-        *,
-        bucketed: bool = False,
-        augment_batch: Augment = lambda batch, step: batch,
-        grad_accum: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.store, self.batch_size, self.seed, self.bucketed = store, batch_size, seed, bucketed
-        self.augment_batch = augment_batch
-        self.grad_accum, self.rank, self.world_size = grad_accum, rank, world_size
-        self.per_epoch = math.ceil(len(store) / batch_size)
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+    store: Store
+    batch_size: int
+    seed: int
+    bucketed: bool = False
+    augment_batch: Augment = lambda batch, step: batch
+    grad_accum: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of steps of an epoch."""
+        return math.ceil(len(self.store) / self.batch_size)
 
     def __getitem__(self, step: int) -> Batch:
         """Return the batch of a step, if it has one part."""
@@ -143,17 +149,15 @@ class Batches:
     def parts(self, step: int) -> list[Batch]:
         """Return the parts of a step's batch that belong to this process."""
         epoch, place = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, order(len(self.store), self.seed, epoch)
-        examples = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        examples = order(len(self.store), self.seed, epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        first = self.rank * self.grad_accum
+        return [self.augment_batch(self._shard(examples, n), step) for n in range(first, first + self.grad_accum)]
+
+    def _shard(self, examples: Tensor, number: int) -> Batch:
+        """Return a shard of the examples. An empty one becomes the first example with weight 0: every process takes the step."""
         shards = self.world_size * self.grad_accum
         if shards == 1:
-            return [self.augment_batch(self.store.batch(examples, bucketed=self.bucketed), step)]
-        first = self.rank * self.grad_accum
-        return [self.augment_batch(self._shard(examples, n, shards), step) for n in range(first, first + self.grad_accum)]
-
-    def _shard(self, examples: Tensor, number: int, shards: int) -> Batch:
-        """Return a shard of the examples. An empty one becomes the first example with weight 0: every process takes the step."""
+            return self.store.batch(examples, bucketed=self.bucketed)
         shard = shard_of(self.store.lengths[examples.numpy()], number, shards)
         weight = (shard.last - shard.first) / len(examples)
         if not weight:

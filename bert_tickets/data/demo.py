@@ -60,21 +60,15 @@ def sentences(count: int, words: tuple[str, str], seed: int) -> Iterator[tuple[s
             yield text, label
 
 
-def tsv(examples: Iterator[tuple[str, int]]) -> bytes:
-    return "".join(["sentence\tlabel\n", *(f"{text}\t{label}\n" for text, label in examples)]).encode()
-
-
 def main(args: argparse.Namespace) -> None:
-    folder = Path(args.output) / "SST-2"
-    write(folder / "train.tsv", tsv(sentences(args.train, TRAIN_WORDS, args.seed)))
-    write(folder / "dev.tsv", tsv(sentences(args.dev, DEV_WORDS, args.seed + 1)))
-    print(f"{args.train} training and {args.dev} evaluation sentences in {folder}")
+    for file, count, words, seed in (("train.tsv", 1280, TRAIN_WORDS, 0), ("dev.tsv", 400, DEV_WORDS, 1)):
+        path = Path(args.output) / "SST-2" / file
+        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in sentences(count, words, seed))]
+        write(path, "\n".join([*lines, ""]).encode())
+        print(f"{count} sentences in {path}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write the folder SST-2")
-    parser.add_argument("--train", type=int, default=1280, metavar="N", help="training sentences (default: 1280)")
-    parser.add_argument("--dev", type=int, default=400, metavar="N", help="evaluation sentences (default: 400)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of words (default: 0)")
     run_command(main, parser.parse_args())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bert_tickets.data.hub import from_hub, missing_data
+from bert_tickets.data.hub import from_hub, no_data
 from bert_tickets.errors import UserError
 
 HUB = "nyu-mll/glue"
+LAYOUT = "a folder in GLUE's original layout (MNLI/train.tsv, MNLI/dev_matched.tsv, ...)"
 MAX_BROKEN = 0.01  # a file with a larger fraction of broken lines raises an error
 
 
@@ -55,14 +56,13 @@ ROWS = {
 Example = tuple[tuple[str, ...], float]  # one or two texts, a label
 
 
-def find_folder(data_dir: Path, folder: str) -> Path:
-    """Find the task's folder: `data_dir/MNLI`, or `data_dir` itself. Raises `UserError` if neither has the files."""
-    for place in (data_dir / folder, data_dir):
-        if (place / "train.tsv").is_file():
-            return place
-    message = f"no {folder} data: neither {data_dir / folder}/train.tsv nor {data_dir}/train.tsv exists"
-    layout = f"a folder in GLUE's original layout ({folder}/train.tsv, {folder}/dev.tsv, ...)"
-    raise missing_data(message, f"{HUB} is downloaded and cached", layout)
+def read_folder(data_dir: Path, row: Row) -> dict[str, list[Example]]:
+    """Read all splits from `data_dir/MNLI`, or from `data_dir` itself. Raises `UserError` if neither has the files."""
+    for folder in (data_dir / row.folder, data_dir):
+        if (folder / "train.tsv").is_file():
+            return {split: read_tsv(folder / file, row) for split, file in {"train": "train.tsv", **row.dev}.items()}
+    places = f"{data_dir / row.folder}/train.tsv nor {data_dir}/train.tsv"
+    raise no_data(f"no {row.folder} data: neither {places} exists", HUB, LAYOUT)
 
 
 def read_tsv(path: Path, row: Row) -> list[Example]:
@@ -71,18 +71,24 @@ def read_tsv(path: Path, row: Row) -> list[Example]:
     Raises `UserError` for a file of another layout or encoding, without examples, or with too many broken lines.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: a text may contain \r, U+2028 or \x85
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    lines = text.removesuffix("\n").split("\n")  # not splitlines: a text may contain \r, U+2028 or \x85
+    header = row.columns or lines[0].rstrip("\r").split("\t")
+    for name in (*row.texts, row.label):
+        if (count := header.count(name)) != 1:
+            raise UserError(f"{path} has {count} columns {name!r}, not one; its first line is {' | '.join(header)[:200]!r}")
     examples: list[Example] = []
     broken: list[str] = []
-    for problem, example in _parse(lines, path, row):
-        if example is not None:
-            examples.append(example)
-        else:
-            broken.append(problem)
+    first = 0 if row.columns else 1
+    for number, line in enumerate(lines[first:], first + 1):
+        try:
+            examples.append(_parse(line, header, row))
+        except ValueError as error:
+            broken.append(f"  line {number}: {error}")
     if broken:
-        shown = "\n".join(f"  {problem}" for problem in broken[:5]) + ("\n  ..." if len(broken) > 5 else "")
+        shown = "\n".join(broken[:5]) + ("\n  ..." if len(broken) > 5 else "")
         if len(broken) > max(1, MAX_BROKEN * len(lines)):
             raise UserError(f"{path} is not the {row.folder} file: {len(broken)} of {len(lines)} lines are broken:\n{shown}")
         print(f"{path}: skipped {len(broken)} broken line(s) of {len(examples) + len(broken)}:\n{shown}")
@@ -91,45 +97,24 @@ def read_tsv(path: Path, row: Row) -> list[Example]:
     return examples
 
 
-def _parse(lines: list[str], path: Path, row: Row) -> Iterator[tuple[str, Example | None]]:
-    """Parse each line to (problem, None) or ("", example). Quotes are ordinary characters."""
-    first = 0 if row.columns else 1
-    header = list(row.columns) or lines[0].rstrip("\r").split("\t")
-    absent = [name for name in (*row.texts, row.label) if name not in header]
-    if absent:
-        raise UserError(f"{path} has no column {absent[0]!r}; its first line is {' | '.join(header)[:200]!r}")
-    if doubled := [name for name in (*row.texts, row.label) if header.count(name) > 1]:
-        raise UserError(f"{path} has {header.count(doubled[0])} columns {doubled[0]!r}")
-    wanted = [header.index(name) for name in row.texts]
-    label_at = header.index(row.label)
-    for number, line in enumerate(lines[first:], first + 1):
-        line = line.rstrip("\r")
-        if not line and number == len(lines):
-            continue  # the newline that ends the file
-        cells = line.split("\t")
-        if len(cells) != len(header):
-            yield f"line {number}: {len(cells)} columns, not {len(header)}", None
-            continue
-        label = _label(cells[label_at].strip(), row)
-        if label is None:
-            yield f"line {number}: label {cells[label_at][:40]!r}, not {', '.join(row.labels) or '0 to 5'}", None
-        else:
-            yield "", (tuple(cells[at].strip() for at in wanted), label)
-
-
-def _label(text: str, row: Row) -> float | None:
-    if row.labels:
-        return row.labels.index(text) if text in row.labels else None
-    try:
-        score = float(text)
-    except ValueError:
-        return None
-    return score if 0 <= score <= 5 else None
+def _parse(line: str, header: Sequence[str], row: Row) -> Example:
+    """Parse a line; quotes are ordinary characters. Raises `ValueError` if it is broken."""
+    cells = line.split("\t")
+    if len(cells) != len(header):
+        raise ValueError(f"{len(cells)} columns, not {len(header)}")
+    values = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+    label = values[row.label]
+    texts = tuple(values[name] for name in row.texts)
+    if not row.labels and 0 <= (score := float(label)) <= 5:
+        return texts, score
+    if label not in row.labels:
+        raise ValueError(f"label {label[:40]!r}, not {', '.join(row.labels) or '0 to 5'}")
+    return texts, row.labels.index(label)
 
 
 def read_hub(name: str, row: Row) -> dict[str, list[Example]]:
     """Read all splits from the hub, or its cache, by means of `datasets`."""
-    with from_hub(f"{HUB} ({name})", "a folder in GLUE's original layout"):
+    with from_hub(f"{HUB} ({name})", LAYOUT):
         from datasets import load_dataset
 
         data = load_dataset(HUB, name)

@@ -8,30 +8,20 @@ from contextlib import contextmanager
 from bert_tickets.errors import UserError, first_line
 
 
-def missing_data(message: str, source: str, layout: str) -> UserError:
-    """Return the error for missing files, with the three ways to get them: the hub's `source`, its cache, a folder."""
+def no_data(problem: str, hub_name: str, folder: str) -> UserError:
+    """Return the error for data that cannot be read, with the three ways to get them. `folder` describes the local files."""
     return UserError(
-        f"{message}. Three ways to get it:\n"
-        f"  leave out --data-dir on a machine that reaches the hub ({source});\n"
+        f"{problem}\nThree ways to get the data:\n"
+        f"  leave out --data-dir on a machine that reaches the hub: {hub_name} is downloaded and cached;\n"
         f"  fill the cache on another machine and set HF_HOME to a copy of it, with HF_HUB_OFFLINE=1;\n"
-        f"  give --data-dir {layout}."
+        f"  give --data-dir {folder}."
     )
 
 
 @contextmanager
 def from_hub(name: str, folder: str) -> Iterator[None]:
-    """Convert any error of the block, which reads `name` by means of `datasets`, to a `UserError`.
-
-    `folder` describes the alternative, the folder for --data-dir.
-    """
+    """Convert any error of the block, which reads `name` by means of `datasets`, to a `UserError`."""
     try:
         yield
-    except UserError:
-        raise
-    except ImportError:
-        raise UserError(f"reading {name} from the hub needs the package datasets; or give --data-dir {folder}") from None
-    except Exception as error:  # offline, behind a proxy, with an incomplete cache: the client raises many types
-        raise UserError(
-            f"cannot read {name} from the hub: {first_line(error)}\n"
-            f"Give --data-dir {folder}, or fill the Hugging Face cache on a machine with a network."
-        ) from None
+    except Exception as error:  # no package, offline, behind a proxy, with an incomplete cache: many types
+        raise no_data(f"cannot read {name} from the hub: {first_line(error)}", name, folder) from None

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -20,18 +18,16 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from tqdm import tqdm
 
 from bert_tickets.data.text_source import Text
-from bert_tickets.data.token_cache import cache_key
+from bert_tickets.data.token_cache import cache_path
 from bert_tickets.errors import Damaged, UserError
 from bert_tickets.files import file_sha256, read_checksummed, write_checksummed, writing
 from bert_tickets.modeling.packing import Batch, ship
 
 PIECES = 16  # of a text that are tokenized at a time, about a megabyte
-DAY = 24 * 3600
 
 Augment = Callable[[Batch, Tensor], Batch]  # maps a batch and the indices of its blocks to the augmented batch
 
@@ -52,14 +48,14 @@ class Corpus:
         augment_batch: Augment | None = None,
     ) -> None:
         inner = length - 2
-        self._blocks = stream[: len(stream) // inner * inner].reshape(-1, inner)
+        self.blocks = stream[: len(stream) // inner * inner].reshape(-1, inner)  # without [CLS] and [SEP]
         self._ends, self._augment_batch = ends, augment_batch
         self.length, self.device = length, torch.device(device)
-        self.lengths = np.broadcast_to(np.int64(length), len(self._blocks))  # takes no memory
+        self.lengths = np.broadcast_to(np.int64(length), len(self.blocks))  # takes no memory
         self.sha256 = hashlib.sha256(repr((sha256, ends, length, len(self))).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self.blocks)
 
     def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch:
         """Return the blocks of these indices ([B], int64, on the CPU), in their order. The labels are the tokens themselves, [T].
@@ -69,7 +65,7 @@ class Corpus:
         count, length, device = len(examples), self.length, self.device
         ids = np.empty((count, length), np.int64)
         ids[:, 0], ids[:, -1] = self._ends
-        ids[:, 1:-1] = self._blocks[examples.numpy()]
+        ids[:, 1:-1] = self.blocks[examples.numpy()]
         tokens = ship(torch.from_numpy(ids), device).view(1, -1)
         block, position = torch.arange(count, device=device), torch.arange(length, device=device)
         batch = Batch(
@@ -85,18 +81,12 @@ class Corpus:
         )
         return batch if self._augment_batch is None else self._augment_batch(batch, examples)
 
-    def first(self, blocks: int = 10_000) -> np.ndarray:
-        """Return the tokens of the first blocks, without [CLS] and [SEP]."""
-        return self._blocks[:blocks]
-
     @cached_property
     def unigram_entropy(self) -> float:
         """The loss of a model of token frequencies alone on these blocks, in nats per token."""
-        counts = np.zeros(0, np.int64)
-        for start in range(0, len(self), 1000):
-            more = np.bincount(self._blocks[start : start + 1000].ravel(), minlength=len(counts))
-            more[: len(counts)] += counts
-            counts = more
+        size = int(self.blocks.max()) + 1
+        parts = np.split(self.blocks, range(1000, len(self), 1000))  # counting takes eight bytes per token
+        counts = np.sum([np.bincount(part.ravel(), minlength=size) for part in parts], axis=0)
         frequencies = counts[counts > 0] / counts.sum()
         return float(-(frequencies * np.log(frequencies)).sum())
 
@@ -120,39 +110,25 @@ def load_corpus(
     return Corpus(stream, sha256, (tokenizer.cls_token_id, tokenizer.sep_token_id), length, device, augment_batch)
 
 
-# ---- the cached stream ----
-
-
 def read_tokens(text: Text, tokenizer: Any, most: int | None = None) -> tuple[np.ndarray, str]:
     """Return the tokens of a text, or its first `most` ones, memory-mapped ([N], uint16 or int32), and their sha256.
 
     `[SEP]` and other special tokens in the text are tokenized as ordinary text.
     """
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
-    path = Path(HF_HOME) / "bert_tickets" / f"corpus-{cache_key(tokenizer, text.key, most)}.tokens"
-    if (found := _open(path, dtype)) is None:
-        _write(path, text, tokenizer, most, dtype)
-        found = _open(path, dtype)
-    if found is None:
-        raise Damaged(f"{path} does not match its checksum just after it was written: check the disk of HF_HOME")
-    return found
-
-
-def _open(path: Path, dtype: np.dtype) -> tuple[np.ndarray, str] | None:
-    """Map a stream into memory; None if it does not match its checksum."""
+    path = cache_path("corpus-{}.tokens", tokenizer, text.key, most)
     try:
         expected = read_checksummed(path.with_suffix(".json"))["sha256"]
-        return (np.memmap(path, dtype, "r"), expected) if file_sha256(path) == expected else None
+        sound = file_sha256(path) == expected
     except (Damaged, OSError):
-        return None
+        sound = False
+    if not sound:
+        expected = _write(path, text, tokenizer, most, dtype)
+    return np.memmap(path, dtype, "r"), expected
 
 
-def _write(path: Path, text: Text, tokenizer: Any, most: int | None, dtype: np.dtype) -> None:
-    """Tokenize a text into a stream file. Concurrent processes write the same content."""
-    for old in path.parent.glob(".corpus-*.tmp"):  # left by a kill
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > DAY:
-                old.unlink()
+def _write(path: Path, text: Text, tokenizer: Any, most: int | None, dtype: np.dtype) -> str:
+    """Tokenize a text into a stream file; returns its sha256. Concurrent processes write the same content."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -171,4 +147,5 @@ def _write(path: Path, text: Text, tokenizer: Any, most: int | None, dtype: np.d
             bar.update(sum(len(piece.encode()) for piece in part))
         if count == 0:
             raise UserError(f"{text.name} is empty")
-    write_checksummed(path.with_suffix(".json"), {"sha256": sha.hexdigest(), "tokens": count})
+    write_checksummed(path.with_suffix(".json"), {"sha256": sha.hexdigest()})
+    return sha.hexdigest()

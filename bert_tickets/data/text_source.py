@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
-from bert_tickets.data.hub import from_hub, missing_data
+from bert_tickets.data.hub import from_hub, no_data
 from bert_tickets.errors import UserError
 from bert_tickets.files import file_sha256
 
-PIECE = 1 << 16  # bytes of a file that are read at a time
+PIECE = 1 << 16  # characters of a file that are read at a time
+ROWS = 100  # lines or articles of a data set on the hub that are read at a time
 
 FILES = {"train": "en.train", "validation": "en.valid"}
 WIKITEXT, WIKIPEDIA = "Salesforce/wikitext", "wikimedia/wikipedia"
 HUB = {WIKITEXT: "wikitext-103-raw-v1", WIKIPEDIA: "20231101.en"}  # configurations
 HELD_OUT = 100  # the first articles of Wikipedia (3 MB) are the validation set; on the hub it has none
+LAYOUT = f"a folder with {' and '.join(FILES.values())}, plain text in UTF-8; or {WIKIPEDIA}, all of English Wikipedia"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Text:
     name: str  # for messages
     key: str  # identifies the content
     size: int | None  # bytes, if known
-    read: Callable[[], Iterator[str]]  # yields pieces of some tens of kilobytes, split at white space
+    read: Callable[[], Iterator[str]]  # yields pieces of at most some hundreds of kilobytes, split at white space
 
 
 def find_texts(data_dir: str | None) -> dict[str, Text]:
@@ -39,45 +39,39 @@ def find_texts(data_dir: str | None) -> dict[str, Text]:
     return {split: file_text(Path(source) / file) for split, file in FILES.items()}
 
 
-# ---- a file ----
-
-
 def file_text(path: Path) -> Text:
     """Open a UTF-8 file with lines of any length. Reads it once for its hash. Raises `UserError` if it does not exist."""
     if not path.is_file():
-        source = f"{WIKITEXT} is streamed, and its tokens are cached; --data-dir {WIKIPEDIA} is all of English Wikipedia"
-        layout = f"a folder with {FILES['train']} and {FILES['validation']}, plain text in UTF-8"
-        raise missing_data(f"there is no text at {path}", source, layout)
-    key = file_sha256(path)
-    return Text(str(path), key, path.stat().st_size, lambda: _read_file(path, key))
+        raise no_data(f"there is no text at {path}", WIKITEXT, LAYOUT)
+    stamp = _stamp(path)
+    return Text(str(path), file_sha256(path), stamp[0], lambda: _read_file(path, stamp))
 
 
-def _read_file(path: Path, key: str) -> Iterator[str]:
-    decoder, sha = codecs.getincrementaldecoder("utf-8-sig")(), hashlib.sha256()
-    rest, at, data = "", 0, b"-"
-    try:
-        with path.open("rb", buffering=0) as file:
-            while data:
-                data = file.read(PIECE)
-                sha.update(data)
-                at += len(data)
-                text = rest + decoder.decode(data, final=not data)
+def _read_file(path: Path, stamp: tuple[int, int]) -> Iterator[str]:
+    rest = ""
+    with path.open("rb") as raw, TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        try:
+            while more := file.read(PIECE):
+                text = rest + more
                 cut = 1 + max(text.rfind("\n"), text.rfind(" ")) or len(text)  # a word of this length may be cut anywhere
-                rest = text[cut:] if data else ""
-                yield text[:cut] if data else text
-    except UnicodeDecodeError as error:
-        wrong = at - len(error.object) + error.start
-        raise UserError(f"{path} is not UTF-8 text: byte {wrong} is {error.object[error.start]:#04x}") from None
-    if sha.hexdigest() != key:
+                rest = text[cut:]
+                yield text[:cut]
+        except UnicodeDecodeError as error:
+            wrong = raw.tell() - len(error.object) + error.start
+            raise UserError(f"{path} is not UTF-8 text: byte {wrong} is {error.object[error.start]:#04x}") from None
+    yield rest
+    if _stamp(path) != stamp:
         raise UserError(f"{path} changed while it was read; give the command again when it is complete")
 
 
-# ---- the hub ----
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def hub_text(name: str, split: str) -> Text:
     """Open a split of a data set on the hub, for streaming. Offline, the newest revision in the hub's cache is used."""
-    with _hub(name):
+    with from_hub(f"{name} ({HUB[name]})", LAYOUT):
         from huggingface_hub import hf_hub_download
 
         revision = Path(hf_hub_download(name, "README.md", repo_type="dataset")).parent.name
@@ -85,28 +79,12 @@ def hub_text(name: str, split: str) -> Text:
 
 
 def _read_hub(name: str, split: str, revision: str) -> Iterator[str]:
-    with _hub(name):
+    with from_hub(f"{name} ({HUB[name]})", LAYOUT):
         from datasets import load_dataset
 
         source = "train" if name == WIKIPEDIA else split
         rows = load_dataset(name, HUB[name], split=source, streaming=True, revision=revision)
         if name == WIKIPEDIA:
             rows = rows.take(HELD_OUT) if split == "validation" else rows.skip(HELD_OUT)
-        yield from _joined(row["text"] for row in rows)
-
-
-def _joined(texts: Iterable[str]) -> Iterator[str]:
-    """Join short texts into pieces of at least `PIECE` characters."""
-    held: list[str] = []
-    size = 0
-    for text in texts:
-        held.append(text)
-        size += len(text)
-        if size >= PIECE:
-            yield "\n".join(held)
-            held, size = [], 0
-    yield "\n".join(held)
-
-
-def _hub(name: str) -> AbstractContextManager[None]:
-    return from_hub(f"{name} ({HUB[name]})", f"a folder with {FILES['train']} and {FILES['validation']}")
+        for part in rows.iter(ROWS):
+            yield "\n".join(part["text"])

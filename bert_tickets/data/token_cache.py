@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from bert_tickets.errors import Damaged
 from bert_tickets.files import read_tensors, write_tensors
 
 Arrays = dict[str, np.ndarray]
-CHUNK = 10_000  # texts tokenized at a time: the tokenizer's lists take dozens of times the memory of the arrays
+CHUNK = 1000  # texts tokenized at a time: the tokenizer's lists take dozens of times the memory of the arrays
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,21 @@ class Tokens:
 
 
 def tokenize(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> Tokens:
-    """Encode one or two columns of n texts each. Of a pair that is too long, the longer text is truncated.
-
-    Raises `ValueError` if the columns differ in length.
-    """
+    """Encode one or two columns of n texts each. Of a pair that is too long, the longer text is truncated."""
 
     def make() -> Arrays:
-        if len({len(column) for column in columns}) > 1:
-            raise ValueError(f"columns of {', '.join(str(len(column)) for column in columns)} texts")
-        options = {"truncation": "longest_first", "max_length": max_length}
-        arrays = []
-        for begin in range(0, max(1, len(columns[0])), CHUNK):
-            texts = [list(column[begin : begin + CHUNK]) for column in columns]
-            encoded = tokenizer(*texts, **options, return_token_type_ids=True, return_attention_mask=False)
-            arrays.append(Tokens.of(encoded["input_ids"], encoded["token_type_ids"]))
-        return {name: np.concatenate([getattr(part, name) for part in arrays]) for name in ("ids", "types", "lengths")}
+        options = {"truncation": "longest_first", "max_length": max_length, "return_token_type_ids": True}
+        parts = [Tokens.of(part["input_ids"], part["token_type_ids"]) for part in encode_in_chunks(tokenizer, columns, **options)]
+        return {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "types", "lengths")}
 
     return Tokens(**cached(tokenizer, columns, [max_length, tokenizer.truncation_side, "longest_first"], make))
+
+
+def encode_in_chunks(tokenizer: Any, columns: Sequence[Sequence[str]], **options: Any) -> Iterator[Mapping[str, Any]]:
+    """Call a tokenizer on `CHUNK` texts at a time."""
+    for begin in range(0, len(columns[0]), CHUNK):
+        texts = [list(column[begin : begin + CHUNK]) for column in columns]
+        yield tokenizer(*texts, return_attention_mask=False, **options)
 
 
 def cached(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any], make: Callable[[], Arrays]) -> Arrays:
@@ -76,7 +74,7 @@ def cached(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any]
         sha.update(f"\n{len(column)}\n".encode())
         for text in column:
             sha.update(len(text.encode()).to_bytes(4, "little") + text.encode())
-    path = Path(HF_HOME) / "bert_tickets" / f"tokens-{cache_key(tokenizer, sha.hexdigest(), settings)}.safetensors"
+    path = cache_path("tokens-{}.safetensors", tokenizer, sha.hexdigest(), settings)
     try:
         return {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
     except (Damaged, OSError):
@@ -88,8 +86,8 @@ def cached(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any]
     return arrays
 
 
-def cache_key(tokenizer: Any, *content: Any) -> str:
-    """Hash a tokenizer, without the truncation and padding of its last call, and `content` (JSON)."""
+def cache_path(name: str, tokenizer: Any, *content: Any) -> Path:
+    """Return a file of the cache, `name` with the hash of a tokenizer, without its last call's settings, and `content` (JSON)."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     known = json.dumps([2, tokenizers.__version__, settings, content], sort_keys=True)
-    return hashlib.sha256(known.encode()).hexdigest()[:32]
+    return Path(HF_HOME) / "bert_tickets" / name.format(hashlib.sha256(known.encode()).hexdigest()[:32])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,26 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_tickets.config import Config
-from bert_tickets.data.batches import TokenStore, order
-from bert_tickets.data.glue_files import MAX_BROKEN, ROWS, Example, find_folder, read_hub, read_tsv
+from bert_tickets.data.batches import TokenStore, subset
+from bert_tickets.data.glue_files import MAX_BROKEN, ROWS, Example, read_folder, read_hub
 from bert_tickets.data.token_cache import tokenize
 from bert_tickets.modeling.bert import Net, classify
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.packing import Batch, at_least_fp32
-from bert_tickets.tasks.metrics import METRICS, compare_with_evaluate
+from bert_tickets.tasks import Outputs, Stores, Task
+from bert_tickets.tasks.metrics import compare_with_evaluate, glue_metric
 from bert_tickets.tasks.sanity import overlap, unknown_tokens
 
 
-class Glue:
-    """One GLUE task; a `bert_tickets.tasks.Task`."""
+class Glue(Task):
+    """One GLUE task."""
 
-    rows: Literal["example"] = "example"
+    rows = "example"
 
     def __init__(self, name: str) -> None:
         self.name, self.row = name, ROWS[name]
         self.metric = self.row.metrics[0]
         self.regression = not self.row.labels
-        self.data_warnings: list[str] = []  # of the data, whatever the predictions
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         net, tokenizer = load_bert(cfg.model, "classifier", cfg.init, cfg.train.seed, labels=len(self.row.labels) or 1)
@@ -42,17 +42,12 @@ class Glue:
         return net, tokenizer
 
     def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
-        if cfg.data_dir is not None:
-            folder = find_folder(Path(cfg.data_dir), self.row.folder)
-            splits = {split: read_tsv(folder / file, self.row) for split, file in {"train": "train.tsv", **self.row.dev}.items()}
-        else:
-            splits = read_hub(self.name, self.row)
-        train = splits.pop("train")
-        if cfg.limit_train is not None:
-            chosen = order(len(train), seed=0, epoch=0)[: cfg.limit_train]  # independent of the run's seed
-            train = [train[i] for i in chosen.tolist()]
+        splits = read_hub(self.name, self.row) if cfg.data_dir is None else read_folder(Path(cfg.data_dir), self.row)
+        train = subset(splits.pop("train"), cfg.limit_train)
         evals = {split: examples[: cfg.limit_eval] for split, examples in splits.items()}
-        self.data_warnings = [line for split, found in evals.items() for line in overlap(train, found, split, "examples")]
+        self.data_warnings: list[str] = []
+        for split, examples in evals.items():
+            self.data_warnings += overlap(train, examples, split, "examples")
         if len({label for _, label in train}) == 1:
             self.data_warnings.append(f"all training labels are {self._answer(train[0][1])}")
         store = self._store("train", train, tokenizer, cfg.max_length, device)
@@ -66,9 +61,6 @@ class Glue:
         if (empty := sum(not all(texts) for texts, _ in examples)) > MAX_BROKEN * len(examples):
             self.data_warnings.append(f"{empty} of {len(examples)} examples of {split} have an empty text")
         return TokenStore(tokens, labels, device)
-
-    def augment_batch(self, batch: Batch, step: int, seed: int) -> Batch:
-        return batch
 
     def loss(self, net: Net, batch: Batch) -> Tensor:
         return self.loss_of(classify(net, batch), batch.labels)
@@ -86,16 +78,16 @@ class Glue:
         """Return the similarity scores, or the classes: [n, labels] to [n]."""
         return logits[:, 0] if self.regression else logits.argmax(axis=1)
 
-    def compute_metrics(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> dict[str, float]:
+    def compute_metrics(self, outputs: Outputs, stores: Stores) -> dict[str, float]:
         """Compute the row's metrics; those of MNLI's mismatched set have the suffix `_mm`."""
         values = {}
         for split, logits in outputs.items():
             suffix = "_mm" if split.endswith("mismatched") else ""
             for metric in self.row.metrics:
-                values[metric + suffix] = METRICS[metric](self.decode(logits), stores[split].labels.cpu().numpy())
+                values[metric + suffix] = glue_metric(metric, self.decode(logits), stores[split].labels.cpu().numpy())
         return values
 
-    def warnings(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> list[str]:
+    def warnings(self, outputs: Outputs, stores: Stores) -> list[str]:
         """Return warnings about the data, constant predictions or labels, and a metric below chance: the frequency of the most
         common class for accuracy, 0 for a correlation."""
         found = list(self.data_warnings)
@@ -107,7 +99,7 @@ class Glue:
                 found.append(f"all {len(predicted)} predictions on {split} are {self._answer(predicted[0])}")
             if np.ptp(labels) == 0 or np.ptp(predicted) < 1e-4:
                 continue
-            value = METRICS[self.metric](predicted, labels)
+            value = glue_metric(self.metric, predicted, labels)
             chance = np.bincount(labels).max() / len(labels) if self.metric == "accuracy" else 0.0
             if value < chance:
                 found.append(f"{self.metric} {value:.4f} on {split} is below chance ({chance:.4f})")
@@ -116,8 +108,7 @@ class Glue:
     def _answer(self, value: float) -> str:
         return f"{value:.4g}" if self.regression else self.row.classes[int(value)]
 
-    def compare_with_evaluate(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any], ours: dict[str, float]) -> str:
-        """Compare with the `evaluate` package on the same predictions; returns a line to print."""
+    def compare_with_evaluate(self, outputs: Outputs, stores: Stores, ours: Mapping[str, float]) -> str:
         split = next(iter(self.row.dev))
         labels = stores[split].labels.cpu().numpy()
         return compare_with_evaluate(self.name, self.decode(outputs[split]), labels, ours)

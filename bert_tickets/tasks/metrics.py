@@ -1,8 +1,4 @@
-"""GLUE's metrics, from scikit-learn and SciPy, and SQuAD's. None uses the network.
-
-GLUE's take predictions and references of shape [n] (class indices, or similarity scores for STS-B). For constant predictions
-Matthews correlation is 0 and the other correlations are NaN, as in the libraries.
-"""
+"""GLUE's metrics, from scikit-learn and SciPy, and SQuAD's. None uses the network."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,48 +16,28 @@ from bert_tickets.errors import UserError, first_line
 Array = np.ndarray | Sequence[float]
 
 
-def accuracy(predictions: Array, references: Array) -> float:
-    """Return the fraction of equal pairs, in [0, 1]."""
-    return float(np.mean(np.asarray(predictions) == np.asarray(references)))
+def glue_metric(name: str, predictions: Array, references: Array) -> float:
+    """Compute a metric of predictions and references, [n] each: class indices, or similarity scores for the last two.
 
+    `accuracy` and `f1` (of class 1; 0 if it is never predicted) in [0, 1]; `matthews`, `pearson` and `spearman` correlation in
+    [-1, 1]. For constant predictions Matthews correlation is 0 and the other correlations are NaN, as in the libraries.
+    """
+    if name == "accuracy":
+        return float(np.mean(np.asarray(predictions) == np.asarray(references)))
+    from scipy import stats
+    from sklearn import metrics
 
-def f1(predictions: Array, references: Array) -> float:
-    """Return F1 of class 1 (MRPC, QQP), in [0, 1]; 0 if class 1 is never predicted."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(references, predictions, zero_division=0.0))
-
-
-def matthews(predictions: Array, references: Array) -> float:
-    """Return Matthews correlation (CoLA), in [-1, 1]."""
-    from sklearn.metrics import matthews_corrcoef
-
-    return _quietly(lambda: matthews_corrcoef(references, predictions))
-
-
-def pearson(predictions: Array, references: Array) -> float:
-    """Return Pearson correlation (STS-B), in [-1, 1]."""
-    from scipy.stats import pearsonr
-
-    if len(references) < 2:
-        return float("nan")  # here pearsonr raises, unlike spearmanr
-    return _quietly(lambda: pearsonr(predictions, references)[0])
-
-
-def spearman(predictions: Array, references: Array) -> float:
-    """Return Spearman rank correlation (STS-B), in [-1, 1]."""
-    from scipy.stats import spearmanr
-
-    return _quietly(lambda: spearmanr(predictions, references)[0])
-
-
-def _quietly(function: Callable[[], float]) -> float:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about constant input, for which the value is NaN
-        return float(function())
-
-
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+        warnings.simplefilter("ignore")  # about constant input
+        if name == "f1":
+            value = metrics.f1_score(references, predictions, zero_division=0.0)
+        elif name == "matthews":
+            value = metrics.matthews_corrcoef(references, predictions)
+        elif name == "pearson":
+            value = stats.pearsonr(predictions, references)[0] if len(references) > 1 else np.nan  # of one pair pearsonr raises
+        else:
+            value = stats.spearmanr(predictions, references)[0]
+    return float(value)
 
 
 # ---- SQuAD ----
@@ -99,7 +75,7 @@ def _overlap(predicted: list[str], gold: list[str]) -> float:
 # ---- comparison with evaluate ----
 
 
-def compare_with_evaluate(task: str, predictions: Any, references: Any, ours: dict[str, float]) -> str:
+def compare_with_evaluate(task: str, predictions: Any, references: Any, ours: Mapping[str, float]) -> str:
     """Compare `ours` with `evaluate.load("glue", task)`, or its "squad"; returns a line to print.
 
     Raises `UserError` if a value differs by more than 1e-9. If `evaluate` cannot be loaded, the line gives the reason.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_tickets.config import Config
-from bert_tickets.data.batches import Store
 from bert_tickets.data.mlm_dataset import Corpus, load_corpus
 from bert_tickets.data.text_source import find_texts
 from bert_tickets.errors import UserError
@@ -21,6 +20,7 @@ from bert_tickets.modeling.bert import Net, encode
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.packing import Batch, at_least_fp32, ship
 from bert_tickets.seeds import seeded
+from bert_tickets.tasks import Outputs, Stores, Task
 from bert_tickets.tasks.sanity import unknown_tokens
 
 MASK_RATE = 0.15  # fraction of the tokens to predict
@@ -29,15 +29,13 @@ IGNORED = -100  # the label of padding
 CHUNK = 512  # tokens whose logits over the vocabulary are in memory at once in an evaluation
 
 
-class Mlm:
-    """Masked language modelling; a `bert_tickets.tasks.Task`."""
+class Mlm(Task):
+    """Masked language modelling."""
 
-    name = "mlm"
-    metric = "accuracy"
-    rows: Literal["any"] = "any"
+    name, metric = "mlm", "accuracy"
+    rows = "any"
     mask_id: int
     vocabulary: int
-    data_warnings: Sequence[str] = ()
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         return load_bert(cfg.model, "mlm", cfg.init, cfg.train.seed)
@@ -53,11 +51,11 @@ class Mlm:
             f"{len(train):,} blocks of {cfg.max_length} tokens to train on, {len(held_out):,} to evaluate on; "
             f"their unigram entropy is {held_out.unigram_entropy:.3f} nats per token"
         )
-        same = ["the validation text is the training text"] if texts["train"].key == texts["validation"].key else []
+        same = texts["train"].key == texts["validation"].key
         self.data_warnings = [
-            *same,
-            *unknown_tokens(train.first(), tokenizer, "train"),
-            *unknown_tokens(held_out.first(), tokenizer, "validation"),
+            *["the validation text is the training text"] * same,
+            *unknown_tokens(train.blocks[:10_000], tokenizer, "train"),
+            *unknown_tokens(held_out.blocks[:10_000], tokenizer, "validation"),
         ]
         return train, {"validation": held_out}
 
@@ -83,11 +81,11 @@ class Mlm:
         with torch.autocast(hidden.device.type, enabled=False):  # half-precision scores tie
             for part, labels in zip(hidden.to(at_least_fp32(hidden)).split(CHUNK), batch.labels.split(CHUNK), strict=True):
                 scores = net.cls(part)
-                hits = scores.argmax(1) == labels
-                rows.append(torch.stack([F.cross_entropy(scores, labels, reduction="none"), hits.to(scores.dtype)], 1))
+                losses, hits = F.cross_entropy(scores, labels, reduction="none"), scores.argmax(1) == labels
+                rows.append(torch.stack([losses, hits.to(losses.dtype)], 1))
         return torch.cat(rows)
 
-    def compute_metrics(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> dict[str, float]:
+    def compute_metrics(self, outputs: Outputs, stores: Stores) -> dict[str, float]:
         """Compute accuracy (as in Table 2), the mean loss in nats and its exponential, from `outputs` in any order."""
         (values,) = outputs.values()
         if not len(values):
@@ -97,17 +95,12 @@ class Mlm:
         loss, accuracy = values.mean(axis=0, dtype=np.float64).tolist()
         return {"accuracy": accuracy, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
-    def warnings(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store]) -> list[str]:
+    def warnings(self, outputs: Outputs, stores: Stores) -> list[str]:
         """Return a warning if the loss is above the unigram entropy, and the warnings of the texts."""
         ((name, store),) = stores.items()
-        loss, chance = self.compute_metrics(outputs, stores)["loss"], getattr(store, "unigram_entropy", math.inf)
+        loss, chance = self.compute_metrics(outputs, stores)["loss"], store.unigram_entropy
         above = f"loss {loss:.3f} on {name} is above the unigram entropy ({chance:.3f})"
         return [*self.data_warnings, *[above] * (loss > chance)]
-
-    def compare_with_evaluate(
-        self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Store], ours: Mapping[str, float]
-    ) -> str:
-        return "metrics not compared with evaluate, which has none for masked language modelling"
 
 
 def mask_tokens(

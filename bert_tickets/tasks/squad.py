@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,56 +14,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_tickets.config import Config
-from bert_tickets.data.batches import TokenStore, order
+from bert_tickets.data.batches import TokenStore, subset
 from bert_tickets.data.squad_features import best_spans, eval_windows, span_text, train_windows
-from bert_tickets.data.squad_files import Question, read_folder, read_hub
+from bert_tickets.data.squad_files import read_folder, read_hub
 from bert_tickets.data.token_cache import Arrays, Tokens
 from bert_tickets.errors import UserError
 from bert_tickets.modeling.bert import Net, encode
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.packing import Batch
+from bert_tickets.tasks import Outputs, Stores, Task
 from bert_tickets.tasks.metrics import compare_with_evaluate, squad_scores
 from bert_tickets.tasks.sanity import overlap, unknown_tokens
 
 MISPLACED = "no answer is in the context at its answer_start"
 
 
-class Squad:
-    """Questions answered by spans of their contexts; a `bert_tickets.tasks.Task`."""
+class Squad(Task):
+    """Questions answered by spans of their contexts."""
 
     name, metric = "squad", "f1"
-    rows: Literal["token"] = "token"
-    data_warnings: Sequence[str] = ()
+    rows = "token"
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
         return load_bert(cfg.model, "qa", cfg.init, cfg.train.seed)
 
     def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
-        splits = read_folder(Path(cfg.data_dir)) if cfg.data_dir is not None else read_hub()
-        train = _with_answers(splits["train"], cfg.limit_train)
+        splits = read_hub() if cfg.data_dir is None else read_folder(Path(cfg.data_dir))
+        found = [(question, answer) for question in splits["train"] if (answer := question.found_answer) is not None]
+        if len(found) < len(splits["train"]):
+            print(f"skipped {len(splits['train']) - len(found)} of {len(splits['train'])} training questions: {MISPLACED}")
+        train = subset(found, cfg.limit_train)
         columns = [q.question for q, _ in train], [q.context for q, _ in train], [answer for _, answer in train]
         arrays = train_windows(tokenizer, *columns, cfg.max_length, cfg.doc_stride)
-        _report(arrays, [q.id for q, _ in train])
+        if lost := [train[i][0].id for i in arrays["lost"]]:
+            shown = ", ".join(lost[:5]) + " ..." * (len(lost) > 5)
+            print(f"skipped {len(lost)} of {len(train)} training questions: no token covers the answer: {shown}")
+        if not len(arrays["labels"]):
+            raise UserError("none of SQuAD's training questions has an answer to learn")
         self.asked = splits["validation"][: cfg.limit_eval]
         texts = [q.question for q in self.asked], [q.context for q in self.asked]
         self.windows = eval_windows(tokenizer, *texts, cfg.max_length, cfg.doc_stride)
-        known = [(q.question, q.context) for q, _ in train]
+        misplaced = sum(question.found_answer is None for question in self.asked)
         self.data_warnings = [
-            *overlap(known, list(zip(*texts, strict=True)), "validation", "questions"),
-            *_misplaced(self.asked),
+            *overlap([(q.question, q.context) for q, _ in train], list(zip(*texts, strict=True)), "validation", "questions"),
+            *[f"{misplaced} of {len(self.asked)} questions of validation: {MISPLACED}"] * (misplaced > 0.01 * len(self.asked)),
             *unknown_tokens(arrays["ids"], tokenizer, "train"),
             *unknown_tokens(self.windows["ids"], tokenizer, "validation"),
         ]
-        return _store(arrays, arrays["labels"], device), {"validation": self._eval_store(device)}
-
-    def _eval_store(self, device: torch.device) -> TokenStore:
-        store = _store(self.windows, np.zeros((len(self.windows["lengths"]), 2), np.int64), device)
+        evals = _store(self.windows, np.zeros((len(self.windows["lengths"]), 2), np.int64), device)
         scored = json.dumps([(q.id, q.context, q.answers) for q in self.asked])  # metrics depend on these, not on labels
-        store.sha256 = hashlib.sha256((store.sha256 + scored).encode()).hexdigest()
-        return store
-
-    def augment_batch(self, batch: Batch, step: int, seed: int) -> Batch:
-        return batch
+        evals.sha256 = hashlib.sha256((evals.sha256 + scored).encode()).hexdigest()
+        return _store(arrays, arrays["labels"], device), {"validation": evals}
 
     def predict(self, net: Net, batch: Batch) -> Tensor:
         """Compute each token's start and end logit: [T, 2]."""
@@ -90,11 +91,11 @@ class Squad:
             for q, (begin, end) in zip(self.asked, spans.tolist(), strict=True)
         }
 
-    def compute_metrics(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> dict[str, float]:
+    def compute_metrics(self, outputs: Outputs, stores: Stores) -> dict[str, float]:
         """Compute F1 and exact match, in [0, 1]."""
         return squad_scores(self.decode(outputs["validation"]), {q.id: [text for text, _ in q.answers] for q in self.asked})
 
-    def warnings(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any]) -> list[str]:
+    def warnings(self, outputs: Outputs, stores: Stores) -> list[str]:
         """Return warnings about the data, and one if the most likely start is the same position in all windows."""
         ends = np.cumsum(self.windows["lengths"])[:-1]
         starts = {int(window[:, 0].argmax()) for window in np.split(outputs["validation"], ends)}
@@ -102,41 +103,11 @@ class Squad:
             return list(self.data_warnings)
         return [*self.data_warnings, f"the most likely start in all {len(ends) + 1} windows is token {starts.pop()}"]
 
-    def compare_with_evaluate(self, outputs: Mapping[str, np.ndarray], stores: Mapping[str, Any], ours: dict[str, float]) -> str:
-        """Compare with the `evaluate` package on the same predictions; returns a line to print."""
+    def compare_with_evaluate(self, outputs: Outputs, stores: Stores, ours: Mapping[str, float]) -> str:
         predictions = [{"id": id, "prediction_text": text} for id, text in self.decode(outputs["validation"]).items()]
         texts = [{"text": [text for text, _ in q.answers], "answer_start": [at for _, at in q.answers]} for q in self.asked]
         references = [{"id": q.id, "answers": answers} for q, answers in zip(self.asked, texts, strict=True)]
         return compare_with_evaluate(self.name, predictions, references, ours)
-
-
-def _with_answers(questions: list[Question], limit: int | None) -> list[tuple[Question, tuple[str, int]]]:
-    """Return up to `limit` training questions that have an answer in their contexts, with this answer."""
-    found = [(question, answer) for question in questions if (answer := question.found_answer) is not None]
-    if len(found) < len(questions):
-        print(f"skipped {len(questions) - len(found)} of {len(questions)} training questions: {MISPLACED}")
-    if limit is not None:
-        chosen = order(len(found), seed=0, epoch=0)[:limit]  # independent of the run's seed
-        found = [found[i] for i in chosen.tolist()]
-    return found
-
-
-def _misplaced(asked: list[Question]) -> list[str]:
-    """Warn if many evaluation questions have no answer in their contexts."""
-    count = sum(question.found_answer is None for question in asked)
-    return [f"{count} of {len(asked)} questions of validation: {MISPLACED}"] * (count > 0.01 * len(asked))
-
-
-def _report(arrays: Arrays, ids: list[str]) -> None:
-    """Print which training questions (by id) have no window, or inexact labels. Raises `UserError` if there is no window."""
-    if not len(arrays["labels"]):
-        raise UserError("none of SQuAD's training questions has an answer to learn")
-    for name, what in (
-        ("lost", "skipped: no token covers the answer"),
-        ("inexact", "labelled inexactly: the answer begins or ends within a token"),
-    ):
-        if found := [ids[i] for i in arrays[name]]:
-            print(f"{len(found)} of {len(ids)} training questions {what}: {', '.join(found[:5])}{' ...' * (len(found) > 5)}")
 
 
 def _store(arrays: Arrays, labels: np.ndarray, device: torch.device) -> TokenStore:

@@ -15,35 +15,34 @@ READERS = {
 }
 
 
-def failing(error: Exception, *rows: object):
-    def stream(*_, **__):
-        yield from rows
-        raise error
+class Torn:
+    """A stream that fails after its first part."""
 
-    def fail(*_, **__):
-        raise error
+    def iter(self, size: int):
+        yield {"text": ["the film"]}
+        raise ConnectionError("no route")
 
-    return stream if rows else fail
+
+def found(*_: object, **__: object) -> str:
+    return "snapshots/0123abc/README.md"
+
+
+def failing(*_: object, **__: object):
+    raise ConnectionError("no route\nand more")
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_an_error_of_the_hub_names_the_folder(monkeypatch, name):
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "snapshots/0123abc/README.md")
-    for error in (ConnectionError("no route to huggingface.co\nand more"), ConnectionError(), OSError(28, "full")):
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=failing(error)))
-        with pytest.raises(UserError, match=rf"{name}[^\n]*: \S[^\n]*\n.*--data-dir"):
-            READERS[name]()
-    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
-    with pytest.raises(UserError, match=rf"{name}.*package datasets.*--data-dir"):
+@pytest.mark.parametrize("module", [types.SimpleNamespace(load_dataset=failing), None], ids=["no network", "no package"])
+def test_an_error_of_the_hub_names_the_folder(monkeypatch, name, module):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", found)
+    monkeypatch.setitem(sys.modules, "datasets", module)  # importing None fails
+    with pytest.raises(UserError, match=rf"(?s){name} from the hub: \w[^\n]*\n.*HF_HOME.*--data-dir a folder"):
         READERS[name]()
 
 
-def test_an_error_in_the_stream_or_of_the_revision_names_the_folder(monkeypatch):
-    name, error = list(READERS)[-1], ConnectionError("no route")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "snapshots/0123abc/README.md")
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=failing(error, {"text": "the film"})))
-    with pytest.raises(UserError, match=rf"{name}[^\n]*: no route[^\n]*\n.*--data-dir"):
-        READERS[name]()
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing(error))
-    with pytest.raises(UserError, match=rf"{name}[^\n]*: no route[^\n]*\n.*--data-dir"):
-        READERS[name]()
+@pytest.mark.parametrize("download", [found, failing], ids=["in the stream", "of the revision"])
+def test_a_later_or_earlier_error_of_a_text_names_the_folder_too(monkeypatch, download):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: Torn()))
+    with pytest.raises(UserError, match=r"(?s)Salesforce/wikitext[^\n]*: no route\n.*--data-dir a folder"):
+        list(READERS.values())[-1]()

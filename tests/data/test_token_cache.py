@@ -33,8 +33,8 @@ def tokenizer(bert_dir):
     return Counting()
 
 
-def same(a: Tokens, b: Tokens) -> bool:
-    return a.sha256() == b.sha256() and all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("ids", "types", "lengths"))
+def arrays(tokens: Tokens) -> list:
+    return [(array.dtype, array.tolist()) for array in vars(tokens).values()] + [tokens.sha256()]
 
 
 @pytest.mark.parametrize("columns", [[TEXTS], [TEXTS, TEXTS[::-1]]])
@@ -42,7 +42,7 @@ def test_the_second_call_reads_what_the_first_wrote(cache, tokenizer, columns, m
     monkeypatch.setattr(token_cache, "CHUNK", 3)  # of the four texts
     first, second = tokenize(tokenizer, columns, 12), tokenize(tokenizer, columns, 12)
     assert tokenizer.calls == 2
-    assert same(first, second)
+    assert arrays(first) == arrays(second)
     starts = np.cumsum(first.lengths) - first.lengths
     for i, texts in enumerate(zip(*columns, strict=True)):
         # a batch of one: a plain call takes an empty second text for none at all
@@ -56,23 +56,20 @@ def test_another_text_length_column_or_tokenizer_is_another_entry(cache, tokeniz
     tokenize(tokenizer, [TEXTS], 12)
     tokenize(tokenizer, [TEXTS], 11)
     tokenize(tokenizer, [TEXTS[:3]], 12)
-    tokenize(tokenizer, [["the", "film was good", *TEXTS[1:]]], 12)  # the same letters, cut elsewhere
+    tokenize(tokenizer, [[TEXTS[0], "a café", " is naïve", TEXTS[3]]], 12)  # the same letters, cut elsewhere
     tokenize(tokenizer, [TEXTS[:2], TEXTS[2:]], 12)
     tokenizer.backend_tokenizer.add_tokens(["naïve"])
     tokenize(tokenizer, [TEXTS], 12)
     assert tokenizer.calls == 6 == len(list(cache.iterdir()))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]])
 def test_a_damaged_entry_is_made_again(cache, tokenizer, damage):
-    expected = tokenize(tokenizer, [TEXTS], 12)
+    expected = arrays(tokenize(tokenizer, [TEXTS], 12))
     (entry,) = cache.iterdir()
-    data = bytearray(entry.read_bytes())
-    if damage == "flip":
-        data[-3] ^= 1
-    entry.write_bytes({"cut": data[:-9], "flip": data, "empty": b""}[damage])
+    entry.write_bytes(damage(entry.read_bytes()))
     for _ in range(2):
-        assert same(tokenize(tokenizer, [TEXTS], 12), expected)
+        assert arrays(tokenize(tokenizer, [TEXTS], 12)) == expected
         assert tokenizer.calls == 2
 
 

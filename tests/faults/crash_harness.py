@@ -151,7 +151,7 @@ def _fork(folder: Path, script: str, words: list[str], fault: Fault | None) -> O
 
 def _become(folder: Path, script: str, words: list[str], fault: Fault | None) -> None:
     """Be the script's own process from here on."""
-    from bert_tickets.data import mlm_dataset, token_cache
+    from bert_tickets.data import token_cache
     from bert_tickets.methods.main import main
 
     code: Any = 70
@@ -163,7 +163,7 @@ def _become(folder: Path, script: str, words: list[str], fault: Fault | None) ->
         with open("output.txt", "wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        token_cache.HF_HOME = mlm_dataset.HF_HOME = "cache"  # its writes may meet a fault, too
+        token_cache.HF_HOME = "cache"  # its writes may meet a fault, too
         sys.argv = [script]  # run.json holds it
         calls = dict.fromkeys([*PLACES, *FILE_SYSTEM], 0)
         for place in calls:
