@@ -20,6 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as prepare_device
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bert_tickets-tests-")  # its caches, and ours beside them
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+import numpy as np
 import pytest
 import torch
 from crash_harness import Harness
@@ -29,6 +30,8 @@ from trainrun import THREE_LEVELS, Runs
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
+from bert_tickets.data.batches import TokenStore
+from bert_tickets.data.token_cache import Tokens
 
 ROOT = Path(__file__).parent.parent
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
@@ -133,6 +136,24 @@ def calm_bert_dir(bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+class Touch:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def store_of(lengths: list[int], labels: np.ndarray | None = None) -> TokenStore:
+    """A store of random tokens, each example of two texts; of two classes, unless labels are given."""
+    rng = np.random.default_rng(len(lengths))
+    ids = [rng.integers(5, 100, n).tolist() for n in lengths]
+    types = [[0] * (n // 2) + [1] * (n - n // 2) for n in lengths]
+    return TokenStore(Tokens.of(ids, types), rng.integers(0, 2, len(lengths)) if labels is None else labels)
 
 
 def sentence(rng: random.Random, label: int) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from conftest import Touch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -36,12 +34,11 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 
 
 @st.composite
-def masks(draw, count: int = 1) -> list[Mask]:
-    """Draw masks over the same tensors, one of them a scalar, so that a mask covers at least one weight."""
+def masks(draw) -> Mask:
+    """Draw a mask over a few tensors, one of them a scalar, so that it covers at least one weight."""
     layout = draw(st.dictionaries(names, shapes, max_size=4)) | {"scalar": ()}
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    densities = draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=count, max_size=count))
-    return [Mask({name: torch.tensor(rng.random(shape) < density) for name, shape in layout.items()}) for density in densities]
+    rng, density = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    return Mask({name: torch.tensor(rng.random(shape) < density) for name, shape in layout.items()})
 
 
 # ---- counts and comparison ----
@@ -68,18 +65,6 @@ def test_overlap_and_distance_by_hand(one, other, overlap, distance):
     assert bits(*one).distance(bits(*other)) == pytest.approx(distance)
 
 
-@settings(deadline=None, max_examples=50)
-@given(masks(count=3))
-def test_overlap_is_a_similarity_and_distance_a_metric(three):
-    a, b, c = three
-    assert a.distance(b) == b.distance(a)
-    assert a.overlap(b) == b.overlap(a)
-    assert 0 <= a.distance(b) <= 1
-    assert 0 <= a.overlap(b) <= 1
-    assert (a.distance(b) == 0) == (a.overlap(b) == 1) == (a == b) == (a.sha256() == b.sha256())
-    assert a.distance(c) <= a.distance(b) + b.distance(c) + 1e-12
-
-
 @pytest.mark.parametrize(
     ("other", "message", "partly"),
     [
@@ -99,25 +84,13 @@ def test_check_fits_names_the_tensor_that_differs(other, message, partly):
         mask.check_fits(other, "the model", partly=True)
 
 
-def test_apply_zeroes_what_the_mask_prunes_and_nothing_else():
-    mask, generator = random_mask(), torch.Generator().manual_seed(1)
-    weights = {name: torch.nn.Parameter(torch.randn(tensor.shape, generator=generator)) for name, tensor in mask.items()}
-    weights["other"] = torch.nn.Parameter(torch.ones(3))
-    before = {name: tensor.detach().clone() for name, tensor in weights.items()}
-    mask.apply(weights)
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, before[name] * mask.get(name, torch.tensor(1)))
-        assert tensor.requires_grad
-
-
 # ---- files ----
 
 
 @settings(deadline=None, max_examples=20)
 @given(masks(), st.dictionaries(st.sampled_from(["method", "base_model", "seed", "level"]), st.integers() | st.text(max_size=9)))
-def test_a_file_gives_back_the_mask_its_info_and_the_order_of_its_tensors(tmp_path_factory, one, info):
+def test_a_file_gives_back_the_mask_its_info_and_the_order_of_its_tensors(tmp_path_factory, mask, info):
     """Pruning breaks ties by index: a resumed run must see the tensors in the order of an uninterrupted one."""
-    (mask,) = one
     path, again = (tmp_path_factory.getbasetemp() / f"{name}.safetensors" for name in ("mask", "again"))
     mask.write(path, **info)
     loaded = Mask.load(path)
@@ -173,37 +146,7 @@ def test_a_file_of_weights_of_another_format_or_of_other_bits_is_a_users_error(t
         Mask.load(path)
 
 
-def test_no_flipped_bit_or_cut_changes_a_mask(tmp_path):
-    mask, path = Mask({"w": torch.arange(20) % 3 == 0, "b": torch.tensor(True)}), tmp_path / "mask.safetensors"
-    mask.write(path, level=3)
-    data, refused = path.read_bytes(), 0
-    for bit in range(0, 8 * len(data), 11):
-        changed = bytearray(data)
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        try:
-            loaded = Mask.load(path)
-            assert (loaded, loaded.info) == (mask, {"level": 3}), f"bit {bit}"
-        except UserError:
-            refused += 1
-    assert refused > 0.7 * len(data)
-    for length in (100, len(data) - 1):
-        path.write_bytes(data[:length])
-        with pytest.raises(UserError, match=r"mask\.safetensors"):
-            Mask.load(path)
-
-
 # ---- masks of the released code ----
-
-
-class Code:
-    """Unpickling this makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "old format"])
@@ -212,9 +155,7 @@ def test_a_released_mask_is_read_and_its_code_is_not_run(tmp_path, options):
     released = {f"module.{name}_mask": tensor.float() for name, tensor in mask.items()}
     torch.save(released | {"bert.embeddings.weight": torch.randn(3)}, path, **options)
     assert Mask.load(path) == mask
-    torch.save({QUERY + "_mask": Code(trace)}, path, **options)
+    torch.save({QUERY + "_mask": Touch(trace)}, path, **options)
     with pytest.raises(UserError, match=r"mask\.pt cannot be read .* without unpickling code"):
         Mask.load(path)
     assert not trace.exists()
-    pickle.loads(pickle.dumps(Code(trace)))
-    assert trace.exists()  # it would have run

@@ -112,12 +112,6 @@ def test_random_scores_follow_their_generator_and_not_the_weights():
     assert not torch.equal(flat(one), flat(other))
 
 
-def test_a_tenth_of_bert_base_is_8_552_448_weights():
-    generator = torch.Generator().manual_seed(0)
-    scores = {f"w{i}": torch.rand(768, 768, generator=generator) for i in range(145)}
-    assert Mask.ones(scores).total - prune(Mask.ones(scores), scores, 0.1).kept == 8_552_448
-
-
 @pytest.mark.parametrize("k", [1, 2_500_000, 5_000_000])
 @pytest.mark.parametrize("order", ["random", "misleading"])
 def test_the_threshold_is_exact_even_if_the_sample_misses_it(k, order):
@@ -147,7 +141,7 @@ def test_nine_linear_levels_reach_the_published_sparsities(total, seed):
         assert abs(total - mask.kept - total * level / 10) <= (2 if total % 10 else 0)
 
 
-@pytest.mark.parametrize("percent", [1, 3, 7, 30, 33, 34, 50, 51, 99])
+@pytest.mark.parametrize("percent", [1, 30, 33, 50, 99])
 def test_linear_levels_end_before_the_last_weight(percent):
     rate = percent / 100
     most = -(-100 // percent)
