@@ -138,6 +138,13 @@ def calm_bert_dir(bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of tokens."""
+    monkeypatch.setattr("bert_tickets.data.token_cache.HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "hf" / "bert_tickets"
+
+
 class Touch:
     """Unpickling this makes a file."""
 

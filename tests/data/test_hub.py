@@ -1,4 +1,4 @@
-"""Errors of the hub, for every kind of data, name the folder to give instead."""
+"""Errors of the hub and missing files, for every kind of data: they name the ways to get it."""
 
 import sys
 import types
@@ -13,6 +13,21 @@ READERS = {
     "rajpurkar/squad": squad_files.read_hub,
     r"Salesforce/wikitext \(wikitext-103-raw-v1\)": lambda: "".join(text_source.hub_text(text_source.WIKITEXT, "train").read()),
 }
+
+
+@pytest.mark.parametrize(
+    ("read", "absent", "hub"),
+    [
+        (lambda folder: glue_files.read_folder(folder, glue_files.ROWS["mnli"]), "MNLI/train.tsv", "nyu-mll/glue"),
+        (squad_files.read_folder, "dev-v1.1.json", "rajpurkar/squad"),
+        (lambda folder: text_source.find_texts(str(folder)), "en.valid", "Salesforce/wikitext"),
+    ],
+)
+def test_missing_files_name_three_ways_to_get_the_data(tmp_path, read, absent, hub):
+    for file in ("train-v1.1.json", "en.train"):
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=rf"(?s){absent}.*{hub}.*HF_HOME.*--data-dir a folder"):
+        read(tmp_path)
 
 
 class Torn:

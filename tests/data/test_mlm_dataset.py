@@ -28,13 +28,6 @@ from bert_tickets.errors import UserError
 LENGTH = 12
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache."""
-    monkeypatch.setattr(token_cache, "HF_HOME", str(tmp_path / "hf"))
-    return tmp_path / "hf" / "bert_tickets"
-
-
 def words(count: int, seed: int = 0) -> str:
     """Draw words of the fixture's vocabulary, in lines."""
     rng = random.Random(seed)
@@ -48,17 +41,6 @@ def written(path: Path, content: str | bytes) -> Path:
 
 def stream_of(path: Path, tokenizer, most: int | None = None) -> list[int]:
     return read_tokens(file_text(path), tokenizer, most)[0].tolist()
-
-
-def counted(path: Path):
-    """Open a file as a `Text`, with a list that grows by each reading."""
-    text, reads = file_text(path), []
-
-    def read():
-        reads.append(1)
-        return text.read()
-
-    return replace(text, read=read), reads
 
 
 # ---- a stream, and its blocks ----
@@ -154,13 +136,14 @@ def test_unigram_entropy_is_of_the_tokens_and_not_of_the_ends(cache, tokenizer, 
 def test_a_text_is_tokenized_once_for_all_block_lengths(cache, tokenizer, bert_dir, tmp_path):
     """Another text, tokenizer or limit is another entry; the last call of the tokenizer has no effect."""
     path = written(tmp_path / "t", words(500))
-    text, reads = counted(path)
+    text = file_text(path)
     other = AutoTokenizer.from_pretrained(bert_dir)
     other(["the film", "a"], truncation=True, max_length=3, padding="max_length")
-    for used, length in ((other, LENGTH), (tokenizer, LENGTH), (tokenizer, 2 * LENGTH)):
-        load_corpus(text, used, length)
+    load_corpus(text, other, LENGTH)
+    cannot_be_read = replace(text, read=None)
+    for length in (LENGTH, 2 * LENGTH):
+        load_corpus(cannot_be_read, tokenizer, length)
     assert stream_of(path, tokenizer) == tokenizer(words(500), add_special_tokens=False)["input_ids"]
-    assert len(reads) == 1
     assert sorted(file.suffix for file in cache.iterdir()) == [".json", ".tokens"]
     other.add_tokens(["naïve"])
     stream_of(path, other)
@@ -169,20 +152,16 @@ def test_a_text_is_tokenized_once_for_all_block_lengths(cache, tokenizer, bert_d
     assert len(list(cache.glob("*.tokens"))) == 4
 
 
-@pytest.mark.parametrize("damage", ["cut", "hole", "no checksum"])
-def test_a_damaged_entry_is_made_again(cache, tokenizer, tmp_path, damage):
-    text, reads = counted(written(tmp_path / "t", words(9000)))
-    expected = read_tokens(text, tokenizer)[0].tolist()
-    (entry,), (checksum,) = cache.glob("*.tokens"), cache.glob("*.json")
+@pytest.mark.parametrize("suffix", [".tokens", ".json"])
+def test_a_damaged_entry_is_made_again(cache, tokenizer, tmp_path, suffix):
+    text = file_text(written(tmp_path / "t", words(500)))
+    read_tokens(text, tokenizer)
+    (entry,) = cache.glob(f"*{suffix}")
     data = entry.read_bytes()
     entry.unlink()  # it is mapped
-    hole = data[:8192] + bytes(4096) + data[12288:]  # a page that a crash left empty
-    entry.write_bytes({"cut": data[:-8], "hole": hole, "no checksum": data}[damage])
-    if damage == "no checksum":
-        checksum.unlink()
-    for _ in range(2):
-        assert read_tokens(text, tokenizer)[0].tolist() == expected
-        assert len(reads) == 2
+    entry.write_bytes(data[:-8])
+    read_tokens(text, tokenizer)
+    assert entry.read_bytes() == data
 
 
 def test_processes_may_fill_the_cache_at_the_same_time(cache, tokenizer, tmp_path):
@@ -199,7 +178,6 @@ def test_processes_may_fill_the_cache_at_the_same_time(cache, tokenizer, tmp_pat
         child.join()
         assert child.exitcode == 0
     assert sorted(entry.suffix for entry in cache.iterdir()) == [".json", ".tokens"]
-    check()
 
 
 def test_memory_stays_flat_however_long_the_text(cache, tokenizer, tmp_path, monkeypatch):
@@ -234,12 +212,6 @@ def test_a_file_without_a_block_of_text_is_a_users_error(cache, tokenizer, tmp_p
         load_corpus(file_text(path), tokenizer, LENGTH)
     assert str(path) in str(refusal.value)
     assert not list(cache.glob("*.tmp"))
-
-
-def test_missing_data_name_three_ways_to_get_it(tmp_path):
-    written(tmp_path / "en.train", words(50))
-    with pytest.raises(UserError, match=rf"(?s)en\.valid.*{WIKITEXT}.*HF_HOME.*en\.train and en\.valid"):
-        find_texts(str(tmp_path))
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_cached(cache, tokenizer, tmp_path):

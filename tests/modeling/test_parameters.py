@@ -1,4 +1,4 @@
-"""Parameters: the prunable sets, snapshots and rewinding, structured masks."""
+"""Parameters: the prunable sets, snapshots and rewinding, structured masks, the untied MLM decoder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,17 @@ from bert_tickets.files import sha256_of
 from bert_tickets.masking.mask import Mask
 from bert_tickets.masking.prune import magnitude, prune
 from bert_tickets.modeling.bert import classify
-from bert_tickets.modeling.loading import HEADS, load_bert
-from bert_tickets.modeling.parameters import PRUNABLE, encoder_weights, prunable, rewind, set_parameters, snapshot
+from bert_tickets.modeling.loading import HEADS, load_bert, save_model
+from bert_tickets.modeling.parameters import (
+    PRUNABLE,
+    WORD_EMBEDDINGS,
+    encoder_weights,
+    prunable,
+    rewind,
+    set_parameters,
+    snapshot,
+    untie_decoder,
+)
 
 LAYERS, HIDDEN, MLP = 12, 768, 3072
 MATRICES = 85_524_480
@@ -101,3 +110,20 @@ def test_a_mask_of_whole_heads_or_neurons_equals_gating_their_activations(net, w
     expected = classify(net, batch)
     assert torch.equal(classify(masked, batch), expected)
     assert not torch.allclose(plain, expected)
+
+
+# ---- the untied decoder ----
+
+
+def test_an_untied_model_is_saved_loaded_and_set_whole(bert_dir, tmp_path):
+    (untied, tokenizer), (tied, _) = (load_bert(str(bert_dir), "mlm", "pretrained", seed) for seed in (0, 1))
+    untie_decoder(untied)
+    with torch.no_grad():
+        untied.get_parameter(WORD_EMBEDDINGS)[:, ::2] = 0
+        untied.cls.predictions.bias.normal_()
+    save_model(untied, tokenizer, tmp_path)
+    loaded, weights = load_bert(str(tmp_path), "mlm", "pretrained", 5)[0], dict(untied.named_parameters())
+    set_parameters(tied, weights, tmp_path)
+    for net in (loaded, tied):
+        assert sha256_of(dict(net.named_parameters())) == sha256_of(weights)
+        assert net.cls.predictions.decoder.bias is net.cls.predictions.bias

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from bert_tickets.cli import parse
 from bert_tickets.config import Config
@@ -57,47 +56,47 @@ def test_squad_and_mlm_warn_of_their_outputs():
         assert mlm.warnings({"validation": np.array([[loss, 0.0], [loss, 1.0]], np.float32)}, store) == expected
 
 
-def data_warnings(task: Any, cfg: Config, bert_dir: Path) -> list[str]:
-    task.load_data(cfg, AutoTokenizer.from_pretrained(bert_dir), torch.device("cpu"))
+def data_warnings(task: Any, cfg: Config, tokenizer: Any) -> list[str]:
+    task.load_data(cfg, tokenizer, torch.device("cpu"))
     return list(task.data_warnings)
 
 
-def test_glue_warns_of_its_data(bert_dir, glue_dir, tmp_path):
+def test_glue_warns_of_its_data(tokenizer, glue_dir, tmp_path):
     folder = Path(shutil.copytree(glue_dir / "SST-2", tmp_path / "SST-2"))
     cfg = Config(task="sst2", data_dir=str(tmp_path))
-    assert data_warnings(Glue("sst2"), cfg, bert_dir) == []
+    assert data_warnings(Glue("sst2"), cfg, tokenizer) == []
     dev = (folder / "dev.tsv").read_text()
     shutil.copy(folder / "train.tsv", folder / "dev.tsv")
-    assert data_warnings(Glue("sst2"), cfg, bert_dir) == ["44 of 44 examples of validation are in the training set"]
+    assert data_warnings(Glue("sst2"), cfg, tokenizer) == ["44 of 44 examples of validation are in the training set"]
     few = replace(cfg, limit_train=1)  # the others are not trained on
-    assert data_warnings(Glue("sst2"), few, bert_dir) == ["all training labels are positive"]
+    assert data_warnings(Glue("sst2"), few, tokenizer) == ["all training labels are positive"]
     (folder / "dev.tsv").write_text(dev)
     (folder / "train.tsv").write_text("sentence\tlabel\n" + "☃ ☃ ☃\t1\n" * 20 + " \t1\n")
-    found = data_warnings(Glue("sst2"), cfg, bert_dir)
+    found = data_warnings(Glue("sst2"), cfg, tokenizer)
     assert found[0] == "all training labels are positive"
     assert found[1].endswith("of the tokens of train are [UNK]: is the vocabulary of this language?")
     assert found[2:] == ["1 of 21 examples of train have an empty text"]
 
 
-def test_squad_warns_of_its_data(bert_dir, squad_dir, tmp_path):
+def test_squad_warns_of_its_data(tokenizer, squad_dir, tmp_path):
     folder = Path(shutil.copytree(squad_dir, tmp_path / "squad"))
     cfg = Config(task="squad", data_dir=str(folder), max_length=100, doc_stride=32)
-    assert data_warnings(Squad(), cfg, bert_dir) == []
+    assert data_warnings(Squad(), cfg, tokenizer) == []
     shutil.copy(folder / "train-v1.1.json", folder / "dev-v1.1.json")
-    assert data_warnings(Squad(), cfg, bert_dir) == ["30 of 30 questions of validation are in the training set"]
+    assert data_warnings(Squad(), cfg, tokenizer) == ["30 of 30 questions of validation are in the training set"]
     text = (squad_dir / "dev-v1.1.json").read_text()
     (folder / "dev-v1.1.json").write_text(re.sub(r'"answer_start": \d+', '"answer_start": 100000', text))
-    assert data_warnings(Squad(), cfg, bert_dir) == [f"20 of 20 questions of validation: {MISPLACED}"]
+    assert data_warnings(Squad(), cfg, tokenizer) == [f"20 of 20 questions of validation: {MISPLACED}"]
 
 
-def test_mlm_warns_of_its_texts(bert_dir, corpus_dir, tmp_path):
+def test_mlm_warns_of_its_texts(tokenizer, corpus_dir, tmp_path):
     folder = Path(shutil.copytree(corpus_dir, tmp_path / "text"))
     cfg = Config(task="mlm", data_dir=str(folder), max_length=16)
-    assert data_warnings(Mlm(), cfg, bert_dir) == []
+    assert data_warnings(Mlm(), cfg, tokenizer) == []
     shutil.copy(folder / "en.train", folder / "en.valid")
-    assert data_warnings(Mlm(), cfg, bert_dir) == ["the validation text is the training text"]
+    assert data_warnings(Mlm(), cfg, tokenizer) == ["the validation text is the training text"]
     (folder / "en.valid").write_text("☃ " * 1000)
-    assert data_warnings(Mlm(), cfg, bert_dir) == [
+    assert data_warnings(Mlm(), cfg, tokenizer) == [
         "100% of the tokens of validation are [UNK]: is the vocabulary of this language?"
     ]
 

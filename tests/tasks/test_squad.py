@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import store_of
 from paragraphs import content, labelled_texts, starts_of
 from test_metrics import put_evaluate
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -22,7 +23,6 @@ from bert_tickets.config import Config, build
 from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.squad_features import MAX_ANSWER, eval_windows, train_windows
 from bert_tickets.data.squad_files import FILES, read_folder, read_json
-from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
 from bert_tickets.tasks import squad
 from bert_tickets.tasks.squad import Squad
@@ -46,7 +46,7 @@ def one(context: str = "my good film", text: object = "good", start: object = 3,
 
 def written(folder: Path, value: object, file: str = "dev-v1.1.json") -> Path:
     path = folder / file
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    path.write_text(json.dumps(value), encoding="utf-8")
     return path
 
 
@@ -66,14 +66,10 @@ def test_a_file_gives_its_questions(squad_dir):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("", "not a JSON file"),
-        ([], "the file, or a field of it, has another type"),
-        ({"version": "1.1"}, "the file has no 'data'"),
         ({"data": [{"paragraphs": []}]}, "has no questions"),
         ({"data": [{"paragraphs": [{"qas": []}]}]}, r"data\[0\].paragraphs\[0\] has no 'context'"),
         (one(id=7), r"data\[0\].paragraphs\[0\].qas\[0\], or a field of it, has another type"),
         (one(start="3"), r"qas\[0\], or a field of it, has another type"),
-        (one(text=None), r"qas\[0\], or a field of it, has another type"),
         ({"data": [*one()["data"], 3]}, r"data\[1\], or a field of it, has another type"),
         (one(answers=[]), r"qas\[0\] has no answer.*v2\.0"),
         ({"data": 2 * one()["data"]}, r"data\[1\].paragraphs\[0\].qas\[0\].id 'q' is also the id of another"),
@@ -86,13 +82,7 @@ def test_a_missing_field_or_another_type_is_a_users_error_with_its_path(tmp_path
     assert str(path) in str(error.value)
 
 
-def test_missing_data_name_three_ways_to_get_it(tmp_path):
-    written(tmp_path, one(), FILES["train"])
-    with pytest.raises(UserError, match=rf"(?s){FILES['validation']} does not exist.*rajpurkar/squad.*HF_HOME.*--data-dir"):
-        read_folder(tmp_path)
-
-
-@pytest.mark.parametrize(("text", "start"), [("good", 4), ("good", -9), ("Good", 3), ("film", 700), (" ", 2)])
+@pytest.mark.parametrize(("text", "start"), [("good", 4), ("good", -9), (" ", 2)])
 def test_a_misplaced_answer_is_not_trained_on_but_counts_in_metrics(tmp_path, tokenizer, text, start, capsys):
     train, answers = one(), [(text, start), ("film", 8), ("good", 3)]
     train["data"] += one(text=text, start=start, id="r")["data"]
@@ -209,12 +199,6 @@ def test_evaluate_gets_the_answers(squad_dir, tokenizer, monkeypatch):
 # ---- the network ----
 
 
-def store_of(lengths: list[int]) -> TokenStore:
-    rng = np.random.default_rng(len(lengths))
-    ids, types_ = ([rng.integers(low, high, n).tolist() for n in lengths] for low, high in ((5, 100), (0, 2)))
-    return TokenStore(Tokens.of(ids, types_), np.stack([rng.integers(0, n, 2) for n in lengths]))
-
-
 def test_predictions_are_float32_in_half_precision(bert_dir):
     net, _ = Squad().load_net(Config(task="squad", model=str(bert_dir)))
     with torch.autocast("cpu", torch.bfloat16):
@@ -224,7 +208,7 @@ def test_predictions_are_float32_in_half_precision(bert_dir):
 @pytest.mark.parametrize("padding", [0, 5])
 def test_the_loss_is_over_each_windows_own_tokens(monkeypatch, padding):
     lengths = [3, 17, 9, 1]
-    batch = store_of(lengths).batch(torch.arange(4))
+    batch = store_of(lengths, np.array([[1, 2], [0, 16], [8, 8], [0, 0]])).batch(torch.arange(4))
     batch = dataclasses.replace(batch, longest=batch.longest + padding)
     hidden = torch.randn(30 + padding, 8, requires_grad=True)
     head = types.SimpleNamespace(qa_outputs=nn.Linear(8, 2))
