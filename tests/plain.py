@@ -4,11 +4,13 @@
 .tsv files, those of masked language modelling from inputs that were padded elsewhere; SQuAD's logits go to JOB/NAME.npy.
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import pearsonr, spearmanr
 from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
@@ -23,17 +25,11 @@ def open_net(kind, folder: str):
     return net.eval()
 
 
-def read_pairs(path: str) -> tuple[list[str], list[str], list[str]]:
-    """First texts, second texts and labels as written."""
-    header, *lines = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    columns = [header.index("sentence1"), header.index("sentence2"), len(header) - 1]
-    return tuple([line[at].strip() for line in lines] for at in columns)
-
-
 def glue(folder: str, path: str) -> dict[str, float]:
     """Accuracy by the names of the classes (RTE), or the correlations of the scores (STS-B)."""
     net, tokenizer = open_net(AutoModelForSequenceClassification, folder), AutoTokenizer.from_pretrained(folder)
-    first, second, labels = read_pairs(path)
+    lines = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str)
+    first, second, labels = (lines[name].tolist() for name in ("sentence1", "sentence2", lines.columns[-1]))
     logits = []
     for begin in range(0, len(first), BATCH):
         pairs = first[begin : begin + BATCH], second[begin : begin + BATCH]

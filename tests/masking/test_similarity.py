@@ -57,10 +57,8 @@ def test_a_pair_counted_by_hand():
     }
 
 
-@pytest.mark.parametrize(("one", "other", "expected"), [("000", "000", 1), ("000", "111", 0), ("111", "111", 1)])
-def test_empty_and_full_masks(one, other, expected):
-    found = measured(bits(one), bits(other))
-    assert {found[name] for name in MEASURES if name != "hamming"} == {expected}
+def test_empty_masks_are_equal():
+    assert measured(bits("000"), bits("000")) == dict.fromkeys(MEASURES, 1.0) | {"hamming": 0.0}
 
 
 def test_masks_of_different_coverings_are_an_error():
@@ -77,7 +75,6 @@ def test_masks_of_different_coverings_are_an_error():
     ("name", "place"),
     [
         ("bert.encoder.layer.11.attention.output.dense.weight", ("11", "attention.output")),
-        ("bert.encoder.layer.3.output.dense.weight", ("3", "output")),
         ("bert.encoder.layer.3.attention.self.query.bias", ("3", "attention.query.bias")),
         ("bert.pooler.dense.weight", ("pooler", "pooler")),
         ("bert.embeddings.word_embeddings.weight", ("embeddings.word_embeddings",) * 2),

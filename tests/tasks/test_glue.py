@@ -34,13 +34,8 @@ CPU = torch.device("cpu")
 GLUE, SST2 = TASKS["glue"], ROWS["sst2"]
 
 
-def files(task: str) -> dict[str, tuple[str, int]]:
-    """Return each split's file in the fixture folder, and its number of examples."""
-    return {"train": ("train.tsv", 44), **{split: (file, 20) for split, file in ROWS[task].dev.items()}}
-
-
 def expected(task: str, file: str, count: int) -> list:
-    """Draw the texts and labels of the fixture again."""
+    """Draw the texts and labels of the fixture's file again."""
     rng, examples = random.Random(f"{ROWS[task].folder}/{file}"), []
     for number in range(count):
         y = number % 2
@@ -61,10 +56,10 @@ def sst2_file(folder: Path, lines: list[str], header: str = "sentence\tlabel") -
 
 
 @pytest.mark.parametrize("task", GLUE)
-def test_every_file_of_a_task_gives_its_texts_and_labels(glue_dir, task):
-    row = ROWS[task]
-    for file, count in files(task).values():
-        assert read_tsv(glue_dir / row.folder / file, row) == expected(task, file, count)
+def test_the_folder_of_all_tasks_and_that_of_one_give_texts_and_labels(glue_dir, task):
+    found, files = read_folder(glue_dir, ROWS[task]), {"train": "train.tsv", **ROWS[task].dev}
+    assert found == {split: expected(task, file, 44 if split == "train" else 20) for split, file in files.items()}
+    assert found == read_folder(glue_dir / ROWS[task].folder, ROWS[task])
 
 
 def test_columns_are_found_by_the_header_in_any_order(glue_dir, tmp_path):
@@ -160,10 +155,6 @@ def load(task: str, tokenizer, data_dir: Path | None = None, **settings):
     return Glue(task).load_data(Config(task=task, data_dir=data_dir and str(data_dir), **settings), tokenizer, CPU)
 
 
-def test_data_are_in_the_folder_or_in_the_tasks_own(glue_dir):
-    assert read_folder(glue_dir / "RTE", ROWS["rte"]) == read_folder(glue_dir, ROWS["rte"])
-
-
 # ---- limits ----
 
 
@@ -187,10 +178,10 @@ def test_the_hub_gives_the_same_tokens_as_the_folder(glue_dir, tokenizer, monkey
     def load_dataset(name: str, subset: str) -> dict:
         assert (name, subset) == ("nyu-mll/glue", task)
         splits = {"test": {column: [] for column in (*HUB_COLUMNS[task], "label", "idx")}}
-        for split, (file, count) in files(task).items():
-            texts, labels = zip(*expected(task, file, count), strict=True)
+        for split, examples in read_folder(glue_dir, ROWS[task]).items():
+            texts, labels = zip(*examples, strict=True)
             splits[split] = dict(zip(HUB_COLUMNS[task], map(list, zip(*texts, strict=True)), strict=True))
-            splits[split] |= {"label": list(labels), "idx": list(range(count))}
+            splits[split] |= {"label": list(labels), "idx": list(range(len(labels)))}
         return splits
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))

@@ -45,11 +45,9 @@ def test_a_metric_by_hand(metric, predictions, references, value):
         ("the Broncos", ["Denver Broncos", "Broncos"], 1, 1),  # the best match counts
         ("Broncos of Denver", ["Denver Broncos", "Denver, Colorado"], 0, 4 / 5),
         ("to to to", ["to be to"], 0, 2 * 2 / (3 + 3)),  # with multiplicity
-        ("", ["Denver"], 0, 0),
         ("the", ["a"], 1, 0),  # both empty: equal, without a common word
         # normalized as in the official script
         ("The  Denver\nBroncos.", ["denver broncos"], 1, 1),
-        ("U.S.A. (the)", ["usa"], 1, 1),
         ("the-end", ["theend"], 1, 1),  # punctuation goes before articles
         ("theatre a1 an", ["theatre a1"], 1, 1),
         ("“É” – ¿x?", ["“é” – ¿x"], 1, 1),

@@ -164,9 +164,12 @@ def test_even_batches_have_one_shape_and_room_for_the_rarest_draw(count, length,
 
 
 @pytest.mark.parametrize("even", [False, True])
-def test_loss_and_gradients_are_hugging_faces(net, even):
+def test_loss_gradients_and_predictions_are_hugging_faces(net, even, monkeypatch):
+    monkeypatch.setattr(mlm, "CHUNK", 7)
     net = net.to(torch.float64).eval()
     batch = masked(blocks(5).batch(torch.arange(5)), 3, even=even)
+    real = batch.labels != IGNORED
+    outputs = task().predict(net, replace(batch, chosen=batch.chosen[real], labels=batch.labels[real]))
     loss = task().loss(net, batch)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}
@@ -178,17 +181,9 @@ def test_loss_and_gradients_are_hugging_faces(net, even):
     assert float(gradients[WORD_EMBEDDINGS].abs().max()) > 0
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, net.get_parameter(name).grad, rtol=0, atol=1e-10, msg=name)
-
-
-def test_predictions_are_the_likelihoods_and_the_hits(net, monkeypatch):
-    monkeypatch.setattr(mlm, "CHUNK", 7)
-    net = net.to(torch.float64).eval()
-    batch = masked(blocks(5).batch(torch.arange(5)), 3)
-    outputs = task().predict(net, batch)
-    net.set_attn_implementation("eager")
-    scores = net(input_ids=batch.input_ids.view(5, LENGTH)).logits.view(-1, net.config.vocab_size)[batch.chosen]
-    torch.testing.assert_close(outputs[:, 0], F.cross_entropy(scores, batch.labels, reduction="none"), rtol=0, atol=1e-10)
-    assert outputs[:, 1].tolist() == (scores.argmax(1) == batch.labels).tolist()
+    scores, labels = net(batch.input_ids.view(5, LENGTH)).logits.flatten(0, 1)[batch.chosen[real]], batch.labels[real]
+    torch.testing.assert_close(outputs[:, 0], F.cross_entropy(scores, labels, reduction="none"), rtol=0, atol=1e-10)
+    assert outputs[:, 1].tolist() == (scores.argmax(1) == labels).tolist()
 
 
 def test_loss_and_predictions_are_float32_in_half_precision(net):
@@ -288,23 +283,15 @@ def test_the_decoder_stays_tied_to_the_embeddings(net, tmp_path):
 # ---- data ----
 
 
-def load(corpus_dir, tokenizer, **changes):
-    cfg = Config(task="mlm", data_dir=str(corpus_dir), **{"max_length": LENGTH, **changes})
-    return Mlm().load_data(cfg, tokenizer, CPU)
-
-
-def test_evaluation_blocks_are_masked_and_training_blocks_are_not(corpus_dir, tokenizer, capsys):
-    train, evals = load(corpus_dir, tokenizer)
+def test_evaluation_blocks_are_masked_and_training_blocks_are_not(corpus_dir, bert_dir, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(bert_dir)
+    cfg = Config(task="mlm", data_dir=str(corpus_dir), max_length=LENGTH, limit_train=6, limit_eval=5)
+    train, evals = Mlm().load_data(cfg, tokenizer, CPU)
+    assert (len(train), len(evals["validation"])) == (6, 5)
     assert tokenizer.mask_token_id not in train.batch(torch.arange(4)).input_ids
     held_out = evals["validation"].batch(torch.arange(4))
     assert int((held_out.input_ids == tokenizer.mask_token_id).sum()) > 0.5 * len(held_out.labels) > 0
     assert f"unigram entropy is {evals['validation'].unigram_entropy:.3f} nats" in capsys.readouterr().out
-
-
-def test_limits_are_blocks_and_a_tokenizer_needs_a_mask_token(corpus_dir, bert_dir):
-    tokenizer = AutoTokenizer.from_pretrained(bert_dir)
-    train, evals = load(corpus_dir, tokenizer, limit_train=6, limit_eval=3)
-    assert (len(train), len(evals["validation"])) == (6, 3)
     tokenizer.mask_token = None
     with pytest.raises(UserError, match=r"no \[MASK\]"):
-        load(corpus_dir, tokenizer)
+        Mlm().load_data(cfg, tokenizer, CPU)
