@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
 from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.token_cache import Tokens
+from bert_tickets.modeling.loading import load_bert
 
 ROOT = Path(__file__).parent.parent
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
@@ -123,6 +124,12 @@ def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(bert_dir: Path) -> BertTokenizer:
     """The small BERT's tokenizer, which no test may change."""
     return AutoTokenizer.from_pretrained(bert_dir)
+
+
+@pytest.fixture
+def net(bert_dir: Path) -> torch.nn.Module:
+    """The small BERT with a classifier of two classes."""
+    return load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
 
 
 @pytest.fixture(scope="session")

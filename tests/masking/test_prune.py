@@ -105,13 +105,6 @@ def test_scores_of_another_shape_or_name_and_a_fraction_outside_0_and_1_raise():
             prune(mask, wrong, fraction)
 
 
-def test_random_scores_follow_their_generator_and_not_the_weights():
-    one, same, other = (random_scores(weights(0), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert {name: tuple(tensor.shape) for name, tensor in one.items()} == SHAPES
-    assert torch.equal(flat(one), flat(same))
-    assert not torch.equal(flat(one), flat(other))
-
-
 @pytest.mark.parametrize("k", [1, 2_500_000, 5_000_000])
 @pytest.mark.parametrize("order", ["random", "misleading"])
 def test_the_threshold_is_exact_even_if_the_sample_misses_it(k, order):

@@ -107,23 +107,19 @@ def test_a_checkpoint_without_a_pooler_gets_a_random_one(model, capsys):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("config", "tokenizer", "message"),
     [
-        ("vocab_size", 50, "no match"),
-        ("is_decoder", True, "or a decoder"),
-        ("model_type", "roberta", "is a roberta model"),
+        ({"vocab_size": 50}, {}, "no match"),
+        ({"is_decoder": True}, {}, "or a decoder"),
+        ({"model_type": "roberta"}, {}, "is a roberta model"),
+        ({}, {"post_processor": None}, r"\[CLS\] and \[SEP\]"),
     ],
 )
-def test_a_configuration_that_is_not_berts_is_a_users_error(model, key, value, message):
-    edit_json(model / "config.json", **{key: value})
-    with pytest.raises(UserError, match=message):
-        load(model)
-
-
-def test_a_tokenizer_without_cls_and_sep_is_a_users_error(model):
-    edit_json(model / "tokenizer.json", post_processor=None)
+def test_a_configuration_or_tokenizer_that_is_not_berts_is_a_users_error(model, config, tokenizer, message):
+    edit_json(model / "config.json", **config)
+    edit_json(model / "tokenizer.json", **tokenizer)
     edit_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    with pytest.raises(UserError, match=r"\[CLS\] and \[SEP\]"):
+    with pytest.raises(UserError, match=message):
         load(model)
 
 

@@ -17,13 +17,7 @@ from bert_tickets.data.token_cache import Tokens
 from bert_tickets.modeling.attention import SIMILAR, _Attention, by_similar_length, layout
 from bert_tickets.modeling.bert import classify
 from bert_tickets.modeling.dropout import Dropout, factors
-from bert_tickets.modeling.loading import load_bert
 from bert_tickets.training.evaluate import evaluate
-
-
-@pytest.fixture
-def net(bert_dir):
-    return load_bert(str(bert_dir), "classifier", "pretrained", 0, labels=3)[0]
 
 
 @pytest.mark.parametrize("lengths", [[3, 17, 9, 64], [12, 12, 12]])

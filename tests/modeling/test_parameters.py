@@ -39,11 +39,6 @@ BERT_BASE = {  # tensors, weights
 }
 
 
-@pytest.fixture
-def net(bert_dir):
-    return load_bert(str(bert_dir), "classifier", "pretrained", 0)[0]
-
-
 # ---- prunable sets ----
 
 
