@@ -30,12 +30,10 @@ def test_missing_files_name_three_ways_to_get_the_data(tmp_path, read, absent, h
         read(tmp_path)
 
 
-class Torn:
-    """A stream that fails after its first part."""
-
-    def iter(self, size: int):
-        yield {"text": ["the film"]}
-        raise ConnectionError("no route")
+def torn(size: int):
+    """The stream of a data set, which fails after its first part."""
+    yield {"text": ["the film"]}
+    raise ConnectionError("no route")
 
 
 def found(*_: object, **__: object) -> str:
@@ -58,6 +56,7 @@ def test_an_error_of_the_hub_names_the_folder(monkeypatch, name, module):
 @pytest.mark.parametrize("download", [found, failing], ids=["in the stream", "of the revision"])
 def test_a_later_or_earlier_error_of_a_text_names_the_folder_too(monkeypatch, download):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: Torn()))
+    stream = types.SimpleNamespace(iter=torn)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: stream))
     with pytest.raises(UserError, match=r"(?s)Salesforce/wikitext[^\n]*: no route\n.*--data-dir a folder"):
         list(READERS.values())[-1]()

@@ -9,8 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from paragraphs import starts_of
-from tokenizers.normalizers import BertNormalizer
-from transformers import AutoTokenizer
 
 from bert_tickets.data import squad_features
 from bert_tickets.data.squad_features import best_spans, eval_windows, span_text, train_windows
@@ -31,14 +29,6 @@ def small_limits():
             assert getattr(squad_features, name) == LIMITS[name]
             patch.setattr(squad_features, name, small)
         yield
-
-
-@pytest.fixture(scope="module")
-def keeping(bert_dir):
-    """The tokenizer, keeping accents as BERT's cased one does."""
-    tokenizer = AutoTokenizer.from_pretrained(bert_dir)
-    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
-    return tokenizer
 
 
 @st.composite
@@ -117,10 +107,8 @@ def labelled_texts(made: dict, contexts: list[str]) -> dict[int, set[str]]:
 
 
 @given(task=tasks(), doc_stride=st.integers(1, 20))
-@settings(max_examples=30, deadline=None)
-@pytest.mark.parametrize("which", ["tokenizer", "keeping"])
-def test_every_answer_of_whole_words_is_labelled_in_a_window_as_it_was_written(request, which, task, doc_stride):
-    tokenizer = request.getfixturevalue(which)
+@settings(max_examples=60, deadline=None)
+def test_every_answer_of_whole_words_is_labelled_in_a_window_as_it_was_written(tokenizer, task, doc_stride):
     questions, texts, answers = task
     max_length = MAX_QUESTION + 3 + doc_stride + 60  # so that four words, letter by letter, are whole in a window
     made = train_windows(tokenizer, questions, texts, answers, max_length, doc_stride)
