@@ -40,11 +40,13 @@ OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "�
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data-dir", help="real data (SQuAD's published files), for the tests marked realdata")
     parser.addoption("--cluster", action="store_true", help="run the tests marked cluster as well")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     needed = {
+        "realdata": (config.getoption("--data-dir"), "needs --data-dir with real data"),
         "cluster": (config.getoption("--cluster"), "needs --cluster: minutes"),
         "faults": ("faults" in config.getoption("-m"), "needs -m faults: minutes"),
         "cuda": (torch.cuda.is_available(), "needs a CUDA GPU"),

@@ -4,6 +4,8 @@ import random
 
 import numpy as np
 
+from bert_tickets.data.squad_features import span_text
+
 WORDS = ["good", "film", "Song", "plot", "was", "song", "café", "it's", "東京", "😀", "cafe\u0301", '"fine"', "naïve,"]
 
 
@@ -35,3 +37,13 @@ def content(seed: str, count: int) -> dict:
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:
     return np.cumsum(lengths) - lengths
+
+
+def labelled_texts(made: dict, contexts: list[str]) -> dict[int, set[str]]:
+    """Return the labelled texts of each question, from the arrays of its training and evaluation windows."""
+    found: dict[int, set[str]] = {}
+    for at, question, (first, last) in zip(starts_of(made["lengths"]), made["question"], made["labels"], strict=True):
+        if first or last:
+            text = span_text(contexts[question], *made["chars"][[at + first, at + last], [0, 1]])
+            found.setdefault(int(question), set()).add(text)
+    return found

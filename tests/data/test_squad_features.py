@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from paragraphs import starts_of
+from paragraphs import labelled_texts, starts_of
 
 from bert_tickets.data import squad_features
-from bert_tickets.data.squad_features import best_spans, eval_windows, span_text, train_windows
+from bert_tickets.data.squad_features import best_spans, eval_windows, train_windows
 
 PLAIN = ["good", "film", "The", "plot", "was", "café", "naïve", "book's", "1984", "a.b", "(song)", '"fine"']
 ODD = ["cafe\u0301", "日本語", "東京was", "😀", "👩‍🚀", "한국", "İstanbul", "ﬁlm", "½", "e\u0301\u0323a", "µ", "—", "…"]
@@ -94,16 +94,6 @@ def test_windows_are_the_tokenizers_own_with_the_overlap_as_its_stride(tokenizer
             assert made["widest"][part].tolist() == [0] * (len(asked) + 2) + widest + [0]
             at += 1
     assert at == len(made["lengths"])
-
-
-def labelled_texts(made: dict, contexts: list[str]) -> dict[int, set[str]]:
-    """Return the labelled texts of each question, from the arrays of its training and evaluation windows."""
-    found: dict[int, set[str]] = {}
-    for at, question, (first, last) in zip(starts_of(made["lengths"]), made["question"], made["labels"], strict=True):
-        if first or last:
-            text = span_text(contexts[question], *made["chars"][[at + first, at + last], [0, 1]])
-            found.setdefault(int(question), set()).add(text)
-    return found
 
 
 @given(task=tasks(), doc_stride=st.integers(1, 20))
