@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.utils.prune as torch_prune
 
 import oneshot as script
 from bert_tickets.files import write_tensors
@@ -27,19 +26,6 @@ def test_the_rate_is_exact(net, ranking, scope):
     assert all(int((~kept).sum()) == round(0.4 * kept.numel()) for kept in parts)
     assert mask == oneshot(net, 0.4, ranking, 1, scope)
     assert (mask == oneshot(net, 0.4, ranking, 2, scope)) == (ranking == "magnitude")
-
-
-def test_magnitude_equals_torchs_global_pruning(net):
-    mask = oneshot(net, 0.4, "magnitude", 1)
-    modules = [(net.get_submodule(name.removesuffix(".weight")), "weight") for name in prunable(net)]
-    torch_prune.global_unstructured(modules, torch_prune.L1Unstructured, amount=0.4)
-    assert all(torch.equal(kept, net.get_submodule(n.removesuffix(".weight")).weight_mask.bool()) for n, kept in mask.items())
-
-
-def test_magnitude_by_tensor_keeps_the_largest_of_each(net):
-    weights = prunable(net)
-    for name, kept in oneshot(net, 0.4, "magnitude", 1, "tensor").items():
-        assert weights[name][kept].abs().min() >= weights[name][~kept].abs().max()
 
 
 def test_the_script_ranks_the_weights_of_init_and_writes_their_facts(net, bert_dir, tmp_path, capsys):

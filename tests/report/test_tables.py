@@ -127,20 +127,6 @@ def test_csv_goes_back_to_the_runs_in_full_precision(one_task):
         assert read_json(Path(run) / f"level_{int(level):02d}" / "metrics.json")["mask_sha256"] == sha256
 
 
-def test_controls_at_another_sparsity_than_the_best_are_listed_too(tmp_path):
-    control(tmp_path, find(tmp_path, {57: [0.8, 0.8, 0.1], 58: [0.82, 0.82, 0.1]}), 40, [0.05, 0.06])
-    table = made("2", tmp_path)
-    assert scores(table) == {
-        (FULL, "0 %"): "81.0 ± 1.4 (2)",
-        (TICKET, "20 %"): "81.0 ± 1.4 (2)",
-        **{(row, "20 %"): "no run" for row in CONTROLS},
-        (TICKET, "40 %"): "10.0 ± 0.0 (2, all equal)",
-        **{(row, "40 %"): "5.5 ± 0.7 (2)" for row in CONTROLS},
-    }
-    command = "`TASKS='sst2' SEEDS='57 58' SPARSITY=20 bash scripts/table2.sh`"
-    assert f"no run of SST-2 at 20 %, seeds 57 58: {'; '.join(CONTROLS)}. To make them: {command}" in table.missing
-
-
 @pytest.mark.parametrize(
     ("curves", "within", "exceed"),
     [

@@ -68,12 +68,6 @@ def test_the_stages_are_the_whole_and_the_first_needs_nothing(name, tmp_path):
     assert not any("--mask" in line for line in first)
 
 
-def test_help_describes_the_sweep_and_its_variables():
-    found = sweep("table2", "--help")
-    assert found.returncode == 0
-    assert all(text in found.stdout for text in ("Table 2", "SPARSITY: ", "SEEDS ", "--dry-run"))
-
-
 def test_table_2_is_as_published(tmp_path):
     whole = lines("table2", tmp_path, SEEDS="57")
     assert len(whole) == 11 * 4 + 5 + 1  # of each task IMP and three controls; masks at five sparsities; shuffled weights
