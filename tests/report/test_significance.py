@@ -35,7 +35,6 @@ def test_only_common_seeds_pair():
 @pytest.mark.parametrize(
     ("ticket", "full"),
     [
-        ([3.0], [1.0, 2.0]),
         ([3.0, 4.0], [1.0, 2.0]),
         ([708 / 872 * 100, 719 / 872 * 100], [709 / 872 * 100, 720 / 872 * 100]),  # one example apart for both seeds
     ],
