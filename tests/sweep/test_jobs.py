@@ -113,15 +113,6 @@ def test_equal_settings_are_one_job_however_they_are_written(tmp_path):
     assert len({job.log for job in found}) == 5
 
 
-def test_masks_are_equal_by_their_content(tmp_path):
-    write_mask(tmp_path / "m.safetensors")
-    write_mask(tmp_path / "copy")
-    write_mask(tmp_path / "other", seed=1)
-    (tmp_path / "link").symlink_to("m.safetensors")
-    places = ("m.safetensors", "./m.safetensors", f"{tmp_path}/m.safetensors", "link", "copy", "other")
-    assert len(planned(*(f"{IMP} --mask {place}" for place in places))) == 2
-
-
 def test_of_equal_lines_the_one_that_keeps_models_is_run():
     (job,) = planned(IMP, f"{IMP} --keep-models", IMP)
     assert "--keep-models" in job.text
