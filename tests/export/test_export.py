@@ -25,16 +25,16 @@ from bert_tickets.cli import run_command
 from bert_tickets.config import build, kind_of
 from bert_tickets.errors import UserError
 from bert_tickets.export.export import export
-from bert_tickets.export.model_card import model_card
+from bert_tickets.export.model_card import KINDS, model_card
 from bert_tickets.export.ticket import load_ticket
 from bert_tickets.files import read_checksummed, read_facts, read_tensors, sha256_of, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods import main as methods
 from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights
 from bert_tickets.runs.directory import result, run_dir
+from bert_tickets.sweep.jobs import TRAINING
 from bert_tickets.tasks.create import create
 
-SCRIPTS = {"glue": "lt_glue.py", "squad": "lt_squad.py", "mlm": "lt_pretrain.py"}
 ARCHITECTURES = {"glue": "BertForSequenceClassification", "squad": "BertForQuestionAnswering", "mlm": "BertForMaskedLM"}
 # The runs that are exported: a task, and flags. Enough steps for RTE to predict both classes.
 RUNS = {
@@ -54,7 +54,7 @@ def train(commands):
     def run(task: str, folder: Path, *words: object) -> Path:
         kind = kind_of(task)
         own = ["--task", task] if kind == "glue" else []
-        cfg = parse_run(kind, None, [*commands[SCRIPTS[kind]], *own, "--output-dir", str(folder), *map(str, words)])
+        cfg = parse_run(kind, None, [*commands[KINDS[kind]["script"]], *own, "--output-dir", str(folder), *map(str, words)])
         methods.run(cfg)
         return run_dir(cfg)
 
@@ -379,5 +379,4 @@ def test_the_examples_of_the_card_work(exported, tickets, monkeypatch, task):
         lines = [line.split()[1:] for line in text.splitlines() if line.startswith("python lt_")]
         assert len(lines) == 3
         for name, *words in lines:
-            kind = next(kind for kind, own in SCRIPTS.items() if own == name)
-            assert parse_run(kind, None, words).settings.mask == f"{task}/mask.safetensors"
+            assert parse_run(TRAINING[name], None, words).settings.mask == f"{task}/mask.safetensors"

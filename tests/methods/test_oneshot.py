@@ -43,18 +43,3 @@ def test_the_script_ranks_the_weights_of_init_and_writes_their_facts(net, bert_d
     mask = Mask.load(output)
     assert mask.info == facts | {"method": "oneshot magnitude by tensor", "prunable": "matrices+biases"}
     assert {name.split(".")[-1] for name in mask} == {"weight", "bias"}
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--rate 1 --output m", "--rate 1.0: must be"),
-        ("--rate nan --output m", "--rate nan"),
-        ("--rate 0.5 --output m --seed -1", "--seed -1"),
-    ],
-)
-def test_mistakes_exit_with_2(capsys, words, said):
-    with pytest.raises(SystemExit) as stop:
-        script.parse(words.split())
-    assert stop.value.code == 2
-    assert said in capsys.readouterr().err

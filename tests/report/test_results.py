@@ -22,11 +22,6 @@ def read(*places):
     return read_results(places)[0]
 
 
-def edit(run, **changes):
-    """Change run.json, checksum included."""
-    write_checksummed(run / "run.json", read_checksummed(run / "run.json") | changes)
-
-
 def rows(levels):
     return set(levels["row"])
 
@@ -188,7 +183,8 @@ def test_two_settings_are_refused_and_one_can_be_chosen(tmp_path):
 
 def test_other_data_or_weights_with_equal_settings_are_refused(tmp_path):
     for seed, data, model in ((1, "a", "m"), (2, "a", "n"), (3, "b", "m")):
-        edit(rundirs.run(tmp_path, [0.8], seed=seed), fingerprint={"train": {"sha256": data}, "model": model})
+        file = rundirs.run(tmp_path, [0.8], seed=seed) / "run.json"
+        write_checksummed(file, read_checksummed(file) | {"fingerprint": {"train": {"sha256": data}, "model": model}})
     levels = read(tmp_path)
     comparable(levels[levels["seed"] < 3])  # a checkpoint without a pooler gets one by the seed
     with pytest.raises(UserError, match="have the same settings, but different data or precision"):
