@@ -1,7 +1,10 @@
-"""The scripts as a user runs them: processes in an empty folder, and mistakes."""
+"""A training script as a user runs it: a process in an empty folder, and mistakes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -15,16 +18,14 @@ def words(bert_dir, glue_dir):
     return ["--task", "sst2", "--model", str(bert_dir), "--data-dir", str(glue_dir), "--max-steps", "4"]
 
 
-def test_a_ticket_is_found_and_a_random_one_made_and_trained(run_script, words, bert_dir, tmp_path):
-    found = run_script("lt_glue.py", *words, "--levels", "2")
+def test_a_ticket_is_found(words, tmp_path):
+    command = [sys.executable, ROOT / "lt_glue.py", *words, "--levels", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stderr
     assert "level 1/1, 10% pruned: accuracy" in found.stdout
-    made = run_script("oneshot.py", "--model", bert_dir, "--rate", "0.1", "--method", "random", "--output", "masks/r.safetensors")
-    assert made.returncode == 0, made.stderr
-    ticket = run_script("lt_glue.py", *words, "--mask", "masks/r.safetensors")
-    assert ticket.returncode == 0, ticket.stderr
     lines = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/level_*/metrics.json")]
-    assert sorted((line["method"], line["level"]) for line in lines) == [("imp", 0), ("imp", 1), ("transfer", 0)]
+    assert sorted((line["method"], line["level"]) for line in lines) == [("imp", 0), ("imp", 1)]
 
 
 @pytest.mark.parametrize(
