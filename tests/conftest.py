@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,18 +266,3 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
         (added / "bert_tickets" / folder).mkdir(parents=True)
     with Harness(added) as harness:
         yield harness
-
-
-DEPRECATED = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"  # as pyproject.toml has it
-
-
-@pytest.fixture
-def run_script(tmp_path: Path):
-    """Run an entry script as a user does, in a process of its own and a folder of its own: (code, output, errors)."""
-
-    def run(script: str, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": DEPRECATED}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
-
-    return run

@@ -12,7 +12,7 @@ import torch
 from bert_tickets.config import build, differences, flat, run_name
 from bert_tickets.files import read_facts, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
-from bert_tickets.runs.directory import FORMAT, levels_of, results_lines
+from bert_tickets.runs.directory import FORMAT
 
 WEIGHTS = 1000
 METRICS = {"cola": "matthews", "stsb": "pearson", "squad": "f1"}
@@ -58,8 +58,6 @@ def run(
         "run": folder.name,
         "config": {key: value for key, value in flat(cfg).items() if key != "dry_run"},
         "differs_from_preset": differences(cfg),
-        "argv": [],
-        "environment": {},
         "fingerprint": {"init": None if cfg.init in ("pretrained", "random") else read_facts(Path(cfg.init))},
     }
     write_checksummed(folder / "run.json", about)
@@ -67,8 +65,6 @@ def run(
     for level, value in enumerate(values):
         mask = _mask(cfg, level, found)
         write_level(folder, level, mask, value, task, warnings if level == len(values) - 1 else ())
-    if len(values) == levels_of(cfg):
-        (folder / "results.jsonl").write_bytes(results_lines(folder))
     return folder
 
 
@@ -96,14 +92,8 @@ def write_level(folder: Path, level: int, mask: Mask, value: float | None, task:
         "metrics": {metric: value},
         "warnings": list(warnings),
         "sparsity": mask.sparsity,
-        "kept": mask.kept,
         "total": mask.total,
-        "mask_distance": 0.0,
         "mask_sha256": mask.sha256(),
-        "init_sha256": "",
-        "steps": 1,
-        "skipped_steps": 0,
-        "losses": [],
     }
     write_checksummed(folder / f"level_{level:02d}" / "metrics.json", line)
 

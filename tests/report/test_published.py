@@ -22,19 +22,6 @@ def test_table_2_is_complete():
     sums = [math.fsum(score for score, _ in scores) for scores in rows.values()]
     assert sums == pytest.approx([854.6, 852.1, 562.6, 497.3, 559.6])
     assert all((sd is not None) == (row in ROWS[:2]) for row, scores in rows.items() for _, sd in scores)
-    assert published.beside_table2("full BERT", "rte") == "66.2 ± 3.6 [fig]"
-    assert published.beside_table2("random weights", "cola") == "0.0 at 50 % [fig]"
-    assert published.beside_table2("full BERT", "another") == ""
-
-
-def test_most_published_tickets_are_within_one_deviation_of_the_full_bert():
-    """Seven of eleven as printed; the other four are within their own deviation."""
-    misses, rounding = [], 1e-9
-    for task in published.TASKS:
-        (full, full_sd), (ticket, ticket_sd) = published.table2("full BERT", task), published.table2("ticket", task)
-        misses += [task] * (ticket < full - full_sd - rounding)
-        assert ticket + ticket_sd >= full - rounding
-    assert misses == ["mrpc", "sst2", "cola", "mlm"]  # named in the notes of Table 2
 
 
 def test_sparsities_of_both_criteria():
@@ -42,7 +29,6 @@ def test_sparsities_of_both_criteria():
     stricter = [round(100 * published.sparsity(task, "table4")) for task in published.TASKS]
     assert percent == [70, 90, 50, 90, 70, 50, 60, 60, 50, 40, 70]
     assert stricter == [70, 70, 40, 90, 50, 40, 50, 50, 40, 20, 50]
-    assert published.sparsity("another") is None
 
 
 def test_figure_2_is_complete():

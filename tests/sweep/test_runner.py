@@ -113,7 +113,7 @@ def test_a_stopped_sweep_goes_on_and_a_finished_one_answers_at_once(tmp_path, mo
     good = [f"{imp} --mask {masks[0]}", imp]
     (tmp_path / "slow").touch()
     process = sweep(tmp_path, good)
-    wait_for(lambda: list(tmp_path.glob("runs/*/results.jsonl")), 120)
+    wait_for(lambda: list(tmp_path.glob("runs/*/level_00/mask.safetensors")), 120)
     process.send_signal(signal.SIGTERM)
     code, said = swept(process)
     assert code == 143, said
