@@ -22,18 +22,22 @@ class Killed(BaseException):
     """Stands for SIGKILL: the package does not catch it."""
 
 
-def dying(function: Callable[..., Any], at: int, *, before: bool = True) -> Callable[..., Any]:
-    """`function`, killed at its call number `at`, before or after it does its work."""
+def kill() -> None:
+    raise Killed
+
+
+def dying(function: Callable[..., Any], at: int, *, before: bool = True, by: Callable[[], None] = kill) -> Callable[..., Any]:
+    """`function`, killed (or met with `by`) at its call number `at`, before or after it does its work."""
     calls = 0
 
     def call(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == at and before:
-            raise Killed
+            by()
         result = function(*arguments, **options)
-        if calls == at:
-            raise Killed
+        if calls == at and not before:
+            by()
         return result
 
     return call

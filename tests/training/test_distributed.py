@@ -154,15 +154,8 @@ def test_every_example_is_in_one_shard_and_shards_have_similar_numbers_of_tokens
 # ---- one process ----
 
 
-def test_without_torchrun_there_is_one_process_whose_operations_are_the_identity(monkeypatch):
+def test_without_torchrun_there_is_one_process(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")  # some clusters set it for every program
-    tensor = torch.arange(3.0)
     with joined("cpu") as group:
-        group.all_reduce([tensor])
-        group.check_same({"a": 1})
-        assert group.gather("a") == ["a"]
-        assert group.broadcast("a") == group.on_main(lambda: "a") == group.main_first(lambda: "a") == "a"
-        assert group.broadcast_tensors(lambda: ({"w": tensor}, "a")) == ({"w": tensor}, "a")
-        assert group.any(True, False) == (True, False)
-    assert tensor.tolist() == [0, 1, 2]
+        assert (group.rank, group.world_size) == (0, 1)

@@ -40,11 +40,10 @@ def settings(weight_decay: float) -> Training:
     return Training(lr=3e-3, weight_decay=weight_decay, max_grad_norm=1.0)
 
 
-def masked_step(net, loss, mask: Mask | None, cfg: Training) -> Step:
+def masked_step(net, loss, mask: Mask, cfg: Training) -> Step:
     """Mask the weights; the step that trains them."""
     params = dict(net.named_parameters())
-    if mask is not None:
-        mask.apply(params)
+    mask.apply(params)
     return Step(lambda batch: loss(net, batch), params, cfg, mask, CPU)
 
 
@@ -202,19 +201,3 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
     if precision == "fp16":
         assert step.loss_scale.factor == scaler.get_scale() == 2.0**15
         assert step.taken() == 9
-
-
-def test_moments_are_set_except_those_of_pruned_weights(setting):
-    net, mask, batches, loss = setting
-    dense = masked_step(net, loss, None, settings(0.0))
-    for i in range(3):
-        dense(batches[i], 1e-3)
-    pruned = masked_step(net, loss, mask, settings(0.0))
-    pruned.set_moments(dense.moments())
-    name, kept = next(iter(mask.items()))
-    first, second = dense.moments(), pruned.moments()
-    assert first.keys() == second.keys()
-    assert torch.equal(second[f"exp_avg/{name}"], first[f"exp_avg/{name}"] * kept)
-    assert second[f"step/{name}"] == 3
-    pruned(batches[3], 1e-3)
-    assert (net.get_parameter(name)[~kept] == 0).all()
