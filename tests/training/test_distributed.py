@@ -1,6 +1,7 @@
 """Several processes train the network that one process trains, and one of them writes."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from crash_harness import STEP, Fault, Job
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import KINDS, run
-from trainrun import contents
+from trainrun import KINDS, contents
 
 from bert_tickets.cli import parse
 from bert_tickets.config import run_name
@@ -28,16 +29,38 @@ def directory(folder: Path, script: str, arguments: list) -> Path:
     return folder / "runs" / run_name(parse(KINDS[script], None, list(map(str, arguments))))
 
 
+@pytest.fixture
+def run(harness):
+    """Run a training script in several processes in a folder; returns their exit codes, and all that they print."""
+
+    def go(
+        world_size: int, folder: Path, script: str, *words: object, fault: Fault | None = None, setup: str = ""
+    ) -> tuple[list[int], str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        together = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        jobs = []
+        for rank in range(world_size):
+            variables = {name: str(value) for name, value in {**together, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            own = fault if rank == 1 else None
+            jobs.append(Job(folder, script, words, own, variables if world_size > 1 else {}, setup))
+        outcomes = harness.run_together(jobs)
+        return [outcome.code for outcome in outcomes], "".join(outcome.output for outcome in outcomes)
+
+    return go
+
+
 # ---- training ----
 
 
 @pytest.mark.parametrize("script", KINDS)
-def test_two_processes_train_what_one_trains_to_rounding(script, commands, calm_bert_dir, tmp_path):
+def test_two_processes_train_what_one_trains_to_rounding(run, script, commands, calm_bert_dir, tmp_path):
     """Without dropout, which each process draws for itself; losses, metrics, masks and weights."""
     arguments = [*commands[script], "--levels", 2, "--batch-size", 7, "--model", calm_bert_dir]
     for processes in (1, 2):
-        codes, out, errors = run(processes, tmp_path / str(processes), script, *arguments)
-        assert codes == [0] * processes, errors
+        codes, out = run(processes, tmp_path / str(processes), script, *arguments)
+        assert codes == [0] * processes, out
         assert out.count("in runs/") == 1, "only the main process prints"
     one, two = (directory(tmp_path / str(processes), script, arguments) for processes in (1, 2))
     assert read_run(two)["environment"]["processes"] == 2
@@ -66,43 +89,30 @@ Step.__call__ = call
 """
 
 
-def test_processes_with_different_weights_have_no_result(commands, tmp_path):
+def test_processes_with_different_weights_have_no_result(run, commands, tmp_path):
     arguments = [*commands["lt_glue.py"], "--levels", 1, "--max-steps", 3]
-    codes, _, errors = run(2, tmp_path, "lt_glue.py", *arguments, setup=DIFFERENT_WEIGHTS)
+    codes, out = run(2, tmp_path, "lt_glue.py", *arguments, setup=DIFFERENT_WEIGHTS)
     assert all(codes)
-    assert "has another trained weights than process" in errors
+    assert "has another trained weights than process" in out
     assert not (directory(tmp_path, "lt_glue.py", arguments) / "level_00").exists()
 
 
-STOPPED_IN_STEP_8 = """
-import os, signal
-from bert_tickets.training.step import Step
-plain, calls = Step.__call__, []
-def call(self, batch, lr):
-    calls.append(1)
-    if len(calls) == 8 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun or a cluster does
-    return plain(self, batch, lr)
-Step.__call__ = call
-"""
-
-
-def test_processes_that_are_stopped_save_once_and_continue_with_the_same_bits(commands, tmp_path):
+def test_processes_that_are_stopped_save_once_and_continue_with_the_same_bits(run, commands, tmp_path):
+    """One of them receives the signal, as from a cluster."""
     script, stopped = "lt_glue.py", tmp_path / "stopped"
     arguments = [*commands[script], "--levels", 2, "--batch-size", 7, "--rewind", 3]
-    codes, _, errors = run(2, tmp_path / "whole", script, *arguments)
-    assert codes == [0, 0], errors
-    path = directory(stopped, script, arguments)
-    codes, _, errors = run(2, stopped, script, *arguments, setup=STOPPED_IN_STEP_8)
+    codes, out = run(2, tmp_path / "whole", script, *arguments)
+    assert codes == [0, 0], out
+    codes, out = run(2, stopped, script, *arguments, fault=Fault("SIGTERM", STEP, 8))
     assert all(codes)
-    assert errors.count("the same command resumes") == 1
-    assert (path / "checkpoint.safetensors").exists()
+    assert out.count("the same command resumes") == 1
+    assert (directory(stopped, script, arguments) / "checkpoint.safetensors").exists()
 
-    codes, _, errors = run(2, stopped, script, *arguments)
-    assert codes == [0, 0], errors
+    codes, out = run(2, stopped, script, *arguments)
+    assert codes == [0, 0], out
     whole, resumed = (contents(directory(tmp_path / name, script, arguments)) for name in ("whole", "stopped"))
     assert len(whole) > 6
-    assert whole | {"run.json": b""} == resumed | {"run.json": b""}
+    assert whole == resumed
 
 
 def test_torchrun_starts_processes_that_train_together(commands, tmp_path):
@@ -118,15 +128,15 @@ def test_torchrun_starts_processes_that_train_together(commands, tmp_path):
 # ---- errors ----
 
 
-def test_a_users_error_of_all_processes_or_of_the_main_one_is_reported_once(commands, tmp_path):
+def test_a_users_error_of_all_processes_or_of_the_main_one_is_reported_once(run, commands, tmp_path):
     for arguments, message in (
         (["--batch-size", 1], "--batch-size 1 cannot be divided into 2 parts"),
         (["--data-dir", tmp_path / "nope"], "no RTE data"),
     ):
-        codes, _, errors = run(2, tmp_path, "lt_glue.py", *commands["lt_glue.py"], *arguments)
-        assert codes == [2, 2], errors
-        assert errors.count(f"error: {message}") in (1, 2)
-        assert "Traceback" not in errors
+        codes, out = run(2, tmp_path, "lt_glue.py", *commands["lt_glue.py"], *arguments)
+        assert codes == [2, 2], out
+        assert out.count(f"error: {message}") in (1, 2)
+        assert "Traceback" not in out
         assert not list(tmp_path.glob("runs/*/level_*"))
 
 
