@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO, StringIO
@@ -31,18 +30,17 @@ from bert_tickets.runs.integrity import problems
 from bert_tickets.runs.summary import print_finished
 
 SEED = 57
-SOON = 5  # seconds; an input takes milliseconds
+SOON = 5000  # milliseconds; an input takes a few
 TIMES = [pytest.param(50, id="50"), pytest.param(10_000, id="10000", marks=pytest.mark.faults)]
 
 # ---- inputs ----
 
-Edit = tuple[str, int, int, bytes]
+Edit = tuple[int, int, bytes | None]  # place, length, and the new bytes; None: those of another file
 EDITS = st.lists(
     st.tuples(
-        st.sampled_from(["flip", "cut", "duplicate", "splice", "insert"]),
         st.integers(0, 2**20),
-        st.integers(0, 2**20),
-        st.binary(max_size=12),
+        st.integers(0, 200) | st.sampled_from([1, 2**20]),
+        st.binary(max_size=12) | st.binary(min_size=1, max_size=1) | st.none(),
     ),
     max_size=4,
 )
@@ -56,22 +54,11 @@ CHANGES = st.lists(st.tuples(st.integers(0, 2**20), NONSENSE), min_size=1, max_s
 
 
 def edit(data: bytes, edits: list[Edit], other: bytes) -> bytes:
-    """Valid bytes, changed: a bit flipped, a part cut out, repeated, or taken from another valid file; bytes inserted."""
+    """Valid bytes with parts replaced, cut out or inserted, some by parts of another valid file."""
     found = bytearray(data)
-    for kind, first, second, more in edits:
-        at = first % (len(found) + 1)
-        length = second % 200
-        if kind == "flip" and at < len(found):
-            found[at] ^= 1 << second % 8
-        elif kind == "cut":
-            del found[at : at + (length if second % 2 else len(found))]
-        elif kind == "duplicate":
-            found[at:at] = found[at : at + length]
-        elif kind == "splice":
-            start = second % (len(other) + 1)
-            found[at : at + length] = other[start : start + length]
-        elif kind == "insert":
-            found[at:at] = more * (1 + second % 3)
+    for place, length, new in edits:
+        at, start = place % (len(found) + 1), place % (len(other) + 1)
+        found[at : at + length] = other[start : start + length] if new is None else new
     return bytes(found)
 
 
@@ -105,9 +92,6 @@ def replaced(value: Any, changes: list[tuple[int, Any]]) -> Any:
 def fuzz(figures: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that feeds a reader so many inputs. The reader may raise `UserError` or `OSError`, and nothing else."""
 
-    def late(*_: object) -> None:
-        raise AssertionError(f"no answer in {SOON} seconds")
-
     def run(reader: str, inputs: st.SearchStrategy, read: Callable[[Any], None], examples: int) -> None:
         counts, began = {"read": 0, "refused": 0}, time.monotonic()
 
@@ -115,13 +99,12 @@ def fuzz(figures: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
         @settings(
             max_examples=examples,
             database=None,
-            deadline=None,
+            deadline=SOON,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
         @given(inputs)
         def feed(content: Any) -> None:
-            signal.setitimer(signal.ITIMER_REAL, SOON)
             try:
                 read(content)
                 counts["read"] += 1
@@ -129,12 +112,7 @@ def fuzz(figures: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
                 counts["refused"] += 1
 
         monkeypatch.setattr("sys.stdout", StringIO())
-        before = signal.signal(signal.SIGALRM, late)
-        try:
-            feed()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+        feed()
         assert counts["refused"] > 0
         if examples > 50:
             done = f"{counts['read']:,} read, {counts['refused']:,} refused, 0 failures"
