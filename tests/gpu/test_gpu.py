@@ -17,7 +17,6 @@ from steps import check_equal, take
 from trainrun import contents
 
 from bert_tickets.bench.baselines import make_case
-from bert_tickets.bench.measure import compare, profile
 from bert_tickets.bench.tiny_bert import save_bert
 from bert_tickets.data.batches import Batches
 from bert_tickets.errors import UserError
@@ -158,13 +157,3 @@ def test_out_of_memory_advises_grad_accum_with_which_the_losses_are_the_same(new
             losses(1)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-@only_real
-def test_the_benchmark_measures_three_sides_with_their_kernels(new_case):
-    case = new_case("auto", 6)
-    found = compare(case, turns=2, steps=2)
-    for side in ("eager", "graphs", "released"):
-        for figure in ("steps/s", "padded tokens/s", "kernels a step", "GPU busy, %", "memory reserved, MiB"):
-            assert found[f"{side}: {figure}"] > 0
-    assert any("FusedOptimizer" in kernel for kernel in profile(case, 1, 2))
