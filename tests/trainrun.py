@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from bert_tickets.cli import parse
-from bert_tickets.config import Config
 from bert_tickets.methods.main import run as run_config
 from bert_tickets.runs.directory import run_dir
 
@@ -52,11 +51,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def train(script: str, words: list[Any]) -> tuple[Path, Config]:
-    """Run a script's command line in this process: its run directory and configuration."""
+def train(script: str, words: list[Any]) -> Path:
+    """Run a script's command line in this process; returns the run directory."""
     cfg = parse(KINDS[script], None, [str(word) for word in words])
     run_config(cfg)
-    return run_dir(cfg), cfg
+    return run_dir(cfg)
 
 
 class Runs:

@@ -108,7 +108,6 @@ class Harness:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(60)
 
@@ -119,8 +118,6 @@ class Harness:
 
     def run_together(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Run several scripts at the same time, and wait for their ends."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([asdict(job) for job in jobs], default=str) + "\n")
         self.process.stdin.flush()
         return [Outcome(**outcome) for outcome in json.loads(self.process.stdout.readline())]

@@ -26,7 +26,7 @@ def run_imp(bert_dir, glue_dir, tmp_path, monkeypatch):
     def go(*more):
         words = f"--task sst2 --model {bert_dir} --data-dir {glue_dir} --batch-size 16 --lr 1e-3 --log-every 2 --levels 3"
         words += " --rate 0.3" + (" --epochs 2" if "--max-steps" not in more else "")
-        run, _ = train("lt_glue.py", [*words.split(), *more])
+        run = train("lt_glue.py", [*words.split(), *more])
         return run, results(run)
 
     return go

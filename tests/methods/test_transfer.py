@@ -19,7 +19,7 @@ def tickets(commands, tmp_path_factory):
     """The mask file of a ticket of each script's task, 30 % pruned."""
     found, folder = {}, tmp_path_factory.mktemp("sources")
     for script in KINDS:
-        run, _ = train(script, [*commands[script], *f"--levels 2 --rate 0.3 --output-dir {folder}".split()])
+        run = train(script, [*commands[script], *f"--levels 2 --rate 0.3 --output-dir {folder}".split()])
         found[script] = level_dir(run, 1) / "mask.safetensors"
     return found
 
@@ -37,7 +37,7 @@ def transfer(commands, tmp_path):
         if isinstance(mask, Mask):
             mask.write(tmp_path / "m.safetensors")
             mask = tmp_path / "m.safetensors"
-        run, _ = train(script, [*commands[script], "--mask", mask, "--output-dir", tmp_path / "runs", *more])
+        run = train(script, [*commands[script], "--mask", mask, "--output-dir", tmp_path / "runs", *more])
         (result,) = results(run)
         return run, result
 

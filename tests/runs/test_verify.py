@@ -24,7 +24,7 @@ def made(commands, tmp_path_factory) -> Path:
     words = f"--levels 3 --rewind 3 --no-reset-optimizer --keep-models --output-dir {place}".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lt_glue.py", "--task", "rte", "an argument"])
-        return train("lt_glue.py", [*commands["lt_glue.py"], *words])[0]
+        return train("lt_glue.py", [*commands["lt_glue.py"], *words])
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from steps import with_gradient
 from trainrun import KINDS, Killed, dying, train
 
 from bert_tickets.errors import UserError
@@ -12,13 +13,11 @@ from bert_tickets.training.step import Step
 
 
 @pytest.fixture
-def go(commands, tmp_path, monkeypatch):
+def go(commands, tmp_path):
     """Run a script in a folder; returns its results."""
 
     def run(script: str, folder: str, *extra: object) -> list[dict]:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / folder)
-        return results(train(script, [*commands[script], "--levels", "2", *extra])[0])
+        return results(train(script, [*commands[script], "--levels", 2, "--output-dir", tmp_path / folder, *extra]))
 
     return run
 
@@ -65,18 +64,8 @@ def test_running_out_of_memory_is_a_users_error_that_names_grad_accum(go, monkey
 
 def scale_gradients(monkeypatch: pytest.MonkeyPatch, factor) -> None:
     """Multiply the gradient of every loss by `factor(gradient)`; the losses stay as they are."""
-
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * factor(grad)
-
     plain = Glue.loss
-    monkeypatch.setattr(Glue, "loss", lambda self, net, batch: Scaled.apply(plain(self, net, batch)))
+    monkeypatch.setattr(Glue, "loss", lambda self, net, batch: with_gradient(plain(self, net, batch), factor))
 
 
 def test_fp16_gradients_that_overflow_at_every_scale_end_the_run(go, monkeypatch):

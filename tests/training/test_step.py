@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
+from steps import with_gradient
 
 from bert_tickets.config import Training, build
 from bert_tickets.data.batches import Batches
@@ -166,18 +167,8 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
     cfg = replace(settings(0.01), precision=precision, max_grad_norm=norm)
     factors = [float("inf") if i == 4 and precision == "fp16" else 1.0 for i in range(10)]
 
-    class Times(torch.autograd.Function):  # of gradients only: the loss stays finite
-        @staticmethod
-        def forward(ctx, x, factor):
-            ctx.factor = factor
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * ctx.factor, None
-
     now = iter(factors)
-    step = masked_step(net, lambda net, batch: Times.apply(loss(net, batch), next(now)), mask, cfg)
+    step = masked_step(net, lambda net, batch: with_gradient(loss(net, batch), lambda _: next(now)), mask, cfg)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     optimizer = torch.optim.AdamW(decay_groups(other, 0.01), lr=1e-3, eps=1e-8, fused=True)
     for i, factor in enumerate(factors):
@@ -185,7 +176,7 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
         found = step(batches[i], 1e-3)
         torch.manual_seed(i)
         with torch.autocast("cpu", torch.float16 if precision == "fp16" else torch.bfloat16):
-            expected = Times.apply(loss(other, batches[i]), factor)
+            expected = with_gradient(loss(other, batches[i]), lambda _, factor=factor: factor)
         scaler.scale(expected).backward()
         for name, kept in mask.items():
             other.get_parameter(name).grad.mul_(kept)
