@@ -72,10 +72,7 @@ def run(commands, tmp_path, one_gpu):
     [
         (SQUAD, "--precision fp16"),
         (GLUE, "--precision bf16 --rewind none --weight-decay 0.01"),
-        (
-            GLUE,
-            "--precision fp32 --tf32 --rewind 2 --scope tensor --init random --prunable matrices+biases --grad-accum 2",
-        ),
+        (GLUE, "--precision fp32 --tf32 --rewind 2 --scope tensor --init random --prunable matrices+biases --grad-accum 2"),
         (MLM, "--precision fp16 --protocol released --prunable matrices+embeddings"),
     ],
 )

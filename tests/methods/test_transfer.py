@@ -91,16 +91,22 @@ def test_masked_word_embeddings_leave_the_mlm_decoder_dense(transfer, net):
 
 
 @pytest.mark.parametrize("script", KINDS)
-def test_a_mask_may_cover_biases_or_some_matrices_only(transfer, net, script):
-    bias, matrix = "bert.encoder.layer.0.intermediate.dense.bias", "bert.encoder.layer.1.output.dense.weight"
-    kept = {bias: torch.arange(64) % 2 == 0, matrix: torch.rand(prunable(net)[matrix].shape) < 0.5}
+def test_a_mask_may_cover_biases_or_some_matrices_only_or_keep_nothing_of_one(transfer, net, script):
+    layers = "bert.encoder.layer"
+    bias, matrix, emptied = (
+        f"{layers}.0.intermediate.dense.bias",
+        f"{layers}.1.output.dense.weight",
+        f"{layers}.0.output.dense.weight",
+    )
+    kept = {bias: torch.arange(64) % 2 == 0, matrix: torch.rand(32, 64) < 0.5, emptied: torch.zeros(32, 64, dtype=torch.bool)}
     run, result = transfer(Mask(kept), script=script)
     trained = read_tensors(level_dir(run, 0) / "weights.safetensors")
     for name, mask in kept.items():
         assert (trained[name][~mask] == 0).all()
-        assert (trained[name][mask] != 0).any()
-    dense = min(prunable(net).keys() - {matrix})
-    assert f"the mask does not cover 12 of the model's matrices, {dense} among them: they stay dense" in result["warnings"]
+        assert (trained[name][mask] != 0).any() == (name != emptied)
+    dense = min(prunable(net).keys() - kept.keys())
+    assert f"the mask does not cover 11 of the model's matrices, {dense} among them: they stay dense" in result["warnings"]
+    assert f"nothing is left of {emptied}; --scope tensor ranks each matrix by itself" in result["warnings"]
 
 
 def test_a_mask_of_another_checkpoint_is_warned_about(transfer, net, bert_dir):
