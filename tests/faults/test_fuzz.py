@@ -39,8 +39,7 @@ EDITS = st.lists(
     max_size=4,
 )
 NONSENSE = st.one_of(
-    st.sampled_from([None, True, False, 0, -1, 1.5, -0.0, 2**64, 10**400, float("inf"), float("nan"), "", "x" * 3000]),
-    st.sampled_from([[], {}, [[]], [None], {"": None}, {"a": {"b": []}}, "../../etc/passwd", "/", "nan", "level_00"]),
+    st.sampled_from([None, True, -1, 1.5, 2**64, 10**400, float("inf"), float("nan"), "x" * 3000, [], {}, [None], {"": None}]),
     st.integers(),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
 )

@@ -92,12 +92,8 @@ def test_masked_word_embeddings_leave_the_mlm_decoder_dense(transfer, net):
 
 @pytest.mark.parametrize("script", KINDS)
 def test_a_mask_may_cover_biases_or_some_matrices_only_or_keep_nothing_of_one(transfer, net, script):
-    layers = "bert.encoder.layer"
-    bias, matrix, emptied = (
-        f"{layers}.0.intermediate.dense.bias",
-        f"{layers}.1.output.dense.weight",
-        f"{layers}.0.output.dense.weight",
-    )
+    bias, matrix = "bert.encoder.layer.0.intermediate.dense.bias", "bert.encoder.layer.1.output.dense.weight"
+    emptied = "bert.encoder.layer.0.output.dense.weight"
     kept = {bias: torch.arange(64) % 2 == 0, matrix: torch.rand(32, 64) < 0.5, emptied: torch.zeros(32, 64, dtype=torch.bool)}
     run, result = transfer(Mask(kept), script=script)
     trained = read_tensors(level_dir(run, 0) / "weights.safetensors")
