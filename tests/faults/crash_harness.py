@@ -95,19 +95,16 @@ class Outcome:
 
 
 class Harness:
-    """The process that forks. A context manager. `added` is a folder on its PYTHONPATH."""
+    """The process that forks. `added` is a folder on its PYTHONPATH."""
 
     def __init__(self, added: Path) -> None:
-        self.added = added
-
-    def __enter__(self) -> Harness:
-        path = os.pathsep.join(str(folder) for folder in (self.added, ROOT, ROOT / "tests"))
+        path = os.pathsep.join(str(folder) for folder in (added, ROOT, ROOT / "tests"))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, str(Path(__file__))]
         self.process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        return self
+        self.added = added
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(60)
 

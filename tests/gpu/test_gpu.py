@@ -50,13 +50,9 @@ def new_case(real, request):
     """Make a network with half of its weights pruned, and batches of random tokens with MNLI's lengths."""
     model, size = request.getfixturevalue("base_dir" if real else "bert_dir"), 32 if real else 8
 
-    def new(precision, batches, dropout=True):
+    def new(precision, batches):
         given = {"model": str(model), "precision": precision, "batch_size": size, "limit_train": size * batches}
-        case = make_case("mnli", given, 0.5)
-        for module in case.net.modules():
-            if isinstance(module, torch.nn.Dropout) and not dropout:
-                module.p = 0.0
-        return case
+        return make_case("mnli", given, 0.5)
 
     return new
 
@@ -133,7 +129,8 @@ def test_masks_chosen_on_the_gpu_equal_the_cpus(new_case, scope):
 
 @only_real
 def test_out_of_memory_advises_grad_accum_with_which_the_losses_are_the_same(new_case):
-    case = new_case("fp32", 8, dropout=False)
+    case = new_case("fp32", 8)
+    case.net.apply(lambda module: setattr(module, "p", 0.0))  # no dropout
     case.mask.apply(prunable(case.net))
 
     def losses(grad_accum):

@@ -145,20 +145,21 @@ def test_a_mistake_leaves_no_directory(commands, tmp_path, flag):
 
 
 def test_a_mistake_removes_only_the_directory_that_it_made(tmp_path):
-    cfg, facts = build({"task": "rte", "output_dir": str(tmp_path)}), {"device": "cpu", "precision": "fp32"}
+    cfg = build({"task": "rte", "output_dir": str(tmp_path)})
 
-    def begin(mistake: str) -> None:
+    def begin(*, mistaken: bool) -> None:
         with Run(cfg) as run:
-            run.describe(facts)
-            if mistake:
-                raise UserError(mistake)
+            run.describe({"device": "cpu", "precision": "fp32"})
+            if mistaken:
+                raise UserError("a mistake")
 
-    for before, left in ((False, []), (True, [run_dir(cfg)])):
-        if before:
-            begin("")
-        with pytest.raises(UserError, match="a mistake"):
-            begin("a mistake")
-        assert list(tmp_path.iterdir()) == left
+    with pytest.raises(UserError, match="a mistake"):
+        begin(mistaken=True)
+    assert list(tmp_path.iterdir()) == []
+    begin(mistaken=False)
+    with pytest.raises(UserError, match="a mistake"):
+        begin(mistaken=True)
+    assert (run_dir(cfg) / "run.json").exists()
 
 
 # ---- levels without a result ----
