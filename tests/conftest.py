@@ -264,5 +264,6 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     added = tmp_path_factory.mktemp("added")
     for folder in ("methods", "presets"):
         (added / "bert_tickets" / folder).mkdir(parents=True)
-    with Harness(added) as harness:
-        yield harness
+    harness = Harness(added)
+    yield harness
+    harness.close()

@@ -1,4 +1,4 @@
-"""Training steps on one device, to be compared bit for bit."""
+"""Training steps on one device, to be compared bit for bit, and changed gradients."""
 
 import torch
 from fake_cuda import sync_debug
@@ -28,3 +28,10 @@ def check_equal(one, other):
     assert losses.isfinite().all()
     assert torch.equal(losses, again)
     assert [name for name, p in step.params.items() if not torch.equal(p, same.params[name])] == []
+
+
+def with_gradient(loss, factor):
+    """The same loss, whose gradient is multiplied by `factor(gradient)`."""
+    loss = loss.clone()
+    loss.register_hook(lambda grad: grad * factor(grad))
+    return loss

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from bert_tickets.cli import parse
-from bert_tickets.config import Config
 from bert_tickets.methods.main import run as run_config
 from bert_tickets.runs.directory import run_dir
 
@@ -22,18 +21,22 @@ class Killed(BaseException):
     """Stands for SIGKILL: the package does not catch it."""
 
 
-def dying(function: Callable[..., Any], at: int, *, before: bool = True) -> Callable[..., Any]:
-    """`function`, killed at its call number `at`, before or after it does its work."""
+def kill() -> None:
+    raise Killed
+
+
+def dying(function: Callable[..., Any], at: int, *, before: bool = True, by: Callable[[], None] = kill) -> Callable[..., Any]:
+    """`function`, killed (or met with `by`) at its call number `at`, before or after it does its work."""
     calls = 0
 
     def call(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == at and before:
-            raise Killed
+            by()
         result = function(*arguments, **options)
-        if calls == at:
-            raise Killed
+        if calls == at and not before:
+            by()
         return result
 
     return call
@@ -48,11 +51,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def train(script: str, words: list[Any]) -> tuple[Path, Config]:
-    """Run a script's command line in this process: its run directory and configuration."""
+def train(script: str, words: list[Any]) -> Path:
+    """Run a script's command line in this process; returns the run directory."""
     cfg = parse(KINDS[script], None, [str(word) for word in words])
     run_config(cfg)
-    return run_dir(cfg), cfg
+    return run_dir(cfg)
 
 
 class Runs:

@@ -1,8 +1,8 @@
-"""Runs of the training scripts that meet a fault: a signal or an error of the file system, at a call of a function or any moment.
+"""Runs of the training scripts in processes of their own, alone or together, that may meet a fault: a signal, or an error of the
+file system.
 
-Each run is a fork of one process that has everything imported, which spares it the seconds of importing torch. A fork is a
-process of its own: the signals are real. `python tests/faults/crash_harness.py` is that process: it reads a line of JSON for a
-run, and answers with one.
+Each run is a fork of one process that has everything imported, which spares it the seconds of importing torch. The signals are
+real. `python tests/faults/crash_harness.py` is that process: it reads a line of JSON for runs, and answers with one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trainrun import KINDS
+
 ROOT = Path(__file__).parent.parent.parent
-KINDS = {"lt_glue.py": "glue", "lt_squad.py": "squad", "lt_pretrain.py": "mlm"}
 # Where a signal may come: at a call of a function, by module (and class) and name.
 PLACES = [
     "bert_tickets.runs.prepare:prepare",
@@ -70,6 +71,19 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Job:
+    """A script to run in a folder, which is made if it is not there."""
+
+    folder: Path
+    script: str
+    words: Sequence[object]
+    fault: Fault | None = None
+    environment: dict[str, str] = field(default_factory=dict)  # further variables
+    setup: str = ""  # Python that the process runs first
+    wait: float = 0.0  # seconds, before it starts
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
 
@@ -81,32 +95,29 @@ class Outcome:
 
 
 class Harness:
-    """The process that forks. A context manager. `added` is a folder on its PYTHONPATH."""
+    """The process that forks. `added` is a folder on its PYTHONPATH."""
 
-    def __init__(self, added: Path | None = None) -> None:
-        self.added = added
-
-    def __enter__(self) -> Harness:
-        path = os.pathsep.join(str(folder) for folder in (self.added, ROOT) if folder)
+    def __init__(self, added: Path) -> None:
+        path = os.pathsep.join(str(folder) for folder in (added, ROOT, ROOT / "tests"))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, str(Path(__file__))]
         self.process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        return self
+        self.added = added
 
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
+    def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(60)
 
     def run(self, folder: Path, script: str, words: Sequence[object], fault: Fault | None = None) -> Outcome:
-        """Run a script in `folder`, which is made if it is not there, and wait for its end."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        asked = {"folder": str(folder), "script": script, "words": list(map(str, words)), "fault": fault and asdict(fault)}
-        self.process.stdin.write(json.dumps(asked) + "\n")
+        """Run a script in `folder`, and wait for its end."""
+        (outcome,) = self.run_together([Job(folder, script, words, fault)])
+        return outcome
+
+    def run_together(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """Run several scripts at the same time, and wait for their ends."""
+        self.process.stdin.write(json.dumps([asdict(job) for job in jobs], default=str) + "\n")
         self.process.stdin.flush()
-        return Outcome(**json.loads(self.process.stdout.readline()))
+        return [Outcome(**outcome) for outcome in json.loads(self.process.stdout.readline())]
 
 
 # ---- in the process that forks ----
@@ -128,51 +139,68 @@ def serve() -> None:
     writer.environment = lambda device: known  # asking git takes as long as a level here
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        asked = json.loads(line)
-        fault = asked["fault"] and Fault(**asked["fault"])
-        answers.write(json.dumps(asdict(_fork(Path(asked["folder"]), asked["script"], asked["words"], fault))) + "\n")
+        jobs = [Job(**asked) for asked in json.loads(line)]
+        jobs = [replace(job, folder=Path(job.folder), fault=job.fault and Fault(**job.fault)) for job in jobs]
+        running = [(job, _fork(job), time.monotonic()) for job in jobs]
+        answers.write(json.dumps([asdict(_wait_for(*started)) for started in running]) + "\n")
         answers.flush()
 
 
-def _fork(folder: Path, script: str, words: list[str], fault: Fault | None) -> Outcome:
-    began, output, calls = time.monotonic(), folder / "output.txt", folder / "calls.json"
-    calls.unlink(missing_ok=True)
+def _files(job: Job) -> tuple[Path, Path]:
+    """The files with the output of a process, and its numbers of calls."""
+    rank = job.environment.get("RANK", "0")
+    return job.folder / f"output{rank}.txt", job.folder / f"calls{rank}.json"
+
+
+def _fork(job: Job) -> int:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for file in _files(job):
+        file.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
-        _become(folder, script, words, fault)
-    if fault and fault.place == ANY_MOMENT:
-        time.sleep(fault.after)
-        os.kill(child, getattr(signal, fault.name))  # not waited for yet, so that its number is nobody else's
+        _become(job)
+    return child
+
+
+def _wait_for(job: Job, child: int, began: float) -> Outcome:
+    if job.fault and job.fault.place == ANY_MOMENT:
+        time.sleep(job.fault.after)
+        os.kill(child, getattr(signal, job.fault.name))  # not waited for yet, so that its number is nobody else's
     _, status = os.waitpid(child, 0)
+    output, calls = _files(job)
     counted = json.loads(calls.read_text()) if calls.exists() else {}
     code, spent = os.waitstatus_to_exitcode(status), time.monotonic() - began
     return Outcome(code, output.read_text(errors="replace") if output.exists() else "", counted, spent, child)
 
 
-def _become(folder: Path, script: str, words: list[str], fault: Fault | None) -> None:
+def _become(job: Job) -> None:
     """Be the script's own process from here on."""
     from bert_tickets.data import token_cache
     from bert_tickets.methods.main import main
 
+    output, counted = _files(job)
     code: Any = 70
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(120)  # ends a run that hangs
-        os.chdir(folder)
-        with open("output.txt", "wb") as file:
+        time.sleep(job.wait)
+        os.chdir(job.folder)
+        os.environ |= job.environment
+        with open(output, "wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         token_cache.HF_HOME = "cache"  # its writes may meet a fault, too
-        sys.argv = [script]  # run.json holds it
+        sys.argv = [job.script]  # run.json holds it
+        exec(job.setup, {})
         calls = dict.fromkeys([*PLACES, *FILE_SYSTEM], 0)
         for place in calls:
-            _watch(place, calls, fault)
+            _watch(place, calls, job.fault)
         try:
-            main(KINDS[script], None, words)
+            main(KINDS[job.script], None, list(map(str, job.words)))
         except SystemExit as leave:
             code = leave.code
-        with open("calls.json", "w") as file:  # not by `Path`, where a fault may occur
+        with open(counted, "w") as file:  # not by `Path`, where a fault may occur
             json.dump(calls, file)
     except BaseException:
         import traceback

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,8 @@ def damage(path: Path, kind: str, other: Path, rng: random.Random) -> None:
 
 @pytest.mark.parametrize(("script", "words", "finished", "stride"), [*SAMPLE, *CAMPAIGN])
 def test_a_damaged_file_is_recovered_or_refused(commands, tmp_path, monkeypatch, figures, script, words, finished, stride):
-    runs, rng, began, counts = (
-        Runs(script, [*commands[script], *THREE_LEVELS], tmp_path, monkeypatch),
-        random.Random(1),
-        time.monotonic(),
-        {},
-    )
-    more = words.split()
+    runs = Runs(script, [*commands[script], *THREE_LEVELS], tmp_path, monkeypatch)
+    rng, began, counts, more = random.Random(1), time.monotonic(), Counter(), words.split()
     expected = runs("undisturbed", *more)
     for name, seed in (("source", "57"), ("other", "58")):
         with monkeypatch.context() as patch:
@@ -82,11 +78,10 @@ def test_a_damaged_file_is_recovered_or_refused(commands, tmp_path, monkeypatch,
             assert problems(run) == []
         else:
             check_problems(run, name, kind)
-            outcome = check_rerun(runs, more, name, finished, expected)
-            counts[outcome] = counts.get(outcome, 0) + 1
+            counts[check_rerun(runs, more, name, finished, expected)] += 1
         shutil.rmtree(runs.place / "damaged")
     assert counts.keys() >= {"refused", "recovered"}
-    figures.append(f"{script} {words}, {'finished' if finished else 'killed'}: {counts}, {time.monotonic() - began:.0f} s")
+    figures.append(f"{script} {words}, {'finished' if finished else 'killed'}: {dict(counts)}, {time.monotonic() - began:.0f} s")
 
 
 def check_problems(run: Path, name: str, kind: str) -> None:

@@ -11,11 +11,10 @@ import re
 import shutil
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from crash_harness import ANY_MOMENT, FILE_SYSTEM, PLACES, STEP, Fault, Harness, Outcome
+from crash_harness import ANY_MOMENT, FILE_SYSTEM, PLACES, STEP, Fault, Harness, Job, Outcome
 from trainrun import THREE_LEVELS, contents
 
 from bert_tickets.files import read_facts
@@ -140,25 +139,20 @@ def test_two_starts_never_both_train(campaign, commands, figures):
     """Some milliseconds apart; in every second race one of them is killed in its training, if it gets there."""
     began, rng, codes = time.monotonic(), random.Random(1), Counter()
     words = [*commands["lt_glue.py"], *["--max-steps", "4", "--levels", "2", "--save-steps", "1", "--output-dir", "../runs"]]
-    with Harness() as other, ThreadPoolExecutor(2) as pool:
-
-        def run(harness: Harness, folder: Path, wait: float, fault: Fault | None) -> Outcome:
-            time.sleep(wait)
-            return harness.run(folder, "lt_glue.py", words, fault)
-
-        alone = campaign.folder()
-        assert run(campaign.harness, alone / "a", 0, None).code == 0
-        for number in range(50):
-            place, waits = campaign.folder(), [0.0, rng.uniform(0, 0.02)]
-            rng.shuffle(waits)
-            fault = Fault("SIGKILL", STEP, rng.randint(1, 8)) if number % 2 else None
-            tasks = zip((campaign.harness, other), (place / "a", place / "b"), waits, (fault, None), strict=True)
-            first, second = pool.map(lambda task: run(*task), tasks)
-            check_race(place, first, second)
-            codes[str(first.code), str(second.code)] += 1
-            assert run(campaign.harness, place / "a", 0, None).code == 0
-            assert contents(place / "runs") == contents(alone / "runs")
-            shutil.rmtree(place)
+    alone = campaign.folder()
+    assert campaign.harness.run(alone / "a", "lt_glue.py", words).code == 0
+    for number in range(50):
+        place, waits = campaign.folder(), [0.0, rng.uniform(0, 0.02)]
+        rng.shuffle(waits)
+        fault = Fault("SIGKILL", STEP, rng.randint(1, 8)) if number % 2 else None
+        tasks = zip("ab", (fault, None), waits, strict=True)
+        jobs = [Job(place / name, "lt_glue.py", words, fault, wait=wait) for name, fault, wait in tasks]
+        first, second = campaign.harness.run_together(jobs)
+        check_race(place, first, second)
+        codes[str(first.code), str(second.code)] += 1
+        assert campaign.harness.run(place / "a", "lt_glue.py", words).code == 0
+        assert contents(place / "runs") == contents(alone / "runs")
+        shutil.rmtree(place)
     assert sum(count for pair, count in codes.items() if "75" in pair) >= 40
     figures.append(f"two starts of one run: 50 times, {time.monotonic() - began:.0f} s; exit codes: {dict(codes)}")
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO, StringIO
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,36 +17,29 @@ import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from trainrun import train
 
 from bert_tickets.data.glue_files import ROWS, read_tsv
 from bert_tickets.data.squad_files import read_json as read_squad
 from bert_tickets.errors import UserError
-from bert_tickets.files import write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
-from bert_tickets.runs.directory import results_lines
-from bert_tickets.runs.integrity import problems
-from bert_tickets.runs.summary import print_finished
 
 SEED = 57
-SOON = 5  # seconds; an input takes milliseconds
+SOON = 5000  # milliseconds; an input takes a few
 TIMES = [pytest.param(50, id="50"), pytest.param(10_000, id="10000", marks=pytest.mark.faults)]
 
 # ---- inputs ----
 
-Edit = tuple[str, int, int, bytes]
+Edit = tuple[int, int, bytes | None]  # place, length, and the new bytes; None: those of another file
 EDITS = st.lists(
     st.tuples(
-        st.sampled_from(["flip", "cut", "duplicate", "splice", "insert"]),
         st.integers(0, 2**20),
-        st.integers(0, 2**20),
-        st.binary(max_size=12),
+        st.integers(0, 200) | st.sampled_from([1, 2**20]),
+        st.binary(max_size=12) | st.binary(min_size=1, max_size=1) | st.none(),
     ),
     max_size=4,
 )
 NONSENSE = st.one_of(
-    st.sampled_from([None, True, False, 0, -1, 1.5, -0.0, 2**64, 10**400, float("inf"), float("nan"), "", "x" * 3000]),
-    st.sampled_from([[], {}, [[]], [None], {"": None}, {"a": {"b": []}}, "../../etc/passwd", "/", "nan", "level_00"]),
+    st.sampled_from([None, True, -1, 1.5, 2**64, 10**400, float("inf"), float("nan"), "x" * 3000, [], {}, [None], {"": None}]),
     st.integers(),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
 )
@@ -56,22 +47,11 @@ CHANGES = st.lists(st.tuples(st.integers(0, 2**20), NONSENSE), min_size=1, max_s
 
 
 def edit(data: bytes, edits: list[Edit], other: bytes) -> bytes:
-    """Valid bytes, changed: a bit flipped, a part cut out, repeated, or taken from another valid file; bytes inserted."""
+    """Valid bytes with parts replaced, cut out or inserted, some by parts of another valid file."""
     found = bytearray(data)
-    for kind, first, second, more in edits:
-        at = first % (len(found) + 1)
-        length = second % 200
-        if kind == "flip" and at < len(found):
-            found[at] ^= 1 << second % 8
-        elif kind == "cut":
-            del found[at : at + (length if second % 2 else len(found))]
-        elif kind == "duplicate":
-            found[at:at] = found[at : at + length]
-        elif kind == "splice":
-            start = second % (len(other) + 1)
-            found[at : at + length] = other[start : start + length]
-        elif kind == "insert":
-            found[at:at] = more * (1 + second % 3)
+    for place, length, new in edits:
+        at, start = place % (len(found) + 1), place % (len(other) + 1)
+        found[at : at + length] = other[start : start + length] if new is None else new
     return bytes(found)
 
 
@@ -105,9 +85,6 @@ def replaced(value: Any, changes: list[tuple[int, Any]]) -> Any:
 def fuzz(figures: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that feeds a reader so many inputs. The reader may raise `UserError` or `OSError`, and nothing else."""
 
-    def late(*_: object) -> None:
-        raise AssertionError(f"no answer in {SOON} seconds")
-
     def run(reader: str, inputs: st.SearchStrategy, read: Callable[[Any], None], examples: int) -> None:
         counts, began = {"read": 0, "refused": 0}, time.monotonic()
 
@@ -115,13 +92,12 @@ def fuzz(figures: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
         @settings(
             max_examples=examples,
             database=None,
-            deadline=None,
+            deadline=SOON,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
         @given(inputs)
         def feed(content: Any) -> None:
-            signal.setitimer(signal.ITIMER_REAL, SOON)
             try:
                 read(content)
                 counts["read"] += 1
@@ -129,12 +105,7 @@ def fuzz(figures: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
                 counts["refused"] += 1
 
         monkeypatch.setattr("sys.stdout", StringIO())
-        before = signal.signal(signal.SIGALRM, late)
-        try:
-            feed()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+        feed()
         assert counts["refused"] > 0
         if examples > 50:
             done = f"{counts['read']:,} read, {counts['refused']:,} refused, 0 failures"
@@ -215,46 +186,6 @@ def test_squad_files(squad_dir, tmp_path, examples, fuzz):
     edited = st.builds(edit, st.just(small), EDITS, st.just(data))
     changed = st.builds(lambda changes: json.dumps(replaced(value, changes)).encode(), CHANGES)
     fuzz("SQuAD .json", st.one_of(edited, changed), read, examples)
-
-
-@pytest.fixture(scope="module")
-def finished(commands, tmp_path_factory) -> tuple[Path, Any]:
-    """A run of two levels, with every kind of file."""
-    words = [*commands["lt_glue.py"], "--levels", "2", "--max-steps", "2", "--rewind", "1", "--limit-eval", "4"]
-    run, cfg = train("lt_glue.py", [*words, "--output-dir", tmp_path_factory.mktemp("fuzzed")])
-    write_tensors(run / "checkpoint.safetensors", {"total": torch.zeros(())}, {"run": run.name, "level": 2, "step": 1})
-    line = {"run": run.name, "task": cfg.task, "level": 2, "ended": "the loss became nan by step 1"}
-    write_checksummed(run / "failure.json", line)
-    (run / "results.jsonl").write_bytes(results_lines(run))
-    return run, cfg
-
-
-@pytest.mark.parametrize("examples", TIMES)
-def test_run_directories(finished, examples, fuzz):
-    """An edited file is a problem, unless it is a log; what reads the directory reads it right, or refuses it."""
-    run, cfg = finished
-    whole = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file() and path.name != "lock"}
-    logs = {path: json.loads(whole[path].splitlines()[-1]) for path in whole if path.name in ("log.jsonl", "train.jsonl")}
-
-    def read(given: tuple[Path, bytes]) -> None:
-        path, content = given
-        path.write_bytes(content)
-        try:
-            found = problems(run)
-            if content == whole[path] or path in logs:
-                assert found == []
-            else:
-                assert found or path.suffix == ".json"  # an edit of white space is no damage
-            if not print_finished(cfg):
-                raise UserError(f"{path} is damaged")
-        finally:
-            path.write_bytes(whole[path])
-
-    files = st.sampled_from(list(whole))
-    edited = st.builds(lambda path, edits, other: (path, edit(whole[path], edits, whole[other])), files, EDITS, files)
-    lines = st.sampled_from(list(logs)), CHANGES
-    logged = st.builds(lambda path, new: (path, whole[path] + json.dumps(replaced(logs[path], new)).encode() + b"\n"), *lines)
-    fuzz("run directories", st.one_of(edited, logged), read, examples)
 
 
 # ---- unpickling ----

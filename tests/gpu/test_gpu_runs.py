@@ -2,29 +2,26 @@
 
 import contextlib
 import json
-from collections import Counter
 
 import fake_cuda
 import numpy as np
 import pytest
 import torch
 from fake_cuda import only_fake, sync_debug
-from trainrun import KINDS, Killed, dying
+from trainrun import Killed, dying, train
 
-from bert_tickets.cli import parse
 from bert_tickets.data.batches import Batches, TokenStore
-from bert_tickets.methods.main import run as run_method
 from bert_tickets.methods.oneshot import oneshot
 from bert_tickets.modeling.loading import load_bert
-from bert_tickets.runs.directory import level_dir, results, run_dir
+from bert_tickets.runs.directory import level_dir, results
 from bert_tickets.tasks import glue
 from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import Mlm
 from bert_tickets.tasks.squad import Squad
-from bert_tickets.training.cuda_graphs import Graphs, bucket_of
+from bert_tickets.training.cuda_graphs import Graphs
 from bert_tickets.training.step import Step
 
-SCRIPTS = {kind: script for script, kind in KINDS.items()}
+GLUE, SQUAD, MLM = "lt_glue.py", "lt_squad.py", "lt_pretrain.py"
 
 
 @pytest.fixture(autouse=True)
@@ -55,35 +52,32 @@ def never_wait(monkeypatch):
 
 
 @pytest.fixture
-def run(commands, tmp_path, monkeypatch, one_gpu):
+def run(commands, tmp_path, one_gpu):
     """Run a training script in a folder of the test, on the GPU or the CPU; returns its results and its newest weights."""
 
-    def go(kind, words="", folder="here", device="auto"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / folder)
+    def go(script, words="", folder="here", device="auto"):
         levels = "" if "--mask" in words else "--levels 2"
-        short = "--max-length 40" if kind == "glue" else ""
-        words = f"--max-steps 4 {levels} {short} --device {device} {words}"
-        cfg = parse(kind, None, [*commands[SCRIPTS[kind]], *words.split()])
+        short = "--max-length 40" if script == GLUE else ""
+        words = f"--max-steps 4 {levels} {short} --device {device} --output-dir {tmp_path / folder} {words}"
         with contextlib.nullcontext() if device == "cpu" else one_gpu():
-            run_method(cfg)
-        found = results(run_dir(cfg))
-        return found, (level_dir(run_dir(cfg), len(found) - 1) / "weights.safetensors").read_bytes()
+            path = train(script, [*commands[script], *words.split()])
+        found = results(path)
+        return found, (level_dir(path, len(found) - 1) / "weights.safetensors").read_bytes()
 
     return go
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("script", "words"),
     [
-        ("squad", "--precision fp16"),
-        ("glue", "--precision bf16 --rewind none --weight-decay 0.01"),
-        ("glue", "--precision fp32 --tf32 --rewind 2 --scope tensor --init random --prunable matrices+biases --grad-accum 2"),
-        ("mlm", "--precision fp16 --protocol released --prunable matrices+embeddings"),
+        (SQUAD, "--precision fp16"),
+        (GLUE, "--precision bf16 --rewind none --weight-decay 0.01"),
+        (GLUE, "--precision fp32 --tf32 --rewind 2 --scope tensor --init random --prunable matrices+biases --grad-accum 2"),
+        (MLM, "--precision fp16 --protocol released --prunable matrices+embeddings"),
     ],
 )
-def test_whole_run_mixes_no_devices_and_no_step_waits(run, tmp_path, kind, words):
-    found, _ = run(kind, words)
+def test_whole_run_mixes_no_devices_and_no_step_waits(run, tmp_path, script, words):
+    found, _ = run(script, words)
     assert [line["level"] for line in found] == [0, 1]
     assert found[1]["sparsity"] == pytest.approx(0.1, abs=1e-3)
     assert all(np.isfinite(loss) for line in found for _, loss in line["losses"])
@@ -94,41 +88,29 @@ def test_whole_run_mixes_no_devices_and_no_step_waits(run, tmp_path, kind, words
     assert about["environment"]["gpu"]
 
 
-@pytest.mark.parametrize("kind", SCRIPTS)
-def test_a_mask_from_a_file_is_trained(run, bert_dir, tmp_path, kind):
+def test_a_mask_from_a_file_is_trained(run, bert_dir, tmp_path):
     mask = oneshot(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0], 0.5, "magnitude", 0)
     mask.write(tmp_path / "m.safetensors")
-    ((line,), _) = run(kind, f"--mask {tmp_path}/m.safetensors")
+    ((line,), _) = run(GLUE, f"--mask {tmp_path}/m.safetensors")
     assert (line["sparsity"], line["mask_sha256"]) == (0.5, mask.sha256())
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "call"),  # the third step is in level 0, the sixth in level 1
-    [("squad", "", 6), ("mlm", "", 3), ("glue", "--precision fp32 --grad-accum 2 --rewind none", 6)],
+    ("script", "words", "call"),  # the third step is in level 0, the sixth in level 1
+    [
+        (SQUAD, "", 6),
+        (MLM, "--graphs on", 3),
+        (GLUE, "--precision fp32 --grad-accum 2 --rewind none", 6),
+    ],
 )
-def test_a_killed_run_resumes_to_the_same_bits(run, monkeypatch, kind, words, call):
-    whole = run(kind, words, "whole")
+def test_a_killed_run_resumes_to_the_same_bits(run, monkeypatch, script, words, call):
+    """MLM's batches are of one bucket: steps that the whole run replays as CUDA graphs are eager after the kill."""
+    whole = run(script, words, "whole")
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", dying(Step.__call__, call))
         with pytest.raises(Killed):
-            run(kind, f"{words} --save-steps 1", "killed")
-    assert run(kind, f"{words} --save-steps 1", "killed") == whole
-
-
-@pytest.mark.parametrize(("kind", "words"), [("mlm", ""), ("glue", "--graphs on --precision bf16")])
-def test_steps_by_graphs_do_not_wait_and_equal_eager_ones_bit_for_bit(run, monkeypatch, capsys, kind, words):
-    counts, step = Counter(), Graphs._step
-
-    def counted(self, batch, *rest):
-        counts["replays" if bucket_of(batch) in self.captured else "others"] += 1
-        return step(self, batch, *rest)
-
-    monkeypatch.setattr(Graphs, "_step", counted)
-    found = run(kind, f"{words} --max-steps 8 --log-every 1", "graphs")
-    assert "continues without CUDA graphs" not in capsys.readouterr().out
-    assert counts["replays"] >= 2
-    monkeypatch.setattr(Graphs, "_step", lambda self, batch, take, state: take(batch))
-    assert run(kind, f"{words} --max-steps 8 --log-every 1", "eager") == found
+            run(script, f"{words} --save-steps 1", "killed")
+    assert run(script, f"{words} --save-steps 1", "killed") == whole
 
 
 @only_fake
@@ -136,14 +118,14 @@ def test_more_steps_do_not_wait_more_often(run):
     waits = []
     for steps in (4, 12):
         fake_cuda.synchronizations.clear()
-        run("glue", f"--graphs off --levels 1 --max-steps {steps} --log-every 100", f"{steps}")
+        run(GLUE, f"--graphs off --levels 1 --max-steps {steps} --log-every 100", f"{steps}")
         waits.append(len(fake_cuda.synchronizations))
     assert waits[0] == waits[1]
 
 
 def test_a_run_without_dropout_computes_the_same_on_either_device(run, calm_bert_dir):
     words = f"--model {calm_bert_dir} --precision fp32"
-    (on_gpu, _), (on_cpu, _) = (run("glue", words, device, device) for device in ("cuda", "cpu"))
+    (on_gpu, _), (on_cpu, _) = (run(GLUE, words, device, device) for device in ("cuda", "cpu"))
     for a, b in zip(on_gpu, on_cpu, strict=True):
         assert np.allclose(a["losses"], b["losses"], rtol=1e-3)
         assert a["kept"] == b["kept"]
@@ -165,4 +147,4 @@ def test_a_fault_is_found(run, monkeypatch, fault):
     function = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: change(function(*args, **kwargs)))
     with pytest.raises(RuntimeError, match=message):
-        run("glue")
+        run(GLUE)

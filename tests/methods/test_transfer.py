@@ -19,7 +19,7 @@ def tickets(commands, tmp_path_factory):
     """The mask file of a ticket of each script's task, 30 % pruned."""
     found, folder = {}, tmp_path_factory.mktemp("sources")
     for script in KINDS:
-        run, _ = train(script, [*commands[script], *f"--levels 2 --rate 0.3 --output-dir {folder}".split()])
+        run = train(script, [*commands[script], *f"--levels 2 --rate 0.3 --output-dir {folder}".split()])
         found[script] = level_dir(run, 1) / "mask.safetensors"
     return found
 
@@ -37,7 +37,7 @@ def transfer(commands, tmp_path):
         if isinstance(mask, Mask):
             mask.write(tmp_path / "m.safetensors")
             mask = tmp_path / "m.safetensors"
-        run, _ = train(script, [*commands[script], "--mask", mask, "--output-dir", tmp_path / "runs", *more])
+        run = train(script, [*commands[script], "--mask", mask, "--output-dir", tmp_path / "runs", *more])
         (result,) = results(run)
         return run, result
 
@@ -91,16 +91,18 @@ def test_masked_word_embeddings_leave_the_mlm_decoder_dense(transfer, net):
 
 
 @pytest.mark.parametrize("script", KINDS)
-def test_a_mask_may_cover_biases_or_some_matrices_only(transfer, net, script):
+def test_a_mask_may_cover_biases_or_some_matrices_only_or_keep_nothing_of_one(transfer, net, script):
     bias, matrix = "bert.encoder.layer.0.intermediate.dense.bias", "bert.encoder.layer.1.output.dense.weight"
-    kept = {bias: torch.arange(64) % 2 == 0, matrix: torch.rand(prunable(net)[matrix].shape) < 0.5}
+    emptied = "bert.encoder.layer.0.output.dense.weight"
+    kept = {bias: torch.arange(64) % 2 == 0, matrix: torch.rand(32, 64) < 0.5, emptied: torch.zeros(32, 64, dtype=torch.bool)}
     run, result = transfer(Mask(kept), script=script)
     trained = read_tensors(level_dir(run, 0) / "weights.safetensors")
     for name, mask in kept.items():
         assert (trained[name][~mask] == 0).all()
-        assert (trained[name][mask] != 0).any()
-    dense = min(prunable(net).keys() - {matrix})
-    assert f"the mask does not cover 12 of the model's matrices, {dense} among them: they stay dense" in result["warnings"]
+        assert (trained[name][mask] != 0).any() == (name != emptied)
+    dense = min(prunable(net).keys() - kept.keys())
+    assert f"the mask does not cover 11 of the model's matrices, {dense} among them: they stay dense" in result["warnings"]
+    assert f"nothing is left of {emptied}; --scope tensor ranks each matrix by itself" in result["warnings"]
 
 
 def test_a_mask_of_another_checkpoint_is_warned_about(transfer, net, bert_dir):

@@ -8,33 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import verify
+from trainrun import train
 
-from bert_tickets.cli import parse, run_command
+from bert_tickets.cli import run_command
 from bert_tickets.files import read_checksummed, read_facts, read_tensors, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
-from bert_tickets.methods import main as methods
-from bert_tickets.runs.directory import result, results, results_lines, run_dir
+from bert_tickets.runs.directory import result, results, results_lines
 from bert_tickets.runs.integrity import problems
 
 
 @pytest.fixture(scope="module")
-def train(commands, tmp_path_factory):
-    """Train RTE on three levels; returns the run directory."""
-    folder = tmp_path_factory.mktemp("verified")
-
-    def run(*words: str) -> Path:
-        cfg = parse("glue", None, [*commands["lt_glue.py"], "--levels", "3", "--output-dir", str(folder), *words])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["lt_glue.py", "--task", "rte", "an argument"])
-            methods.run(cfg)
-        return run_dir(cfg)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def made(train) -> Path:
-    return train("--keep-models")
+def made(commands, tmp_path_factory) -> Path:
+    """A run of RTE on three levels, with every kind of file but a checkpoint."""
+    place = tmp_path_factory.mktemp("verified")
+    words = f"--levels 3 --rewind 3 --no-reset-optimizer --keep-models --output-dir {place}".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lt_glue.py", "--task", "rte", "an argument"])
+        return train("lt_glue.py", [*commands["lt_glue.py"], *words])
 
 
 @pytest.fixture
@@ -55,50 +45,32 @@ def one_problem(run: Path) -> str:
 
 
 def test_a_sound_run_is_traced(run, capsys):
-    notes = run / "notes.txt"
-    notes.write_text("mine")
+    (run / "notes.txt").write_text("mine")
     (run / ".level_03.tmp").mkdir()  # a kill left it
-    assert verified(run.parent) == 0
-    out, about = capsys.readouterr().out, read_checksummed(run / "run.json")
-    assert "python lt_glue.py --task rte 'an argument'" in out
-    assert f"{about['config']['model']}, sha256 {about['fingerprint']['model']}\n" in out
-    assert about["fingerprint"]["train"]["sha256"] in out
-    assert about["fingerprint"]["evaluation"]["validation"]["sha256"] in out
-    assert f"torch {torch.__version__}" in out
-    for line in results(run):
-        assert line["mask_sha256"] in out
-        assert line["init_sha256"] in out
-        assert f"{line['metrics']['accuracy']:.4f}" in out
-        assert all(warning in out for warning in line["warnings"])
-    assert any(line["warnings"] for line in results(run))
-    assert "all files are intact" in out
-
-
-def test_commit_given_mask_and_initial_weights_are_printed(run):
     about = read_checksummed(run / "run.json")
     about["environment"]["git"] = {"sha": "0123abc", "dirty": True}
-    about["config"] |= {"mask": "given.safetensors", "init": "shuffled.safetensors"}
+    about["config"]["init"] = "shuffled.safetensors"
     about["fingerprint"]["init"] = {"perturbed": "the entries of each matrix shuffled"}
     write_checksummed(run / "run.json", about)
-    path = run / "level_00" / "mask.safetensors"
-    Mask(Mask.load(path)).write(path, method="oneshot random", seed=3)
-    lines = {line.split("  ")[0]: line for line in verify.provenance(run)}
-    assert lines["commit"].endswith("  0123abc, with changes")
-    assert "  given.safetensors: method oneshot random, seed 3, sha256 " in lines["given mask"]
-    assert lines["initial weights"].endswith('  shuffled.safetensors {"perturbed": "the entries of each matrix shuffled"}')
-
-
-def test_a_diverged_level_is_printed_and_its_record_verified(run, capsys):
-    shutil.rmtree(run / "level_02")
-    kept = Mask.load(run / "level_01" / "mask.safetensors")
-    weights = {name: mask.float() for name, mask in kept.items()}
-    write_tensors(run / "level_01" / "weights.safetensors", weights, {"run": run.name, "level": 1})
-    write_checksummed(run / "failure.json", {"run": run.name, "task": "rte", "level": 2, "ended": "the loss became nan"})
+    write_checksummed(run / "failure.json", {"run": run.name, "task": "rte", "level": 3, "ended": "the loss became nan"})
     (run / "results.jsonl").write_bytes(results_lines(run))
-    assert verified(run) == 0
-    assert "level 2 diverged: the loss became nan" in capsys.readouterr().out
-    (run / "failure.json").write_text((run / "failure.json").read_text().replace("nan", "inf"))
-    assert any("failure.json is damaged" in problem for problem in problems(run))
+    assert verified(run.parent) == 0
+    out, facts = capsys.readouterr().out, about["fingerprint"]
+    assert "python lt_glue.py --task rte 'an argument'" in out
+    assert "0123abc, with changes" in out
+    assert f"torch {torch.__version__}" in out
+    for sha256 in (facts["model"], facts["train"]["sha256"], facts["evaluation"]["validation"]["sha256"]):
+        assert f"sha256 {sha256}\n" in out
+    assert 'shuffled.safetensors {"perturbed": "the entries of each matrix shuffled"}' in out
+    for line in results(run):
+        assert all(warning in out for warning in line["warnings"])
+        for value in (line["mask_sha256"], line["init_sha256"], f"{line['metrics']['accuracy']:.4f}"):
+            assert value in out
+    assert any(line["warnings"] for line in results(run))
+    assert "level 3 diverged: the loss became nan" in out
+    assert "all files are intact" in out
+    write_checksummed(run / "run.json", about | {"config": about["config"] | {"mask": "given.safetensors"}})
+    assert re.search(r"given mask +given\.safetensors: .*level 0, method imp, .*task rte", "\n".join(verify.provenance(run)))
 
 
 def test_a_damaged_file_is_named_and_the_exit_code_is_1(run, capsys):
@@ -109,6 +81,8 @@ def test_a_damaged_file_is_named_and_the_exit_code_is_1(run, capsys):
     captured = capsys.readouterr()
     assert f"{path} is damaged" in captured.out
     assert captured.err == f"damaged: {run}\n"
+    (run / "failure.json").write_text("{}")
+    assert any("failure.json is damaged" in problem for problem in problems(run))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +95,8 @@ def test_a_damaged_file_is_named_and_the_exit_code_is_1(run, capsys):
         ("level_01/metrics.json", {"mask_sha256": "0" * 64}, "level_01/mask.safetensors is not the mask"),
         ("level_02/weights.safetensors", {"run": "another"}, "weights.safetensors belongs to another, level 2"),
         ("level_02/weights.safetensors", {"level": 1}, "weights.safetensors belongs to rte-imp.*, level 1"),
+        ("level_02/moments.safetensors", {"run": "another"}, "moments.safetensors belongs to another"),
+        ("rewind.safetensors", {"run": "another"}, "rewind.safetensors belongs to another"),
     ],
 )
 def test_a_sound_file_of_another_run_or_level_is_named(run, name, fact, problem):
@@ -162,16 +138,10 @@ def test_weights_that_are_not_finite_are_named(run):
     assert one_problem(run) == f"{path} has weights that are not finite, in classifier.bias"
 
 
-@pytest.mark.parametrize(("rewind", "name"), [("none", "level_02/moments.safetensors"), ("3", "rewind.safetensors")])
-def test_files_that_a_run_rewinds_with_are_verified_and_missed(train, tmp_path, rewind, name):
-    made = train("--rewind", rewind)
-    run = Path(shutil.copytree(made, tmp_path / made.name))
-    assert problems(run) == []
-    path = run / name
-    write_tensors(path, read_tensors(path), read_facts(path) | {"run": "another"})
-    assert f"{path} belongs to another" in one_problem(run)
-    path.unlink()
-    assert one_problem(run) == f"{path} is missing"
+@pytest.mark.parametrize("name", ["level_02/moments.safetensors", "rewind.safetensors"])
+def test_missing_files_that_a_run_rewinds_with_are_named(run, name):
+    (run / name).unlink()
+    assert one_problem(run) == f"{run / name} is missing"
 
 
 def test_checkpoints_are_verified_and_those_of_a_finished_level_do_no_harm(run):

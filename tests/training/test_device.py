@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from trainrun import train
 
 from bert_tickets.errors import UserError
 from bert_tickets.training.device import prepare_device, set_tf32
@@ -19,34 +18,18 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "local_rank", "number"),
-    [("auto", 0, 0), ("cuda:1", 0, 1), ("cuda", 1, 1)],
+    ("asked", "local_rank", "device", "numbers"),
+    [("auto", 0, "cuda:0", [0]), ("cuda:1", 0, "cuda:1", [1]), ("cuda", 1, "cuda:1", [1]), ("cpu", 0, "cpu", [])],
 )
-def test_a_gpu_is_set_by_its_number(gpus, asked, local_rank, number):
-    assert prepare_device(asked, local_rank) == torch.device("cuda", number)
-    assert gpus == [number]
+def test_a_gpu_is_set_by_its_number_and_none_for_the_cpu(gpus, asked, local_rank, device, numbers):
+    assert prepare_device(asked, local_rank) == torch.device(device)
+    assert gpus == numbers
 
 
 @pytest.mark.parametrize("asked", ["cuda:2", "abacus", "meta"])
 def test_a_device_that_does_not_exist_is_refused(gpus, asked):
     with pytest.raises(UserError, match=f"--device {asked}"):
         prepare_device(asked)
-    assert gpus == []
-
-
-def test_a_run_on_the_cpu_does_not_start_cuda(gpus, bert_dir, glue_dir, tmp_path, monkeypatch):
-    """Nor does it ask for the number of GPUs, which alone may block a GPU in exclusive mode."""
-
-    def started(*_: object) -> None:
-        raise AssertionError("CUDA was started")
-
-    # AdamW calls these, which start nothing: torch before 2.14 the first, then the second
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    for name in ("_lazy_init", "device_count", "current_device", "get_device_name", "get_device_properties", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, started)
-    monkeypatch.chdir(tmp_path)
-    train("lt_glue.py", f"--task rte --model {bert_dir} --data-dir {glue_dir} --levels 2 --max-steps 2 --device cpu".split())
     assert gpus == []
 
 

@@ -1,6 +1,7 @@
 """Several processes train the network that one process trains, and one of them writes."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from crash_harness import STEP, Fault, Job
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import KINDS, run
-from trainrun import contents
+from trainrun import KINDS, contents
 
-from bert_tickets.cli import parse
-from bert_tickets.config import run_name
 from bert_tickets.data.batches import shard_of
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_tensors
@@ -23,23 +22,46 @@ from bert_tickets.runs.directory import read_run, results
 from bert_tickets.training.distributed import joined
 
 
-def directory(folder: Path, script: str, arguments: list) -> Path:
-    """Return the run directory of a command that ran in a folder."""
-    return folder / "runs" / run_name(parse(KINDS[script], None, list(map(str, arguments))))
+def directory(folder: Path) -> Path:
+    """The run directory of a command that ran in a folder."""
+    (found,) = (folder / "runs").iterdir()
+    return found
+
+
+@pytest.fixture
+def run(harness):
+    """Run a training script in several processes in a folder; returns their exit codes, and all that they print."""
+
+    def go(
+        world_size: int, folder: Path, script: str, *words: object, fault: Fault | None = None, setup: str = ""
+    ) -> tuple[list[int], str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        together = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        jobs = []
+        for rank in range(world_size):
+            variables = {name: str(value) for name, value in {**together, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            own = fault if rank == 1 else None
+            jobs.append(Job(folder, script, words, own, variables if world_size > 1 else {}, setup))
+        outcomes = harness.run_together(jobs)
+        return [outcome.code for outcome in outcomes], "".join(outcome.output for outcome in outcomes)
+
+    return go
 
 
 # ---- training ----
 
 
 @pytest.mark.parametrize("script", KINDS)
-def test_two_processes_train_what_one_trains_to_rounding(script, commands, calm_bert_dir, tmp_path):
+def test_two_processes_train_what_one_trains_to_rounding(run, script, commands, calm_bert_dir, tmp_path):
     """Without dropout, which each process draws for itself; losses, metrics, masks and weights."""
     arguments = [*commands[script], "--levels", 2, "--batch-size", 7, "--model", calm_bert_dir]
     for processes in (1, 2):
-        codes, out, errors = run(processes, tmp_path / str(processes), script, *arguments)
-        assert codes == [0] * processes, errors
+        codes, out = run(processes, tmp_path / str(processes), script, *arguments)
+        assert codes == [0] * processes, out
         assert out.count("in runs/") == 1, "only the main process prints"
-    one, two = (directory(tmp_path / str(processes), script, arguments) for processes in (1, 2))
+    one, two = (directory(tmp_path / str(processes)) for processes in (1, 2))
     assert read_run(two)["environment"]["processes"] == 2
     for a, b in zip(results(one), results(two), strict=True):
         assert np.allclose(a["losses"], b["losses"], rtol=1e-5)
@@ -66,43 +88,30 @@ Step.__call__ = call
 """
 
 
-def test_processes_with_different_weights_have_no_result(commands, tmp_path):
+def test_processes_with_different_weights_have_no_result(run, commands, tmp_path):
     arguments = [*commands["lt_glue.py"], "--levels", 1, "--max-steps", 3]
-    codes, _, errors = run(2, tmp_path, "lt_glue.py", *arguments, setup=DIFFERENT_WEIGHTS)
+    codes, out = run(2, tmp_path, "lt_glue.py", *arguments, setup=DIFFERENT_WEIGHTS)
     assert all(codes)
-    assert "has another trained weights than process" in errors
-    assert not (directory(tmp_path, "lt_glue.py", arguments) / "level_00").exists()
+    assert "has another trained weights than process" in out
+    assert not (directory(tmp_path) / "level_00").exists()
 
 
-STOPPED_IN_STEP_8 = """
-import os, signal
-from bert_tickets.training.step import Step
-plain, calls = Step.__call__, []
-def call(self, batch, lr):
-    calls.append(1)
-    if len(calls) == 8 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun or a cluster does
-    return plain(self, batch, lr)
-Step.__call__ = call
-"""
-
-
-def test_processes_that_are_stopped_save_once_and_continue_with_the_same_bits(commands, tmp_path):
+def test_processes_that_are_stopped_save_once_and_continue_with_the_same_bits(run, commands, tmp_path):
+    """One of them receives the signal, as from a cluster."""
     script, stopped = "lt_glue.py", tmp_path / "stopped"
     arguments = [*commands[script], "--levels", 2, "--batch-size", 7, "--rewind", 3]
-    codes, _, errors = run(2, tmp_path / "whole", script, *arguments)
-    assert codes == [0, 0], errors
-    path = directory(stopped, script, arguments)
-    codes, _, errors = run(2, stopped, script, *arguments, setup=STOPPED_IN_STEP_8)
+    codes, out = run(2, tmp_path / "whole", script, *arguments)
+    assert codes == [0, 0], out
+    codes, out = run(2, stopped, script, *arguments, fault=Fault("SIGTERM", STEP, 8))
     assert all(codes)
-    assert errors.count("the same command resumes") == 1
-    assert (path / "checkpoint.safetensors").exists()
+    assert out.count("the same command resumes") == 1
+    assert (directory(stopped) / "checkpoint.safetensors").exists()
 
-    codes, _, errors = run(2, stopped, script, *arguments)
-    assert codes == [0, 0], errors
-    whole, resumed = (contents(directory(tmp_path / name, script, arguments)) for name in ("whole", "stopped"))
+    codes, out = run(2, stopped, script, *arguments)
+    assert codes == [0, 0], out
+    whole, resumed = (contents(directory(tmp_path / name)) for name in ("whole", "stopped"))
     assert len(whole) > 6
-    assert whole | {"run.json": b""} == resumed | {"run.json": b""}
+    assert whole == resumed
 
 
 def test_torchrun_starts_processes_that_train_together(commands, tmp_path):
@@ -110,7 +119,7 @@ def test_torchrun_starts_processes_that_train_together(commands, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "lt_glue.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *map(str, arguments)], cwd=tmp_path, env=environment, check=True, timeout=240)
-    run = directory(tmp_path, "lt_glue.py", arguments)
+    run = directory(tmp_path)
     assert read_run(run)["environment"]["processes"] == 2
     assert len(results(run)) == 1
 
@@ -118,15 +127,15 @@ def test_torchrun_starts_processes_that_train_together(commands, tmp_path):
 # ---- errors ----
 
 
-def test_a_users_error_of_all_processes_or_of_the_main_one_is_reported_once(commands, tmp_path):
+def test_a_users_error_of_all_processes_or_of_the_main_one_is_reported_once(run, commands, tmp_path):
     for arguments, message in (
         (["--batch-size", 1], "--batch-size 1 cannot be divided into 2 parts"),
         (["--data-dir", tmp_path / "nope"], "no RTE data"),
     ):
-        codes, _, errors = run(2, tmp_path, "lt_glue.py", *commands["lt_glue.py"], *arguments)
-        assert codes == [2, 2], errors
-        assert errors.count(f"error: {message}") in (1, 2)
-        assert "Traceback" not in errors
+        codes, out = run(2, tmp_path, "lt_glue.py", *commands["lt_glue.py"], *arguments)
+        assert codes == [2, 2], out
+        assert out.count(f"error: {message}") in (1, 2)
+        assert "Traceback" not in out
         assert not list(tmp_path.glob("runs/*/level_*"))
 
 
@@ -154,15 +163,8 @@ def test_every_example_is_in_one_shard_and_shards_have_similar_numbers_of_tokens
 # ---- one process ----
 
 
-def test_without_torchrun_there_is_one_process_whose_operations_are_the_identity(monkeypatch):
+def test_without_torchrun_there_is_one_process(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")  # some clusters set it for every program
-    tensor = torch.arange(3.0)
     with joined("cpu") as group:
-        group.all_reduce([tensor])
-        group.check_same({"a": 1})
-        assert group.gather("a") == ["a"]
-        assert group.broadcast("a") == group.on_main(lambda: "a") == group.main_first(lambda: "a") == "a"
-        assert group.broadcast_tensors(lambda: ({"w": tensor}, "a")) == ({"w": tensor}, "a")
-        assert group.any(True, False) == (True, False)
-    assert tensor.tolist() == [0, 1, 2]
+        assert (group.rank, group.world_size) == (0, 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
+from steps import with_gradient
 
 from bert_tickets.config import Training, build
 from bert_tickets.data.batches import Batches
@@ -40,11 +41,10 @@ def settings(weight_decay: float) -> Training:
     return Training(lr=3e-3, weight_decay=weight_decay, max_grad_norm=1.0)
 
 
-def masked_step(net, loss, mask: Mask | None, cfg: Training) -> Step:
+def masked_step(net, loss, mask: Mask, cfg: Training) -> Step:
     """Mask the weights; the step that trains them."""
     params = dict(net.named_parameters())
-    if mask is not None:
-        mask.apply(params)
+    mask.apply(params)
     return Step(lambda batch: loss(net, batch), params, cfg, mask, CPU)
 
 
@@ -167,18 +167,8 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
     cfg = replace(settings(0.01), precision=precision, max_grad_norm=norm)
     factors = [float("inf") if i == 4 and precision == "fp16" else 1.0 for i in range(10)]
 
-    class Times(torch.autograd.Function):  # of gradients only: the loss stays finite
-        @staticmethod
-        def forward(ctx, x, factor):
-            ctx.factor = factor
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * ctx.factor, None
-
     now = iter(factors)
-    step = masked_step(net, lambda net, batch: Times.apply(loss(net, batch), next(now)), mask, cfg)
+    step = masked_step(net, lambda net, batch: with_gradient(loss(net, batch), lambda _: next(now)), mask, cfg)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     optimizer = torch.optim.AdamW(decay_groups(other, 0.01), lr=1e-3, eps=1e-8, fused=True)
     for i, factor in enumerate(factors):
@@ -186,7 +176,7 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
         found = step(batches[i], 1e-3)
         torch.manual_seed(i)
         with torch.autocast("cpu", torch.float16 if precision == "fp16" else torch.bfloat16):
-            expected = Times.apply(loss(other, batches[i]), factor)
+            expected = with_gradient(loss(other, batches[i]), lambda _, factor=factor: factor)
         scaler.scale(expected).backward()
         for name, kept in mask.items():
             other.get_parameter(name).grad.mul_(kept)
@@ -202,19 +192,3 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
     if precision == "fp16":
         assert step.loss_scale.factor == scaler.get_scale() == 2.0**15
         assert step.taken() == 9
-
-
-def test_moments_are_set_except_those_of_pruned_weights(setting):
-    net, mask, batches, loss = setting
-    dense = masked_step(net, loss, None, settings(0.0))
-    for i in range(3):
-        dense(batches[i], 1e-3)
-    pruned = masked_step(net, loss, mask, settings(0.0))
-    pruned.set_moments(dense.moments())
-    name, kept = next(iter(mask.items()))
-    first, second = dense.moments(), pruned.moments()
-    assert first.keys() == second.keys()
-    assert torch.equal(second[f"exp_avg/{name}"], first[f"exp_avg/{name}"] * kept)
-    assert second[f"step/{name}"] == 3
-    pruned(batches[3], 1e-3)
-    assert (net.get_parameter(name)[~kept] == 0).all()
