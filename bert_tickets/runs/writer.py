@@ -51,7 +51,7 @@ class Run:
         self.done = 0  # finished levels
         self.stop_signal: int | None = None
         self._signalled_at = 0.0
-        self.saves_on_stop = False  # a level is in progress
+        self.saves_on_stop = False  # a level is in progress: `checkpoint.Checkpoint` stops it
         self.is_new = False  # this process wrote run.json
 
     # ---- entering and leaving ----
@@ -97,10 +97,6 @@ class Run:
         if not self.saves_on_stop or again:
             raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command resumes", 128 + number)
         os.write(2, b"\nstopping after this step or evaluation; once more to stop at once\n")  # print is not reentrant
-
-    @property
-    def complete(self) -> bool:
-        return self.done >= self.levels
 
     # ---- run.json and log.jsonl ----
 
@@ -165,9 +161,21 @@ class Run:
             with advice_to_restore(self.dir):
                 return read_own(path, self.dir, level), None
 
-        found = self.group.broadcast_tensors(read)
-        assert found is not None
-        return found[0]
+        return self.group.broadcast_tensors(read)[0]
+
+    def read_checkpoint(self, level: int) -> tuple[dict[str, Tensor], dict | None]:
+        """Read the checkpoint of a level and its facts, ({}, None) without one. If it is damaged, the level starts again."""
+        path = self.dir / CHECKPOINT
+
+        def read() -> tuple[dict[str, Tensor], dict | None]:
+            try:
+                return (read_own(path, self.dir, level), read_facts(path)) if path.exists() else ({}, None)
+            except Damaged as error:
+                print(f"{error}; level {level} starts again")
+                path.unlink()
+                return {}, None
+
+        return self.group.broadcast_tensors(read)
 
     def write(self, file: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], level: int | None = None) -> None:
         """Write tensors to a file of the run, with facts about them."""
@@ -175,6 +183,14 @@ class Run:
         self.group.on_main(lambda: write_tensors(self.dir / file, tensors, facts))
 
     # ---- the end of a level ----
+
+    def stop(self, level: int, step: int) -> NoReturn:
+        """End the run after a signal; its checkpoint is saved."""
+        number = max(self.group.gather(self.stop_signal or 0))
+        if self.group.rank:
+            raise Stopped("", 128 + number)  # the main process reports it
+        self.log("stop", level=level, step=step)
+        raise Stopped(f"stopped in level {level} after step {step}, saved in {self.dir}; the same command resumes", 128 + number)
 
     def finish(
         self,
@@ -218,43 +234,6 @@ class Run:
             raise SystemExit(2)  # the main process reports the error
         advice = "A lower --lr, or --precision bf16 or fp32, may help."
         raise Diverged(f"{title}: {error}. results.jsonl records it; finished levels are intact. {advice}") from None
-
-
-class LevelCheckpoint:
-    """The checkpoint file of the level in progress, a `training.hooks.CheckpointFile`."""
-
-    def __init__(self, run: Run, level: int) -> None:
-        self.run, self.level = run, level
-        run.saves_on_stop = True
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.run.stop_signal is not None
-
-    def load(self) -> tuple[dict[str, Tensor], dict] | None:
-        """Read this level's checkpoint, if there is one. If it is damaged, print so: the level starts again."""
-        path = self.run.dir / CHECKPOINT
-
-        def read() -> tuple[dict[str, Tensor], dict] | None:
-            try:
-                return (read_own(path, self.run.dir, self.level), read_facts(path)) if path.exists() else None
-            except Damaged as error:
-                print(f"{error}; level {self.level} starts again")
-                path.unlink()
-                return None
-
-        return self.run.group.broadcast_tensors(read)
-
-    def save(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        self.run.write(CHECKPOINT, tensors, facts, self.level)
-
-    def stop(self, step: int) -> None:
-        number = max(self.run.group.gather(self.run.stop_signal or 0))
-        if self.run.group.rank:
-            raise Stopped("", 128 + number)  # the main process reports it
-        self.run.log("stop", level=self.level, step=step)
-        where = f"stopped in level {self.level} after step {step}, saved in {self.run.dir}"
-        raise Stopped(f"{where}; the same command resumes", 128 + number)
 
 
 def tidy(run: Path) -> None:

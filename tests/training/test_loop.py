@@ -17,7 +17,8 @@ from bert_tickets.data.batches import Batches, TokenStore
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import Diverged, Stopped
 from bert_tickets.files import sha256_of
-from bert_tickets.training.hooks import At, CheckFinite, Checkpoint, LossCurve, ProgressBar
+from bert_tickets.runs.checkpoint import Checkpoint
+from bert_tickets.training.hooks import At, LossCurve, ProgressBar, check_finite
 from bert_tickets.training.loop import Hook, Loop, total_steps, train
 from bert_tickets.training.schedule import linear_decay
 
@@ -67,20 +68,20 @@ class Average(Hook):
         self.sum, self.count = tensors["sum"].clone(), facts["count"]
 
 
-class MemoryFile:
-    """A `CheckpointFile` in memory."""
+class MemoryRun:
+    """A `Run` that holds its checkpoint in memory."""
 
     def __init__(self) -> None:
-        self.saved, self.stop_requested, self.at = None, False, []
+        self.saved, self.stop_signal, self.at = ({}, None), None, []
 
-    def load(self):
+    def read_checkpoint(self, level):
         return self.saved
 
-    def save(self, tensors, facts) -> None:
+    def write(self, file, tensors, facts, level) -> None:
         self.saved = {name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(facts))
         self.at.append(facts["step"])
 
-    def stop(self, step: int) -> None:
+    def stop(self, level: int, step: int) -> None:
         raise Stopped(f"stopped at {step}", 143)
 
 
@@ -88,11 +89,11 @@ def kill() -> None:
     raise KeyboardInterrupt
 
 
-def run(file: MemoryFile, kill_at: int = 0, save_steps: int | None = 5) -> tuple:
+def run(file: MemoryRun, kill_at: int = 0, save_steps: int | None = 5) -> tuple:
     """Train with all hooks, killed after step `kill_at`. Returns all that must be reproducible."""
     average, curve = Average(), LossCurve(CFG.log_every)
-    checkpoint = Checkpoint(file, [curve, average], 1e9, save_steps)
-    loop = Problem().train([curve, average, checkpoint, ProgressBar("test", curve, {}), At(kill_at, kill)])
+    checkpoint = Checkpoint(file, 0, [curve, average], 1e9, save_steps)
+    loop = Problem().train([curve, average, checkpoint, ProgressBar("test", curve), At(kill_at, kill)])
     tensors = {**loop.step.params, **loop.step.moments(), "sum": average.sum, "loss": loop.loss}
     return sha256_of(tensors), average.count, curve.losses, loop.at
 
@@ -186,11 +187,11 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_divergence():
 
     problem = Problem()
     with pytest.raises(Diverged, match=f"a weight became infinite or NaN by step {STEPS}"):
-        problem.train([At(STEPS, spoil), CheckFinite()])
-    problem, file = Problem(), MemoryFile()
+        check_finite(problem.train([At(STEPS, spoil)]))
+    problem, file = Problem(), MemoryRun()
     with pytest.raises(Diverged, match="a weight became infinite or NaN by step 5"):
-        problem.train([At(5, spoil), Checkpoint(file, [], 1e9, 5)])
-    assert file.saved is None
+        problem.train([At(5, spoil), Checkpoint(file, 0, [], 1e9, 5)])
+    assert file.at == []
 
 
 # ---- checkpoints ----
@@ -198,19 +199,19 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_divergence():
 
 def test_a_killed_or_stopped_run_continues_with_the_same_bits():
     """Weights, moments, the loss curve, and the tensor that another hook keeps."""
-    expected = run(MemoryFile())
+    expected = run(MemoryRun())
     for kill_at in (4, 13, 23):
-        file = MemoryFile()
+        file = MemoryRun()
         with pytest.raises(KeyboardInterrupt):
             run(file, kill_at)
         assert file.at == list(range(5, kill_at + 1, 5))
         assert run(file) == expected
-    file = MemoryFile()
-    file.stop_requested = True
+    file = MemoryRun()
+    file.stop_signal = 15
     with pytest.raises(Stopped, match="stopped at 1"):
         run(file, save_steps=None)
     assert file.at == [1]  # at once
-    file.stop_requested = False
+    file.stop_signal = None
     assert run(file) == expected
 
 
@@ -221,11 +222,11 @@ def test_checkpoints_follow_the_clock_and_keep_the_seconds(monkeypatch):
     def tick() -> Watch:
         return Watch(lambda loop: now.__setitem__(0, now[0] + 50))
 
-    file = MemoryFile()
-    loop = Problem().train([tick(), Checkpoint(file, [], 4.0, None)])
+    file = MemoryRun()
+    loop = Problem().train([tick(), Checkpoint(file, 0, [], 4.0, None)])
     assert file.at == [5, 10, 15, 20, 23]  # the last one before the evaluation
     assert loop.seconds == 50 * STEPS
     file.at.clear()
     now[0] += 1e6
-    assert Problem().train([tick(), Checkpoint(file, [], 4.0, None)]).seconds == 50 * STEPS
+    assert Problem().train([tick(), Checkpoint(file, 0, [], 4.0, None)]).seconds == 50 * STEPS
     assert file.at == []
