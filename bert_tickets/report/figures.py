@@ -27,8 +27,8 @@ MARKED = "a value is undefined or has a warning"
 
 def draw_curves(levels: DataFrame, output: Path, title: str | None) -> str:
     """Draw the metric over sparsity, one panel per task and one line per row (Figure 11)."""
-    _, grids, cells, _ = curves(levels, None)
-    shown = cells[cells["n"] > 0].sort_values("task", key=lambda tasks: tasks.map(published.place), kind="stable")
+    table = curves(levels)
+    shown = table.cells[table.cells["n"] > 0].sort_values("task", key=lambda tasks: tasks.map(published.place), kind="stable")
     if shown.empty:
         raise UserError("these runs have no finished level with a defined value")
     points = shown.assign(
@@ -41,16 +41,17 @@ def draw_curves(levels: DataFrame, output: Path, title: str | None) -> str:
     tickets = points[points["row"] != FULL]
     note = _seeds(tickets["n"]) + (f"; hollow: {MARKED}" if tickets["hollow"].any() else "")
     draw_lines(output, title or "Tickets over sparsities", "pruned weights (%)", points, note)
-    return "\n".join([markdown_grid(grids[""]), *remarks(cells)])
+    return "\n".join([markdown_grid(table.grids[""]), *remarks(table.cells)])
 
 
 def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: float, relative: str = "dense") -> str:
     """Draw the scores of tickets on all tasks minus the full BERT (`dense`, Figure 2) or the own ticket (`same-task`)."""
     import numpy as np
 
-    _, grids, cells, _ = transfer(levels, sparsity, relative)
-    if cells is None:
+    table = transfer(levels, sparsity, relative)
+    if table is None:
         raise UserError("no ticket of these runs was trained on another task")
+    cells = table.cells
     shown = cells[(cells["ticket"] != "") & (cells.groupby("ticket")["n"].transform("sum") > 0)]
     sizes = sorted(shown["difference"].abs().dropna())
     limit = max(1.0, sizes[math.ceil(0.75 * len(sizes)) - 1]) if sizes else 1.0  # so that outliers do not pale the rest
@@ -62,7 +63,7 @@ def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: 
     named = shown.assign(row=shown["ticket"], column=shown["task"].map(published.name), value=shown["difference"], remark=remark)
     unit = f"difference to the {FULL if relative == 'dense' else 'own ticket of the target'} (points)"
     draw_heat_map(output, heading, ("trained on", "ticket"), named, unit, limit)
-    return "\n".join([unit, markdown_grid(grids[""]), *remarks(shown)])
+    return "\n".join([unit, markdown_grid(table.grids[""]), *remarks(shown)])
 
 
 def _is_marked(cells: DataFrame) -> Series:
