@@ -106,7 +106,7 @@ def test_layer_and_kind_follow_from_the_name(name, place):
 
 def test_a_part_is_compared_like_a_mask_of_its_tensors():
     one, other = drawn(1), drawn(2, 0.3)
-    backwards = Mask(dict(reversed(other.items())))
+    backwards = Mask(dict(reversed([*other.items()])))
     parts = with_totals(tensor_counts(pack(one), pack(backwards))).groupby(["layer", "kind"], sort=False)
     found = {place: overlap(counts) for place, counts in parts}
     assert list(dict.fromkeys(layer for layer, _ in found)) == [*map(str, range(11)), "pooler", "all"]
@@ -150,7 +150,7 @@ def cells(out: str) -> list[list[str]]:
 
 def test_three_masks_make_three_pairs_in_table_file_and_picture(run, tmp_path, capsys):
     theirs = drawn(0, 0.25)  # in the format of the released code, in another order
-    torch.save({name + "_mask": kept.float() for name, kept in reversed(theirs.items())}, tmp_path / "random.pt")
+    torch.save({name + "_mask": kept.float() for name, kept in reversed([*theirs.items()])}, tmp_path / "random.pt")
     runs = [run(task, 1, 0.7, 0.5, task=task, seed=57) for task in ("mnli", "qqp")]
     call(*runs, tmp_path / "random.pt", "--level", 1, "--csv", tmp_path / "o.csv", "--output", tmp_path / "o.png")
     out, found = cells(capsys.readouterr().out), pd.read_csv(tmp_path / "o.csv")
