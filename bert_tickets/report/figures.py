@@ -102,18 +102,18 @@ def draw_overlap(levels: DataFrame, output: Path, title: str | None, sparsity: f
     import pandas as pd
 
     from bert_tickets.masking.mask import Mask
-    from bert_tickets.masking.similarity import MEASURES, overlap, pack, tensor_counts
+    from bert_tickets.masking.similarity import MEASURES, overlap, tensor_counts
 
     own = own_masks(levels, sparsity)
     if sum(map(len, own.values())) < 2:
         raise UserError(f"overlap needs two tickets, and these runs have one at {percent(sparsity)} sparsity")
-    packed = {name: {seed: pack(Mask.load(file)) for seed, file in files.items()} for name, files in own.items()}
+    masks = {name: {seed: Mask.load(file) for seed, file in files.items()} for name, files in own.items()}
     lines: list[dict[str, str]] = []
     drawn: list[tuple[str, str, float, str]] = []
     for one, other in combinations_with_replacement(own, 2):
         seeds = [(a, b) for a, b in product(own[one], own[other]) if (a < b if one == other else a == b)]
         try:
-            found = [overlap(tensor_counts(packed[one][a], packed[other][b])) for a, b in seeds]
+            found = [overlap(tensor_counts(masks[one][a], masks[other][b])) for a, b in seeds]
         except UserError as error:
             raise UserError(f"the tickets of {one} and {other} cannot be compared: {error}") from None
         pairs = pd.DataFrame(found, columns=list(MEASURES), dtype=float)
@@ -158,13 +158,13 @@ def read_densities(masks: dict[str, dict[int, Path]]) -> DataFrame:
     import pandas as pd
 
     from bert_tickets.masking.mask import Mask
-    from bert_tickets.masking.similarity import pack, tensor_counts, with_totals
+    from bert_tickets.masking.similarity import tensor_counts, with_totals
 
     parts = []
     for ticket, seeds in masks.items():
         for seed, file in seeds.items():
-            packed = pack(Mask.load(file))
-            parts.append(with_totals(tensor_counts(packed, packed)).assign(ticket=ticket, seed=seed))
+            mask = Mask.load(file)
+            parts.append(with_totals(tensor_counts(mask, mask)).assign(ticket=ticket, seed=seed))
     sums = pd.concat(parts).groupby(["ticket", "layer", "kind", "seed"], sort=False)[["one", "weights"]].sum()
     shares = (100 * sums["one"] / sums["weights"]).groupby(["ticket", "layer", "kind"], sort=False)
     return shares.agg(mean="mean", sd="std").reset_index()
