@@ -36,8 +36,6 @@ from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run
 from bert_tickets.runs.provenance import environment
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
 
-FIRST_FILES = {"run.json", "log.jsonl", "lock", "lock.holder"}  # written before the first level trains
-
 
 class Run:
     """A run directory, as a context manager that holds its lock and handles signals.
@@ -52,7 +50,6 @@ class Run:
         self.stop_signal: int | None = None
         self._signalled_at = 0.0
         self.saves_on_stop = False  # a level is in progress: `checkpoint.Checkpoint` stops it
-        self.is_new = False  # this process wrote run.json
 
     # ---- entering and leaving ----
 
@@ -76,15 +73,13 @@ class Run:
             self._held = held.pop_all()
         return levels_done(self.dir)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.group.rank == 0:
-            mistake = self.is_new and kind is not None and issubclass(kind, UserError)
-            untrained = {path.name for path in self.dir.iterdir()} <= FIRST_FILES
-            if (mistake and untrained) or not (self.dir / "run.json").exists():  # leave no folder behind after a mistyped flag
+            if not (self.dir / "run.json").exists():  # leave no folder behind after a mistyped flag
                 with contextlib.suppress(OSError):
-                    for name in FIRST_FILES:
+                    for name in ("lock", "lock.holder"):
                         (self.dir / name).unlink(missing_ok=True)
                     self.dir.rmdir()
             self._held.close()
@@ -120,7 +115,6 @@ class Run:
             "fingerprint": facts,
         }
         write_checksummed(self.dir / "run.json", description)
-        self.is_new = True
         self.log("start")
 
     def _compare(self, about: dict[str, Any], facts: dict[str, Any], here: dict[str, Any]) -> None:

@@ -186,16 +186,10 @@ def test_a_mistake_leaves_no_directory(commands, tmp_path, flag):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_removes_only_the_directory_that_it_made(tmp_path):
+def test_a_mistake_before_run_json_leaves_no_directory(tmp_path):
     cfg = build({"task": "rte", "output_dir": str(tmp_path)})
-
-    def begin_and_fail():
-        with Run(cfg) as run:
-            run.describe({"device": "cpu", "precision": "fp32"})
-            raise UserError("a mistake")
-
-    with pytest.raises(UserError, match="a mistake"):
-        begin_and_fail()
+    with pytest.raises(UserError, match="a mistake"), Run(cfg):
+        raise UserError("a mistake")
     assert list(tmp_path.iterdir()) == []
     with Run(cfg) as run:
         run.describe({"device": "cpu", "precision": "fp32"})
