@@ -12,7 +12,7 @@ import torch
 from bert_tickets.config import build, differences, flat, run_name
 from bert_tickets.files import read_facts, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
-from bert_tickets.runs.directory import FORMAT, levels_of, results_lines
+from bert_tickets.runs.directory import FORMAT, results_lines
 
 WEIGHTS = 1000
 METRICS = {"cola": "matthews", "stsb": "pearson", "squad": "f1"}
@@ -67,14 +67,14 @@ def run(
     for level, value in enumerate(values):
         mask = _mask(cfg, level, found)
         write_level(folder, level, mask, value, task, warnings if level == len(values) - 1 else ())
-    if len(values) == levels_of(cfg):
+    if len(values) == cfg.settings.levels:
         (folder / "results.jsonl").write_bytes(results_lines(folder))
     return folder
 
 
 def _mask(cfg: Any, level: int, found: dict[str, Any]) -> Mask:
     """The mask of a level, with the metadata of its file."""
-    if hasattr(cfg.settings, "mask"):
+    if cfg.settings.mask is not None:
         return Mask.load(cfg.settings.mask)
     left = 1.0
     for fraction in cfg.settings.fractions[: level + 1]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from bert_tickets.config import Prunable, flag
+from bert_tickets.config import MethodSettings, Prunable, flag
 from bert_tickets.errors import UserError
 from bert_tickets.training.schedule import decay_span, fractions, linear_decay, max_levels
 
@@ -49,7 +49,7 @@ def run(session: Session, s: Settings) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(MethodSettings):
     """The flags of `--method imp`."""
 
     levels: int = flag("number of levels, including the dense network (default: 10, or as many as --rate allows)", None)

@@ -124,9 +124,9 @@ def _read_mask(run: Path, level: int) -> Mask:
 def _check_complete(run: Path, config: dict[str, Any], newest: Path) -> None:
     """Raise `Damaged` if the weights to rewind to, or AdamW's state for the next level, are needed and missing."""
     settings, steps, needed = from_flat(config).settings, result(run, 0)["steps"], []
-    if hasattr(settings, "rewind_step") and settings.rewind_step(steps) > 0:
+    if settings.rewind_step(steps) > 0:
         needed.append(run / "rewind.safetensors")
-    if not getattr(settings, "reset_optimizer", True):
+    if not settings.reset_optimizer:
         needed.append(newest / "moments.safetensors")
     for path in needed:
         if not path.exists():

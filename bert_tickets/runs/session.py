@@ -175,7 +175,7 @@ class Session:
 
     def _origin(self, level: int) -> dict[str, Any]:
         """Return the origin of a mask, for its file. A given mask keeps that of its file."""
-        if getattr(self.cfg.settings, "mask", None) is not None:
+        if self.cfg.settings.mask is not None:
             return {}
         cfg = self.cfg
         own = {"base_model": cfg.model, "task": cfg.task, "seed": cfg.train.seed, "method": cfg.method}

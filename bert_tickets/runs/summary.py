@@ -23,7 +23,7 @@ def print_plan(cfg: Config) -> None:
     print(f"settings of --protocol {cfg.protocol}" + ", except:" * bool(differs))
     for name, value in differs.items():
         print(f"  {name} = {value}")
-    for line in cfg.settings.plan() if hasattr(cfg.settings, "plan") else []:
+    for line in cfg.settings.plan():
         print(f"  {line}")
 
 

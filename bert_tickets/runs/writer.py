@@ -27,7 +27,6 @@ from bert_tickets.runs.directory import (
     has_results,
     level_dir,
     levels_done,
-    levels_of,
     read_run,
     results_lines,
     run_dir,
@@ -45,7 +44,7 @@ class Run:
 
     def __init__(self, cfg: Config, group: ProcessGroup = SINGLE_PROCESS) -> None:
         self.cfg, self.group = cfg, group
-        self.dir, self.levels = run_dir(cfg), levels_of(cfg)
+        self.dir, self.levels = run_dir(cfg), cfg.settings.levels
         self.done = 0  # finished levels
         self.stop_signal: int | None = None
         self._signalled_at = 0.0

@@ -8,7 +8,7 @@ from types import FrameType
 
 from bert_tickets.cli import parse
 from bert_tickets.files import write_checksummed
-from bert_tickets.runs.directory import levels_done, levels_of, results_lines, run_dir
+from bert_tickets.runs.directory import levels_done, results_lines, run_dir
 
 
 def make_levels(run: Path, count: int) -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     make_levels(run_dir(cfg), 1)
     while Path("slow").exists():
         time.sleep(0.05)
-    make_levels(run_dir(cfg), levels_of(cfg))
+    make_levels(run_dir(cfg), cfg.settings.levels)
 
 
 if __name__ == "__main__":
