@@ -76,7 +76,7 @@ class ProgressBar(Hook):
         self.title, self.curve = title, curve
 
     def begin(self, loop: Loop) -> None:
-        interval, quiet = 0.5 if sys.stderr.isatty() else 30, loop.group.rank > 0
+        interval, quiet = 0.5 if sys.stderr.isatty() else 30, loop.step.group.rank > 0
         self.bar = tqdm(total=loop.steps, initial=loop.at, desc=self.title, unit="step", mininterval=interval, disable=quiet)
 
     def __call__(self, loop: Loop) -> None:
