@@ -31,7 +31,7 @@ from bert_tickets.runs.directory import (
     results_lines,
     run_dir,
 )
-from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_own
+from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_mask, read_own
 from bert_tickets.runs.provenance import environment
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -142,7 +142,7 @@ class Run:
 
         def read() -> Mask:
             with advice_to_restore(self.dir):
-                return Mask.load(level_dir(self.dir, level) / "mask.safetensors")
+                return read_mask(self.dir, level)
 
         return self.group.on_main(read)
 

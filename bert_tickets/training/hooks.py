@@ -34,7 +34,8 @@ class LossCurve(Hook):
         self.total += loop.loss
         if loop.at % self.log_every and loop.at < loop.steps:
             return
-        mean = self.total.item() / (loop.at - max(loop.start, (loop.at - 1) // self.log_every * self.log_every))
+        previous = self.losses[-1][0] if self.losses else loop.start
+        mean = self.total.item() / (loop.at - previous)
         if not math.isfinite(mean):
             raise Diverged(f"the loss became {mean} by step {loop.at}")
         if loop.step.loss_scale and loop.step.loss_scale.factor.item() < MIN_LOSS_SCALE:
