@@ -63,7 +63,7 @@ class MethodSettings:
     levels: int | None = 1  # of a run
     mask: str | None = None  # the file of a given ticket, instead of one that the method finds
     prunable: Prunable = "matrices"  # what the masks of the method cover
-    reset_optimizer: bool | None = True  # at each level; otherwise the levels keep AdamW's state
+    reset_optimizer: bool | None = True  # at each level; otherwise a level keeps AdamW's state for the next
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `UserError` for a given flag without effect."""

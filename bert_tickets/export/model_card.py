@@ -45,7 +45,9 @@ def model_card(ticket: Ticket, name: str, *, untrained: bool) -> ModelCard:
         data=hub_data(cfg),
         method=(method.__doc__ or cfg.method).splitlines()[0],
         levels=cfg.settings.levels,
-        given={key: without_folder(value) for key, value in sorted(ticket.mask.info.items())} if "mask" in flat(cfg) else None,
+        given={key: without_folder(value) for key, value in sorted(ticket.mask.info.items())}
+        if cfg.settings.mask is not None
+        else None,
         settings=settings(ticket),
         version=__version__,
     )

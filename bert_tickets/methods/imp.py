@@ -43,7 +43,6 @@ def run(session: Session, s: Settings) -> None:
             start=i if level else 0,
             schedule=s.learning_rate(session.cfg.train.lr, level, session.steps),
             moments=session.moments() if level > s.prune_first and not s.reset_optimizer else None,
-            keep_moments=not s.reset_optimizer,
             hooks=[session.save_weights_at(i)] if level == 0 and i > 0 else [],  # line 1: theta_i
         )
 

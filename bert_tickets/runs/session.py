@@ -88,15 +88,13 @@ class Session:
         loss: Loss | None = None,
         params: Mapping[str, Tensor] | None = None,
         hooks: Sequence[Hook] = (),
-        keep_moments: bool = False,
         warnings: Sequence[str] = (),
         **training: Any,
     ) -> None:
         """Train and evaluate the network under `mask`, and write the level's folder.
 
-        Default: the task's loss, and all parameters of the network with `requires_grad`. `keep_moments` writes AdamW's state for
-        the next level, `warnings` join the level's. Further arguments are those of `training.loop.train`: `start`, `schedule`,
-        `moments`, `optimizer`.
+        Default: the task's loss, and all parameters of the network with `requires_grad`. `warnings` join the level's. Further
+        arguments are those of `training.loop.train`: `start`, `schedule`, `moments`, `optimizer`.
         """
         net, title, init_sha256 = self.net, self._title(level, mask), sha256_of(encoder_weights(self.net))
         loss = loss or (lambda batch: self.task.loss(net, batch))
@@ -114,7 +112,7 @@ class Session:
         result = self._result(mask, metrics, warnings) | {"steps": steps, "skipped_steps": skipped, "losses": losses}
         result |= {"init_sha256": init_sha256, "seconds": loop.seconds}
         labelled = Mask(dict(mask), {**mask.info, **self._origin(level)})
-        moments = loop.step.moments() if keep_moments else {}
+        moments = {} if self.cfg.settings.reset_optimizer else loop.step.moments()
         write_model = self._write_model if self.cfg.keep_models else None
         self.run.finish(level, result, labelled, dict(net.named_parameters()), moments, write_model)
         self.previous = mask
