@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,26 @@ class Training:
     save_steps: int | None = flag("also write a checkpoint every N steps", None, affects_result=False)
 
 
+class MethodSettings:
+    """The base of a method's own settings, with the values of a method that has no such setting."""
+
+    levels: int | None = 1  # of a run
+    mask: str | None = None  # the file of a given ticket, instead of one that the method finds
+    prunable: Prunable = "matrices"  # what the masks of the method cover
+    reset_optimizer: bool | None = True  # at each level; otherwise a level keeps AdamW's state for the next
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Raise `UserError` for a given flag without effect."""
+
+    def rewind_step(self, steps: int) -> int:
+        """Return the step of `steps` whose weights the run saves to rewind to; 0 for none."""
+        return 0
+
+    def plan(self) -> list[str]:
+        """Return the lines that --dry-run prints."""
+        return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """One run: a method on a task."""
@@ -77,7 +97,7 @@ class Config:
     check_metrics: bool = flag("compare the metrics with those of the evaluate package", False, affects_result=False)
     dry_run: bool = flag("print the plan of the run, and stop", False, affects_result=False)
     train: Training = field(default_factory=Training)
-    settings: Any = None  # the method's own dataclass
+    settings: Any = None  # the method's own: a dataclass, and a `MethodSettings`
 
     @property
     def kind(self) -> str:
@@ -181,8 +201,7 @@ def build(given: Mapping[str, Any]) -> Config:
         raise UserError("--epochs has no effect with --max-steps: give one of them")
     cfg = from_flat(values)
     _check(cfg)
-    if hasattr(cfg.settings, "check_given"):
-        cfg.settings.check_given(given.keys())
+    cfg.settings.check_given(given.keys())
     return cfg
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bert_tickets.cli import FORMATTER, hyphens, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
-from bert_tickets.masking.similarity import MEASURES, Packed, overlap, pack, tensor_counts, with_totals
+from bert_tickets.masking.similarity import MEASURES, overlap, tensor_counts, with_totals
 from bert_tickets.report.formats import markdown_grid
 from bert_tickets.report.pictures import draw_heat_map, picture_file
 from bert_tickets.runs.directory import level_dir, levels_done
@@ -52,14 +52,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import pandas as pd
 
+    from bert_tickets.masking.mask import Mask
+
     paths = [find_mask(place, args.level) for place in args.masks]
-    packed, sparsities, infos = zip(*map(read, paths), strict=True)
-    names = labels(paths, infos)
+    masks = [Mask.load(path) for path in paths]
+    sparsities = [f"{mask.sparsity:.1%}" for mask in masks]
+    names = labels(paths, [mask.info for mask in masks])
     show(pd.DataFrame({"mask": names, "sparsity": sparsities, "file": map(str, paths)}))
     lines: list[dict[str, Any]] = []
     for i, j in combinations(range(len(paths)), 2):
         try:
-            counts = tensor_counts(packed[i], packed[j])
+            counts = tensor_counts(masks[i], masks[j])
         except UserError as error:
             raise UserError(f"{paths[i]} and {paths[j]} cannot be compared: {error}") from None
         lines.append({"mask": names[i], "and mask": names[j], **overlap(counts)})
@@ -97,14 +100,6 @@ def find_mask(place: Path, level: int | None) -> Path:
     if level is not None and not 0 <= level < done:
         raise UserError(f"{place} has no level {level}; its levels are 0 to {done - 1}")
     return level_dir(place, done - 1 if level is None else level) / FILE
-
-
-def read(path: Path) -> tuple[Packed, str, Mapping[str, Any]]:
-    """Return the bits of a mask file, its sparsity and its metadata."""
-    from bert_tickets.masking.mask import Mask
-
-    mask = Mask.load(path)
-    return pack(mask), f"{mask.sparsity:.1%}", mask.info
 
 
 def labels(paths: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -47,10 +47,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.report import figures
-    from bert_tickets.report.results import comparable, has_setting, read_results
+    from bert_tickets.report.results import comparable, read_results
 
-    levels, failures = read_results(args.runs)
-    levels = comparable(levels, args.setting)
+    levels, failures = read_results(args.runs, args.setting)
+    levels = comparable(levels)
     if levels.empty:
         raise UserError("no finished level" + (f" with the setting {args.setting!r}" if args.setting is not None else ""))
     draw = getattr(figures, f"draw_{args.figure}")
@@ -58,8 +58,7 @@ def main(args: argparse.Namespace) -> None:
     more |= {"relative": args.relative} if args.figure == "transfer" else {}
     print(draw(levels, args.output, args.title, **more))
     for failure in failures:
-        if args.setting is None or has_setting(failure["setting"], args.setting):
-            print(f"not drawn: {failure['text']}")
+        print(f"not drawn: {failure}")
     print(f"drawn in {args.output}")
 
 

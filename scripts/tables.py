@@ -51,20 +51,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.report import formats
-    from bert_tickets.report.results import comparable, has_setting, read_results
+    from bert_tickets.report.results import comparable, read_results
     from bert_tickets.report.tables import TABLES, build
 
-    levels, failures = read_results(args.runs)
-    levels = comparable(levels, args.setting)
-    reasons = [each["text"] for each in failures if args.setting is None or has_setting(each["setting"], args.setting)]
-    if args.setting is not None and levels.empty and not reasons:
+    levels, failures = read_results(args.runs, args.setting)
+    levels = comparable(levels)
+    if args.setting is not None and levels.empty and not failures:
         raise UserError(f"no run has the setting {args.setting!r}")
     sparsity = None if args.sparsity is None else args.sparsity / 100
-    made = [build(name, levels, sparsity, reasons) for name in ([args.table] if args.table else TABLES)]
+    made = [build(name, levels, sparsity, failures) for name in ([args.table] if args.table else TABLES)]
     tables = [table for table in made if table]
     if not tables:
         what, (_, sweep) = f"table {args.table}" if args.table else "any table", TABLES[args.table or "2"]
-        raise UserError("\n  ".join([f"no runs for {what}; make them by: bash scripts/{sweep}.sh", *reasons]))
+        raise UserError("\n  ".join([f"no runs for {what}; make them by: bash scripts/{sweep}.sh", *failures]))
     if args.format == "csv":
         text = formats.csv(tables)
     else:

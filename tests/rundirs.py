@@ -70,7 +70,7 @@ def run(
 
 def _mask(cfg: Any, level: int, found: dict[str, Any]) -> Mask:
     """The mask of a level, with the metadata of its file."""
-    if hasattr(cfg.settings, "mask"):
+    if cfg.settings.mask is not None:
         return Mask.load(cfg.settings.mask)
     left = 1.0
     for fraction in cfg.settings.fractions[: level + 1]:

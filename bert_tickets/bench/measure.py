@@ -1,4 +1,4 @@
-"""What bench.py measures: sides in turns, the machine's GEMM rate, the FLOPs of a step, the cost of masking, GPU kernels."""
+"""What bench.py measures: sides in turns, the machine's GEMM rate, the FLOPs of a step, GPU kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from bert_tickets.bench.baselines import SIDES, Case, TrainStep, eager, graphs, take_steps
-from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.parameters import prunable
 from bert_tickets.tasks.mlm import MASK_RATE
@@ -23,7 +22,7 @@ Figures = dict[str, float]
 
 
 def compare(case: Case, turns: int, steps: int) -> Figures:
-    """Measure our step (eager; on a GPU also with graphs), the released loop's, and the cost of masking."""
+    """Measure our step (eager; on a GPU also with graphs) and the released loop's."""
     device, on_gpu, batch_size = case.device, case.device.type == "cuda", case.cfg.train.batch_size
     names = [name for name in SIDES if name != "graphs" or on_gpu]
     built = {name: _with_memory(name, case) for name in names}
@@ -45,9 +44,7 @@ def compare(case: Case, turns: int, steps: int) -> Figures:
             count, kernels = profile_kernels(sides[name], steps, device)
             figures |= {f"{name}: kernels a step": count, f"{name}: GPU busy, %": 100 * sum(kernels.values()) / each}
             figures[f"{name}: memory reserved, MiB"] = built[name][1]
-    figures |= {f"{name} over released, times": seconds["released"] / seconds[name] for name in names if name != "released"}
-    best = "graphs" if on_gpu else "eager"
-    return figures | {"masking alone, % of a step": 100 * masking_seconds(case.mask, device) / seconds[best]}
+    return figures | {f"{name} over released, times": seconds["released"] / seconds[name] for name in names if name != "released"}
 
 
 def profile(case: Case, turns: int, steps: int) -> Figures:
@@ -139,13 +136,6 @@ def step_flops(net: Net, lengths: np.ndarray, masked_tokens: float = 0) -> float
     attention = 12 * net.config.hidden_size * net.config.num_hidden_layers * (lengths.astype(float) ** 2).sum()
     head = net.config.hidden_size * (net.config.hidden_size + net.config.vocab_size)
     return 6 * (weights * lengths.sum() + head * masked_tokens) + attention
-
-
-def masking_seconds(mask: Mask, device: torch.device) -> float:
-    """Measure the seconds of masking in a step: one multiplication of every masked gradient."""
-    masks = [kept.to(device, torch.float32) for kept in mask.values()]
-    grads = [torch.randn_like(kept) for kept in masks]
-    return statistics.median(seconds_of(device, torch._foreach_mul_, grads, masks) for _ in range(10))
 
 
 # ---- GPU kernels ----

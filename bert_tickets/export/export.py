@@ -6,9 +6,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,11 @@ def export(run: Path, output: Path, level: int | None = None, *, untrained: bool
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists: give a folder that does not exist yet, or is empty")
     ticket = load_ticket(run, level, model)
-    write_network = _untrained(ticket) if untrained else _trained(ticket)
     with writing_folder(output) as folder:
-        write_network(folder)
+        if untrained:
+            _write_untrained(ticket, folder)
+        else:
+            _write_trained(ticket, folder)
         _forget_place(folder / "tokenizer_config.json")
         ticket.mask.write(folder / "mask.safetensors", **{key: without_folder(value) for key, value in ticket.mask.info.items()})
         model_card(ticket, output.absolute().name, untrained=untrained).save(folder / "README.md")
@@ -49,12 +49,13 @@ def _forget_place(tokenizer_config: Path) -> None:
     tokenizer_config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _trained(ticket: Ticket) -> Callable[[Path], Any]:
-    """Return a function that writes a level's trained network into a folder: its kept model, or its weights in the base model."""
+def _write_trained(ticket: Ticket, folder: Path) -> None:
+    """Write a level's trained network: its kept model, or its weights in the base model."""
     kept, weights = ticket.folder / "model", ticket.folder / "weights.safetensors"
     if kept.is_dir() and ticket.result.get("model_files"):  # the level records its checksums
         check_model(ticket.run, ticket.level)
-        return partial(shutil.copytree, kept, dirs_exist_ok=True)
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        return
     if not weights.is_file():
         raise UserError(
             f"{ticket.folder} has no trained weights: a run keeps those of its newest level only. Leave out --level; or give "
@@ -63,11 +64,11 @@ def _trained(ticket: Ticket) -> Callable[[Path], Any]:
     with contextlib.redirect_stdout(io.StringIO()):  # messages about random weights, which are all replaced
         net, tokenizer = _load_base(ticket, "pretrained")
     set_parameters(net, check_weights(ticket.run, ticket.level), weights)
-    return partial(save_model, net, tokenizer)
+    save_model(net, tokenizer, folder)
 
 
-def _untrained(ticket: Ticket) -> Callable[[Path], Any]:
-    """Return a function that writes the network that a level's training started from, m * theta with its head, into a folder.
+def _write_untrained(ticket: Ticket, folder: Path) -> None:
+    """Write the network that a level's training started from, m * theta with its head.
 
     Raises `UserError` unless the encoder matches `init_sha256` of the level's metrics.json.
     """
@@ -80,7 +81,7 @@ def _untrained(ticket: Ticket) -> Callable[[Path], Any]:
             f"{ticket.folder} started from weights that the run no longer has (init_sha256): those of the previous level, or a "
             "missing rewind.safetensors. Leave out --untrained"
         )
-    return partial(save_model, net, tokenizer)
+    save_model(net, tokenizer, folder)
 
 
 def _load_base(ticket: Ticket, init: str) -> tuple[Net, Any]:

@@ -16,7 +16,6 @@ from bert_tickets.cli import flags
 from bert_tickets.config import Config, flat
 from bert_tickets.data import glue_files, squad_files, text_source
 from bert_tickets.export.ticket import Ticket
-from bert_tickets.runs.directory import levels_of
 
 KINDS = {  # of tasks: the script, the class of transformers that opens the folder, the hub's name
     "glue": {"script": "lt_glue.py", "opener": "AutoModelForSequenceClassification", "hub": "text-classification"},
@@ -45,8 +44,10 @@ def model_card(ticket: Ticket, name: str, *, untrained: bool) -> ModelCard:
         row=glue_files.ROWS.get(cfg.task),
         data=hub_data(cfg),
         method=(method.__doc__ or cfg.method).splitlines()[0],
-        levels=levels_of(cfg),
-        given={key: without_folder(value) for key, value in sorted(ticket.mask.info.items())} if "mask" in flat(cfg) else None,
+        levels=cfg.settings.levels,
+        given={key: without_folder(value) for key, value in sorted(ticket.mask.info.items())}
+        if cfg.settings.mask is not None
+        else None,
         settings=settings(ticket),
         version=__version__,
     )

@@ -11,7 +11,7 @@ from bert_tickets.config import Config, from_flat
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
 from bert_tickets.runs.directory import level_dir, levels_done, read_run
-from bert_tickets.runs.integrity import check_level
+from bert_tickets.runs.integrity import check_level, read_mask
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def load_ticket(run: Path, level: int | None = None, model: str | None = None) -
     if level is not None and not 0 <= level < done:
         raise UserError(f"{run} has no finished level {level}; its levels are 0 to {done - 1}")
     level = done - 1 if level is None else level
-    result, mask = check_level(run, level), Mask.load(level_dir(run, level) / "mask.safetensors")
-    cfg = from_flat(about["config"])
+    result, mask, cfg = check_level(run, level), read_mask(run, level), from_flat(about["config"])
     if model is None:
         model = about["differs_from_preset"].get("model", cfg.model)
     elif Path(model).exists():

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
-
-from bert_tickets.errors import UserError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -23,44 +19,21 @@ MEASURES = {
 }
 
 
-class Bits(NamedTuple):
-    """One tensor of a mask: its shape, and its bits as an integer. BERT-base takes 11 MB, an eighth of boolean tensors."""
-
-    shape: tuple[int, ...]
-    bits: int
-
-
-Packed = Mapping[str, Bits]  # a mask by parameter name
-
-
-def pack(mask: Mask) -> dict[str, Bits]:
-    """Pack a mask into the form that `tensor_counts` takes."""
-    import numpy as np
-
-    return {
-        name: Bits(tuple(kept.shape), int.from_bytes(np.packbits(kept.cpu().numpy(), axis=None).tobytes(), "big"))
-        for name, kept in mask.items()
-    }
-
-
-def tensor_counts(one: Packed, other: Packed) -> DataFrame:
+def tensor_counts(one: Mask, other: Mask) -> DataFrame:
     """Count the weights of each tensor, a line each: `weights`, those kept by each mask (`one`, `other`), and by `both`.
 
     The lines have their `layer` and `kind`, and are in the first mask's order. Raises `UserError`, naming a tensor, unless the
-    masks cover the same tensors with the same shapes.
+    masks, on the CPU, cover the same tensors with the same shapes.
     """
+    import numpy as np
     import pandas as pd
 
-    if apart := sorted(one.keys() ^ other.keys()):
-        raise UserError(f"{apart[0]} is covered by only one of the masks ({len(one)} and {len(other)} tensors)")
+    one.check_fits(other, "the other mask")
     lines = []
-    for name, a in one.items():
-        b = other[name]
-        if a.shape != b.shape:
-            raise UserError(f"{name} has shape {a.shape} in one mask and {b.shape} in the other")
-        layer, kind = layer_and_kind(name)
-        kept = (a.bits.bit_count(), b.bits.bit_count(), (a.bits & b.bits).bit_count())
-        lines.append((layer, kind, math.prod(a.shape), *kept))
+    for name, tensor in one.items():
+        a, b = tensor.numpy(), other[name].numpy()
+        counts = [int(np.count_nonzero(kept)) for kept in (a, b, a & b)]  # torch counts booleans more slowly
+        lines.append((*layer_and_kind(name), a.size, *counts))
     return pd.DataFrame(lines, columns=["layer", "kind", "weights", "one", "other", "both"])
 
 

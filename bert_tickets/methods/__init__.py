@@ -2,8 +2,7 @@
 
 A method `name` is a file `name.py` here and a preset `presets/name.toml`. The file has
 
-- `Settings`, a frozen dataclass of the method's own flags (`config.flag`). It may have `levels`, the number of levels of a run
-  (default: one); `plan()`, the lines that --dry-run prints; and `check_given(names)`, which raises for flags without effect.
+- `Settings`, a frozen dataclass of the method's own flags (`config.flag`), derived from `config.MethodSettings`.
 - `run(session, settings)`, which calls `session.train_level(level, mask)` for each level that is not finished.
 
 `oneshot` and `perturb` are not methods: oneshot.py and perturb_weight.py call them. `main` is the entry point of the training

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from bert_tickets.config import Prunable, flag
+from bert_tickets.config import MethodSettings, Prunable, flag
 from bert_tickets.errors import UserError
 from bert_tickets.training.schedule import decay_span, fractions, linear_decay, max_levels
 
@@ -43,13 +43,12 @@ def run(session: Session, s: Settings) -> None:
             start=i if level else 0,
             schedule=s.learning_rate(session.cfg.train.lr, level, session.steps),
             moments=session.moments() if level > s.prune_first and not s.reset_optimizer else None,
-            keep_moments=not s.reset_optimizer,
             hooks=[session.save_weights_at(i)] if level == 0 and i > 0 else [],  # line 1: theta_i
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(MethodSettings):
     """The flags of `--method imp`."""
 
     levels: int = flag("number of levels, including the dense network (default: 10, or as many as --rate allows)", None)

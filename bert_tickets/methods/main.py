@@ -32,7 +32,7 @@ def train(cfg: Config) -> None:
     from bert_tickets.training.distributed import joined
 
     with joined(cfg.device) as group, Run(cfg, group) as run:
-        if not run.complete:
+        if run.done < run.levels:
             method = importlib.import_module(f"bert_tickets.methods.{cfg.method}")
             method.run(prepare(create(cfg.task), run), cfg.settings)
         if run.group.rank == 0:

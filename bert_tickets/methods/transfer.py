@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bert_tickets.config import flag
+from bert_tickets.config import MethodSettings, flag
 
 if TYPE_CHECKING:
     from bert_tickets.masking.mask import Mask
@@ -35,7 +35,7 @@ def _warnings(mask: Mask, session: Session) -> Iterator[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(MethodSettings):
     """The flags of `--method transfer`."""
 
     mask: str = flag("the ticket to train: a mask file, or a released mask.pt")

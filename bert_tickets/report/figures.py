@@ -16,10 +16,12 @@ from bert_tickets.report.pictures import draw_heat_map, draw_lines
 from bert_tickets.report.results import FULL, own_tickets
 from bert_tickets.report.tables import curves, remarks
 from bert_tickets.report.transfer import transfer
-from bert_tickets.runs.directory import level_dir
+from bert_tickets.runs.integrity import read_mask
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
+
+    from bert_tickets.masking.mask import Mask
 
 UNITS = {"accuracy": "accuracy (%)", "f1": "F1 (%)", "matthews": "Matthews × 100", "pearson": "Pearson × 100"}
 MARKED = "a value is undefined or has a warning"
@@ -27,8 +29,8 @@ MARKED = "a value is undefined or has a warning"
 
 def draw_curves(levels: DataFrame, output: Path, title: str | None) -> str:
     """Draw the metric over sparsity, one panel per task and one line per row (Figure 11)."""
-    _, grids, cells, _ = curves(levels, None)
-    shown = cells[cells["n"] > 0].sort_values("task", key=lambda tasks: tasks.map(published.place), kind="stable")
+    table = curves(levels)
+    shown = table.cells[table.cells["n"] > 0].sort_values("task", key=lambda tasks: tasks.map(published.place), kind="stable")
     if shown.empty:
         raise UserError("these runs have no finished level with a defined value")
     points = shown.assign(
@@ -41,16 +43,17 @@ def draw_curves(levels: DataFrame, output: Path, title: str | None) -> str:
     tickets = points[points["row"] != FULL]
     note = _seeds(tickets["n"]) + (f"; hollow: {MARKED}" if tickets["hollow"].any() else "")
     draw_lines(output, title or "Tickets over sparsities", "pruned weights (%)", points, note)
-    return "\n".join([markdown_grid(grids[""]), *remarks(cells)])
+    return "\n".join([markdown_grid(table.grids[""]), *remarks(table.cells)])
 
 
 def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: float, relative: str = "dense") -> str:
     """Draw the scores of tickets on all tasks minus the full BERT (`dense`, Figure 2) or the own ticket (`same-task`)."""
     import numpy as np
 
-    _, grids, cells, _ = transfer(levels, sparsity, relative)
-    if cells is None:
+    table = transfer(levels, sparsity, relative)
+    if table is None:
         raise UserError("no ticket of these runs was trained on another task")
+    cells = table.cells
     shown = cells[(cells["ticket"] != "") & (cells.groupby("ticket")["n"].transform("sum") > 0)]
     sizes = sorted(shown["difference"].abs().dropna())
     limit = max(1.0, sizes[math.ceil(0.75 * len(sizes)) - 1]) if sizes else 1.0  # so that outliers do not pale the rest
@@ -62,7 +65,7 @@ def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: 
     named = shown.assign(row=shown["ticket"], column=shown["task"].map(published.name), value=shown["difference"], remark=remark)
     unit = f"difference to the {FULL if relative == 'dense' else 'own ticket of the target'} (points)"
     draw_heat_map(output, heading, ("trained on", "ticket"), named, unit, limit)
-    return "\n".join([unit, markdown_grid(grids[""]), *remarks(shown)])
+    return "\n".join([unit, markdown_grid(table.grids[""]), *remarks(shown)])
 
 
 def _is_marked(cells: DataFrame) -> Series:
@@ -81,18 +84,18 @@ def _seeds(counts: Iterable[float]) -> str:
 # ---- masks ----
 
 
-def own_masks(levels: DataFrame, sparsity: float) -> dict[str, dict[int, Path]]:
-    """The masks of tickets at a sparsity: ticket -> seed -> file. A ticket is named by its task; with the method, if there are
+def own_masks(levels: DataFrame, sparsity: float) -> dict[str, dict[int, Mask]]:
+    """The masks of tickets at a sparsity: ticket -> seed -> mask. A ticket is named by its task; with the method, if there are
     several. Raises `UserError` if there are none."""
     own = own_tickets(levels)
     at = own[own["sparsity"] == round(sparsity, 3)]
     if at.empty:
         there = ", ".join(map(percent, sorted(set(own["sparsity"])))) or "none"
         raise UserError(f"no ticket at {percent(sparsity)} sparsity; the levels of these runs are {there}")
-    masks: dict[str, dict[int, Path]] = {}
+    masks: dict[str, dict[int, Mask]] = {}
     for ticket in at.itertuples():
         name = published.name(ticket.task) + (f", {ticket.method}" if at["method"].nunique() > 1 else "")
-        masks.setdefault(name, {})[ticket.seed] = level_dir(Path(ticket.run), ticket.level) / "mask.safetensors"
+        masks.setdefault(name, {})[ticket.seed] = read_mask(Path(ticket.run), ticket.level)
     return masks
 
 
@@ -100,19 +103,17 @@ def draw_overlap(levels: DataFrame, output: Path, title: str | None, sparsity: f
     """Draw the overlap of the tickets of every two tasks with the same seed, and of every two seeds of a task (diagonal)."""
     import pandas as pd
 
-    from bert_tickets.masking.mask import Mask
-    from bert_tickets.masking.similarity import MEASURES, overlap, pack, tensor_counts
+    from bert_tickets.masking.similarity import MEASURES, overlap, tensor_counts
 
     own = own_masks(levels, sparsity)
     if sum(map(len, own.values())) < 2:
         raise UserError(f"overlap needs two tickets, and these runs have one at {percent(sparsity)} sparsity")
-    packed = {name: {seed: pack(Mask.load(file)) for seed, file in files.items()} for name, files in own.items()}
     lines: list[dict[str, str]] = []
     drawn: list[tuple[str, str, float, str]] = []
     for one, other in combinations_with_replacement(own, 2):
         seeds = [(a, b) for a, b in product(own[one], own[other]) if (a < b if one == other else a == b)]
         try:
-            found = [overlap(tensor_counts(packed[one][a], packed[other][b])) for a, b in seeds]
+            found = [overlap(tensor_counts(own[one][a], own[other][b])) for a, b in seeds]
         except UserError as error:
             raise UserError(f"the tickets of {one} and {other} cannot be compared: {error}") from None
         pairs = pd.DataFrame(found, columns=list(MEASURES), dtype=float)
@@ -133,7 +134,7 @@ def draw_overlap(levels: DataFrame, output: Path, title: str | None, sparsity: f
 def draw_densities(levels: DataFrame, output: Path, title: str | None, sparsity: float) -> str:
     """Draw the percentage of weights that tickets keep in each layer, one line per kind of matrix."""
     own = own_masks(levels, sparsity)
-    kept = read_densities(own)
+    kept = densities(own)
     layers = list(kept["layer"].unique())[:-1]  # "all" is the last
     lines = kept[(kept["layer"] == "all") == (kept["kind"] == "all")]
     points = lines.assign(
@@ -152,18 +153,16 @@ def draw_densities(levels: DataFrame, output: Path, title: str | None, sparsity:
     return f"kept weights (%)\n{markdown_grid(wide.fillna('').reset_index())}"
 
 
-def read_densities(masks: dict[str, dict[int, Path]]) -> DataFrame:
+def densities(masks: dict[str, dict[int, Mask]]) -> DataFrame:
     """The percentage of weights that tickets keep, by ticket, layer and kind of matrix: mean and sd over seeds; "all" sums up."""
     import pandas as pd
 
-    from bert_tickets.masking.mask import Mask
-    from bert_tickets.masking.similarity import pack, tensor_counts, with_totals
+    from bert_tickets.masking.similarity import tensor_counts, with_totals
 
     parts = []
     for ticket, seeds in masks.items():
-        for seed, file in seeds.items():
-            packed = pack(Mask.load(file))
-            parts.append(with_totals(tensor_counts(packed, packed)).assign(ticket=ticket, seed=seed))
+        for seed, mask in seeds.items():
+            parts.append(with_totals(tensor_counts(mask, mask)).assign(ticket=ticket, seed=seed))
     sums = pd.concat(parts).groupby(["ticket", "layer", "kind", "seed"], sort=False)[["one", "weights"]].sum()
     shares = (100 * sums["one"] / sums["weights"]).groupby(["ticket", "layer", "kind"], sort=False)
     return shares.agg(mean="mean", sd="std").reset_index()

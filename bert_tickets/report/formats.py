@@ -25,12 +25,12 @@ CSV_COLUMNS = (
 class Table:
     """A table: `grids` of texts by heading, the `cells` behind them, what a reader must know, and the missing runs."""
 
-    name: str
     title: str
     grids: Mapping[str, DataFrame]
     cells: DataFrame
-    notes: Sequence[str]
-    missing: Sequence[str]
+    notes: Sequence[str] = ()
+    name: str = ""
+    missing: Sequence[str] = ()
 
 
 # ---- grids ----

@@ -57,10 +57,10 @@ PRETRAINED, RANDOM, SHUFFLED = "pre-trained", "random", "shuffled"  # weights; o
 # ---- reading ----
 
 
-def read_results(places: Iterable[str | Path]) -> tuple[DataFrame, list[dict[str, str]]]:
-    """Read run directories, or all run directories in a folder.
+def read_results(places: Iterable[str | Path], setting: str | None = None) -> tuple[DataFrame, list[str]]:
+    """Read run directories, or all run directories in a folder; only those with a `setting` of the training, if one is given.
 
-    Returns the table of levels (`COLUMNS`), and for each run whose next level diverged its `setting` and a sentence, `text`.
+    Returns the table of levels (`COLUMNS`), and a sentence for each run whose next level diverged.
     Raises `UserError` if there is no run, `Damaged` for a damaged one.
     """
     import pandas as pd
@@ -75,11 +75,18 @@ def read_results(places: Iterable[str | Path]) -> tuple[DataFrame, list[dict[str
     for run in runs:
         facts, done = _facts_of_run(run), levels_done(run)
         lines += [facts | _facts_of_level(run, level, facts["given"]) for level in range(done)]
-        if failed := failure(run):
-            text = f"{run}: level {failed['level']} diverged: {failed['ended']}"
-            failures.append({"setting": facts["setting"], "text": text})
-    _name_rows(lines)
+        if (failed := failure(run)) and _has_setting(facts["setting"], setting):
+            failures.append(f"{run}: level {failed['level']} diverged: {failed['ended']}")
+    _name_rows(lines)  # after runs of other settings, which may have found the tickets
+    lines = [line for line in lines if _has_setting(line["setting"], setting)]
     return pd.DataFrame(lines, columns=list(COLUMNS)), failures
+
+
+def _has_setting(found: str, wanted: str | None) -> bool:
+    """Whether a setting has all words of another ("lr 0.0001, precision bf16"); "" is the preset unchanged."""
+    if wanted is None:
+        return True
+    return set(wanted.split(", ")) <= set(found.split(", ")) if wanted else found == ""
 
 
 def _facts_of_run(run: Path) -> dict[str, Any]:
@@ -203,16 +210,14 @@ def is_published(name: str) -> bool:
 # ---- what may be compared ----
 
 
-def comparable(levels: DataFrame, setting: str | None = None) -> DataFrame:
+def comparable(levels: DataFrame) -> DataFrame:
     """The levels that tables and figures compare, in the order of rows: those of one setting, equal copies once.
 
     Level 0 of runs that find tickets is the row `full BERT`; of each task and seed it is the plainest run's. Raises `UserError`
-    if the runs of a task have several settings and `setting` does not choose one, or if runs with equal settings differ.
+    if the runs of a task have several settings, or if runs with equal settings differ.
     """
     import pandas as pd
 
-    if setting is not None:
-        levels = levels[[has_setting(found, setting) for found in levels["setting"]]]
     if levels.empty:
         return levels
     advice = "give the runs of one, or choose it with --setting"
@@ -228,11 +233,6 @@ def comparable(levels: DataFrame, setting: str | None = None) -> DataFrame:
     dense = levels[is_full].sort_values("row", key=lambda rows: rows.map(plainness)).drop_duplicates(["task", "seed"])
     levels = pd.concat([levels[~is_full], dense.assign(row=FULL)], ignore_index=True)
     return levels.loc[[line.Index for line in sorted(levels.itertuples(), key=_place)]].reset_index(drop=True)
-
-
-def has_setting(found: str, wanted: str) -> bool:
-    """Whether a setting has all words of another ("lr 0.0001, precision bf16"); "" is the preset unchanged."""
-    return set(wanted.split(", ")) <= set(found.split(", ")) if wanted else found == ""
 
 
 def _refuse_several(levels: DataFrame, columns: list[str], same: list[str], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
@@ -32,11 +33,11 @@ def build(name: str, levels: DataFrame, sparsity: float | None = None, failures:
     `sparsity` (a fraction) is for tables 3 and transfer, `failures` are sentences about runs that diverged.
     """
     make, sweep = TABLES[name]
-    title, grids, cells, notes = make(levels, sparsity) if len(levels) else ("", {}, None, [])
-    if cells is None:
+    table = make(levels, sparsity) if len(levels) else None
+    if table is None:
         return None
-    notes = [*notes, *COMMON_NOTES, *remarks(cells), *_coverings(levels, cells), *_settings(levels)]
-    return Table(name, title, grids, cells, notes, [*failures, *missing_runs(levels, cells, sweep)])
+    notes = [*table.notes, *COMMON_NOTES, *remarks(table.cells), *_coverings(levels, table.cells), *_settings(levels)]
+    return replace(table, name=name, notes=notes, missing=[*failures, *missing_runs(levels, table.cells, sweep)])
 
 
 def remarks(cells: DataFrame) -> Iterator[str]:
@@ -93,27 +94,23 @@ def _missing_seeds(group: DataFrame, task: str, sparsity: float, sweep: str, see
 # ---- Tables 2 and 4: the highest sparsity with matching tickets ----
 
 
-def table2(levels: DataFrame, _: float | None) -> tuple:
+def table2(levels: DataFrame, _: float | None) -> Table | None:
     """The highest sparsity within one standard deviation of the full BERT, with the controls."""
-    notes = [
-        WITHIN,
-        EXCEED,
-        published.explain("table2", "table4"),
-        "Table 2 has five runs of BERT-base. As printed, the tickets of MRPC, SST-2, CoLA and MLM are below the full BERT by "
-        "more than its standard deviation, and less than their own.",
-    ]
     title = "The highest sparsity with matching tickets, and controls (the paper's Table 2)"
-    return title, *_matching(levels, "within_one_sd", with_controls=True), notes
+    note = (
+        "Table 2 has five runs of BERT-base. As printed, the tickets of MRPC, SST-2, CoLA and MLM are below the full BERT by "
+        "more than its standard deviation, and less than their own."
+    )
+    return _matching(title, levels, "within_one_sd", [note], with_controls=True)
 
 
-def table4(levels: DataFrame, _: float | None) -> tuple:
+def table4(levels: DataFrame, _: float | None) -> Table | None:
     """The highest sparsity that matches or exceeds the full BERT."""
     title = "The highest sparsity that matches or exceeds the full BERT (the paper's Table 4)"
-    notes = [WITHIN, EXCEED, published.explain("table2", "table4")]
-    return title, *_matching(levels, "match_or_exceed", with_controls=False), notes
+    return _matching(title, levels, "match_or_exceed", [], with_controls=False)
 
 
-def _matching(levels: DataFrame, criterion: str, with_controls: bool) -> tuple[dict[str, DataFrame], DataFrame | None]:
+def _matching(title: str, levels: DataFrame, criterion: str, notes: Sequence[str], *, with_controls: bool) -> Table | None:
     """Tickets at the highest sparsity that satisfies a criterion; controls also at the published one, and where there are some.
 
     All tickets that were tested in the search for that sparsity count in Holm's correction.
@@ -138,10 +135,11 @@ def _matching(levels: DataFrame, criterion: str, with_controls: bool) -> tuple[d
             elif best is not None:
                 shown.append(ticket | {"sparsity": best})
     if not shown:
-        return {}, None
+        return None
     cells = fill(levels, [*(cell | {"shown": True} for cell in shown), *(cell | {"shown": False} for cell in tested)])
     cells = cells[cells["shown"]]
-    return {"": frame(lines), f"Scores, and differences to the {FULL}": listing(cells)}, cells
+    grids = {"": frame(lines), f"Scores, and differences to the {FULL}": listing(cells)}
+    return Table(title, grids, cells, [WITHIN, EXCEED, published.explain("table2", "table4"), *notes])
 
 
 def _with_controls(levels: DataFrame, method: str, ticket: dict[str, Any], best: float | None) -> list[dict[str, Any]]:
@@ -195,7 +193,7 @@ def highest(curve: DataFrame, criterion: str) -> tuple[float | None, str]:
 # ---- Figure 11 ----
 
 
-def curves(levels: DataFrame, _: float | None) -> tuple:
+def curves(levels: DataFrame, _: float | None = None) -> Table:
     """Every row of every task at every sparsity."""
     own = own_tickets(levels)
     by_sweep = {*own.loc[own["method"].map(is_published), "row"]}
@@ -204,14 +202,14 @@ def curves(levels: DataFrame, _: float | None) -> tuple:
         cell = {"task": task, "row": row, "sparsity": sparsity, "reference": FULL, "sweep": "table2" if row in by_sweep else ""}
         wanted.append(full(task) if row == FULL else cell)
     cells = fill(levels, wanted)
-    title, notes = "All tasks over all sparsities (the paper's Figure 11)", [f"* {WITHIN} ** {EXCEED}"]
-    return title, {"": scores(cells), f"Differences to the {FULL}": listing(cells[cells["reference"] != ""])}, cells, notes
+    grids = {"": scores(cells), f"Differences to the {FULL}": listing(cells[cells["reference"] != ""])}
+    return Table("All tasks over all sparsities (the paper's Figure 11)", grids, cells, [f"* {WITHIN} ** {EXCEED}"])
 
 
 # ---- Table 3, perturbed weights ----
 
 
-def table3(levels: DataFrame, sparsity: float | None) -> tuple:
+def table3(levels: DataFrame, sparsity: float | None) -> Table | None:
     """Rewinding to later steps, and standard pruning, at each task's published sparsity or the given one.
 
     A task without that level stands at the highest level below.
@@ -229,10 +227,10 @@ def table3(levels: DataFrame, sparsity: float | None) -> tuple:
             wanted += _variants(task, method, at, dict.fromkeys(rows, "rewinding"))
     title = "Rewinding to later steps, and standard pruning (the paper's Table 3)"
     notes = ["`rewind none` is standard pruning. The paper's Table 3 is not among the published numbers."]
-    return title, *_beside_own(levels, wanted, "the ticket that rewinds to the pre-trained weights"), notes
+    return _beside_own(title, levels, wanted, "the ticket that rewinds to the pre-trained weights", notes)
 
 
-def weights(levels: DataFrame, _: float | None) -> tuple:
+def weights(levels: DataFrame, _: float | None) -> Table | None:
     """Tickets trained on their own task from perturbed pre-trained weights."""
     is_perturbed = (levels["source"] == levels["task"]) & (levels["weights"] != PRETRAINED) & (levels["rewind"] == "")
     given = levels[levels["given"] & is_perturbed]
@@ -244,8 +242,7 @@ def weights(levels: DataFrame, _: float | None) -> tuple:
             for method, at in sorted(places.itertuples(index=False, name=None)):
                 rows = {row_name(method, weights=label): "table2" if label == RANDOM else "perturbed" for label in labels}
                 wanted += _variants(task, method, at, rows)
-    title = "Tickets trained from perturbed weights"
-    return title, *_beside_own(levels, wanted, "the ticket with pre-trained weights"), []
+    return _beside_own("Tickets trained from perturbed weights", levels, wanted, "the ticket with pre-trained weights")
 
 
 def _variants(task: str, method: str, at: float, sweep_of_row: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -258,11 +255,13 @@ def _variants(task: str, method: str, at: float, sweep_of_row: Mapping[str, str]
     return [full(task), ticket, *variants]
 
 
-def _beside_own(levels: DataFrame, wanted: list[dict[str, Any]], what: str) -> tuple[dict[str, DataFrame], DataFrame | None]:
+def _beside_own(
+    title: str, levels: DataFrame, wanted: list[dict[str, Any]], what: str, notes: Sequence[str] = ()
+) -> Table | None:
     if not wanted:
-        return {}, None
+        return None
     cells = fill(levels, wanted)
-    return {f"Scores, and differences to {what}": listing(cells)}, cells
+    return Table(title, {f"Scores, and differences to {what}": listing(cells)}, cells, notes)
 
 
 def _strength(label: str) -> tuple[bool, float, str]:

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any
 from bert_tickets.errors import UserError
 from bert_tickets.report import published
 from bert_tickets.report.cells import NO_RUN, count, fill, full, percent, signed
-from bert_tickets.report.formats import frame, listing
+from bert_tickets.report.formats import Table, frame, listing
 from bert_tickets.report.results import FULL, ONE_SHOT, PRETRAINED, is_published, own_tickets, plainness, row_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def transfer(levels: DataFrame, sparsity: float | None, relative: str = "dense") -> tuple:
+def transfer(levels: DataFrame, sparsity: float | None, relative: str = "dense") -> Table | None:
     """TRANSFER(source, target) minus the full BERT of the target (`dense`) or its own ticket (`same-task`), at 70 % or at the
     nearest sparsity with runs."""
-    title = "Transfer of tickets at {} sparsity (the paper's Figure 2)"
     at = transfer_sparsity(levels, sparsity)
     if at is None:
-        return title, {}, None, []
+        return None
     cells = transfer_cells(levels, at, relative)
     of_tickets = cells[cells["ticket"] != ""]
     notes = [
@@ -39,7 +38,7 @@ def transfer(levels: DataFrame, sparsity: float | None, relative: str = "dense")
     heading = f"Published {published.source('transfer')}, at {percent(published.TRANSFER_SPARSITY)}"
     grids = {"": matrix(levels, of_tickets), heading: frame(lines)}
     grids[f"Differences to the {FULL}"] = listing(of_tickets[of_tickets["verdict"] != NO_RUN])
-    return title.format(percent(at)), grids, cells, notes
+    return Table(f"Transfer of tickets at {percent(at)} sparsity (the paper's Figure 2)", grids, cells, notes)
 
 
 def transfer_sparsity(levels: DataFrame, asked: float | None) -> float | None:

@@ -25,11 +25,6 @@ def run_dir(cfg: Config) -> Path:
     return Path(cfg.output_dir) / run_name(cfg)
 
 
-def levels_of(cfg: Config) -> int:
-    """Return the number of levels of a configuration's run."""
-    return getattr(cfg.settings, "levels", 1)
-
-
 def level_dir(run: Path, level: int) -> Path:
     return run / f"level_{level:02d}"
 
@@ -93,7 +88,7 @@ def has_results(run: Path) -> bool:
 def is_finished(cfg: Config) -> bool:
     """Return whether a configuration's run has all its levels, and results.jsonl, which is written last."""
     run = run_dir(cfg)
-    return levels_done(run) >= levels_of(cfg) and has_results(run)
+    return levels_done(run) >= cfg.settings.levels and has_results(run)
 
 
 def seconds(run: Path) -> dict[int, float]:

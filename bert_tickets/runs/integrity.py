@@ -58,7 +58,7 @@ def problems(run: Path) -> list[str]:
 
     for level in range(done):
         attempt(check_level, run, level)
-        attempt(_read_mask, run, level)
+        attempt(read_mask, run, level)
         attempt(check_model, run, level)
     if done:
         newest = level_dir(run, done - 1)
@@ -97,7 +97,7 @@ def read_own(path: Path, run: Path, level: int | None = None) -> dict[str, Tenso
 def check_weights(run: Path, level: int) -> dict[str, Tensor]:
     """Read a level's trained weights. Raises `Damaged` unless they are finite, the level's, and zero where pruned."""
     path = level_dir(run, level) / "weights.safetensors"
-    weights, mask = read_own(path, run, level), _read_mask(run, level)
+    weights, mask = read_own(path, run, level), read_mask(run, level)
     mask.check_fits(weights, str(path), partly=True)
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
@@ -115,7 +115,8 @@ def check_model(run: Path, level: int) -> None:
             raise Damaged(f"{path} is damaged: its content does not match metrics.json")
 
 
-def _read_mask(run: Path, level: int) -> Mask:
+def read_mask(run: Path, level: int) -> Mask:
+    """Read a level's mask onto the CPU. Raises `UserError` if it is missing or damaged."""
     from bert_tickets.masking.mask import Mask
 
     return Mask.load(level_dir(run, level) / "mask.safetensors")
@@ -124,9 +125,9 @@ def _read_mask(run: Path, level: int) -> Mask:
 def _check_complete(run: Path, config: dict[str, Any], newest: Path) -> None:
     """Raise `Damaged` if the weights to rewind to, or AdamW's state for the next level, are needed and missing."""
     settings, steps, needed = from_flat(config).settings, result(run, 0)["steps"], []
-    if hasattr(settings, "rewind_step") and settings.rewind_step(steps) > 0:
+    if settings.rewind_step(steps) > 0:
         needed.append(run / "rewind.safetensors")
-    if not getattr(settings, "reset_optimizer", True):
+    if not settings.reset_optimizer:
         needed.append(newest / "moments.safetensors")
     for path in needed:
         if not path.exists():

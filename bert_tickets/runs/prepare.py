@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bert_tickets.config import Config
+from bert_tickets.config import Config, MethodSettings
 from bert_tickets.data.batches import Batches, Store
 from bert_tickets.errors import UserError
 from bert_tickets.files import has_facts, read_facts, read_tensors, sha256_of
@@ -64,11 +64,11 @@ def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:
     return net, tokenizer
 
 
-def _covered(net: Net, settings: Any) -> Collection[str]:
+def _covered(net: Net, settings: MethodSettings) -> Collection[str]:
     """The parameters that the run's masks cover. Raises `UserError` for a given mask that does not fit the network."""
-    if (given := getattr(settings, "mask", None)) is None:
-        return prunable(net, getattr(settings, "prunable", "matrices")).keys()
-    mask = Mask.load(given)
+    if settings.mask is None:
+        return prunable(net, settings.prunable).keys()
+    mask = Mask.load(settings.mask)
     mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
     return mask.keys()
 

@@ -20,13 +20,14 @@ from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
 from bert_tickets.modeling.parameters import encoder_weights, set_parameters
-from bert_tickets.runs.directory import level_dir, result
+from bert_tickets.runs.checkpoint import Checkpoint
+from bert_tickets.runs.directory import level_dir
 from bert_tickets.runs.train_log import train_log
-from bert_tickets.runs.writer import LevelCheckpoint, Run
+from bert_tickets.runs.writer import Run
 from bert_tickets.tasks import Task
 from bert_tickets.training.cuda_graphs import Recorder
 from bert_tickets.training.evaluate import evaluate
-from bert_tickets.training.hooks import At, CheckFinite, Checkpoint, LossCurve, ProgressBar
+from bert_tickets.training.hooks import At, LossCurve, ProgressBar, check_finite
 from bert_tickets.training.loop import Hook, Loop, total_steps, train
 from bert_tickets.training.step import Loss
 
@@ -87,16 +88,13 @@ class Session:
         loss: Loss | None = None,
         params: Mapping[str, Tensor] | None = None,
         hooks: Sequence[Hook] = (),
-        keep_moments: bool = False,
-        info: Mapping[str, Any] | None = None,
         warnings: Sequence[str] = (),
         **training: Any,
     ) -> None:
         """Train and evaluate the network under `mask`, and write the level's folder.
 
-        Default: the task's loss, and all parameters of the network with `requires_grad`. `keep_moments` writes AdamW's state for
-        the next level. `info` joins the metadata of the mask file, `warnings` the level's. Further arguments are those of
-        `training.loop.train`: `start`, `schedule`, `moments`, `optimizer`.
+        Default: the task's loss, and all parameters of the network with `requires_grad`. `warnings` join the level's. Further
+        arguments are those of `training.loop.train`: `start`, `schedule`, `moments`, `optimizer`.
         """
         net, title, init_sha256 = self.net, self._title(level, mask), sha256_of(encoder_weights(self.net))
         loss = loss or (lambda batch: self.task.loss(net, batch))
@@ -113,8 +111,8 @@ class Session:
             print(f"{title}: {warning}", flush=True)
         result = self._result(mask, metrics, warnings) | {"steps": steps, "skipped_steps": skipped, "losses": losses}
         result |= {"init_sha256": init_sha256, "seconds": loop.seconds}
-        labelled = Mask(dict(mask), {**mask.info, **self._origin(level), **(info or {})})
-        moments = loop.step.moments() if keep_moments else {}
+        labelled = Mask(dict(mask), {**mask.info, **self._origin(level)})
+        moments = {} if self.cfg.settings.reset_optimizer else loop.step.moments()
         write_model = self._write_model if self.cfg.keep_models else None
         self.run.finish(level, result, labelled, dict(net.named_parameters()), moments, write_model)
         self.previous = mask
@@ -129,10 +127,11 @@ class Session:
         with train_log(self.run.dir, level) if group.rank == 0 else nullcontext(lambda line: None) as append:
             curve = LossCurve(cfg.log_every, append)
             own = [curve, *hooks]
-            checkpoint = Checkpoint(LevelCheckpoint(self.run, level), own, cfg.save_minutes, cfg.save_steps)
-            every = [*own, CheckFinite(), checkpoint, ProgressBar(title, curve, self._note())]
+            checkpoint = Checkpoint(self.run, level, own, cfg.save_minutes, cfg.save_steps)
+            every = [*own, checkpoint, ProgressBar(title, curve)]
             self.net.train()
             loop = train(loss, params, self.batches, cfg, hooks=every, recorder=self.recorder, group=group, **training)
+        check_finite(loop)
         if group.world_size > 1:
             group.check_same({"trained weights": sha256_of(dict(self.net.named_parameters()))})
         return loop, curve.losses
@@ -140,13 +139,6 @@ class Session:
     def _title(self, level: int, mask: Mask) -> str:
         name = f"level {level}/{self.run.levels - 1}" if self.run.levels > 1 else self.cfg.method
         return f"{name}, {mask.sparsity:.0%} pruned"
-
-    def _note(self) -> dict[str, float | None]:
-        """Return the last level's metric, which the progress bar shows beside the loss."""
-        if self.run.group.rank or not self.run.done:
-            return {}
-        last = result(self.run.dir, self.run.done - 1)
-        return {f"last {last['metric']}": last["metrics"][last["metric"]]}
 
     def _evaluate(self) -> tuple[dict[str, float], list[str]]:
         """Compute the task's metrics on all its evaluation sets, and its warnings about them."""
@@ -181,7 +173,7 @@ class Session:
 
     def _origin(self, level: int) -> dict[str, Any]:
         """Return the origin of a mask, for its file. A given mask keeps that of its file."""
-        if getattr(self.cfg.settings, "mask", None) is not None:
+        if self.cfg.settings.mask is not None:
             return {}
         cfg = self.cfg
         own = {"base_model": cfg.model, "task": cfg.task, "seed": cfg.train.seed, "method": cfg.method}

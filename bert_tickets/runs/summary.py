@@ -10,12 +10,6 @@ from bert_tickets.runs.directory import failure, is_finished, level_dir, results
 from bert_tickets.runs.integrity import check_run
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Format a plain table, columns aligned to the right."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *rows])
-
-
 def print_plan(cfg: Config) -> None:
     """Print the run's directory, its differences to the preset, and the method's plan, for `--dry-run`."""
     print(f"would run in {run_dir(cfg)}")
@@ -23,7 +17,7 @@ def print_plan(cfg: Config) -> None:
     print(f"settings of --protocol {cfg.protocol}" + ", except:" * bool(differs))
     for name, value in differs.items():
         print(f"  {name} = {value}")
-    for line in cfg.settings.plan() if hasattr(cfg.settings, "plan") else []:
+    for line in cfg.settings.plan():
         print(f"  {line}")
 
 
@@ -56,7 +50,7 @@ def level_lines(run: Path) -> Iterator[str]:
     if lines:
         metric, names = lines[0]["metric"], list(lines[0]["metrics"])
         dense = lines[0]["metrics"][metric] if lines[0]["sparsity"] == 0 else None
-        rows = []
+        rows = [["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"]]
         for line in lines:
             level, value, star = line["level"], line["metrics"][metric], "*" * bool(line["warnings"])
             rows.append(
@@ -69,8 +63,9 @@ def level_lines(run: Path) -> Iterator[str]:
                     f"{spent[level]:.1f}" if level in spent else "-",
                 ]
             )
-        header = ["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"]
-        yield from table(header, rows).splitlines()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
     levels: dict[str, list[str]] = {}
     for line in lines:
         for warning in line["warnings"]:

@@ -27,16 +27,13 @@ from bert_tickets.runs.directory import (
     has_results,
     level_dir,
     levels_done,
-    levels_of,
     read_run,
     results_lines,
     run_dir,
 )
-from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_own
+from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_mask, read_own
 from bert_tickets.runs.provenance import environment
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
-
-FIRST_FILES = {"run.json", "log.jsonl", "lock", "lock.holder"}  # written before the first level trains
 
 
 class Run:
@@ -47,12 +44,11 @@ class Run:
 
     def __init__(self, cfg: Config, group: ProcessGroup = SINGLE_PROCESS) -> None:
         self.cfg, self.group = cfg, group
-        self.dir, self.levels = run_dir(cfg), levels_of(cfg)
+        self.dir, self.levels = run_dir(cfg), cfg.settings.levels
         self.done = 0  # finished levels
         self.stop_signal: int | None = None
         self._signalled_at = 0.0
-        self.saves_on_stop = False  # a level is in progress
-        self.is_new = False  # this process wrote run.json
+        self.saves_on_stop = False  # a level is in progress: `checkpoint.Checkpoint` stops it
 
     # ---- entering and leaving ----
 
@@ -76,15 +72,13 @@ class Run:
             self._held = held.pop_all()
         return levels_done(self.dir)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.group.rank == 0:
-            mistake = self.is_new and kind is not None and issubclass(kind, UserError)
-            untrained = {path.name for path in self.dir.iterdir()} <= FIRST_FILES
-            if (mistake and untrained) or not (self.dir / "run.json").exists():  # leave no folder behind after a mistyped flag
+            if not (self.dir / "run.json").exists():  # leave no folder behind after a mistyped flag
                 with contextlib.suppress(OSError):
-                    for name in FIRST_FILES:
+                    for name in ("lock", "lock.holder"):
                         (self.dir / name).unlink(missing_ok=True)
                     self.dir.rmdir()
             self._held.close()
@@ -97,10 +91,6 @@ class Run:
         if not self.saves_on_stop or again:
             raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command resumes", 128 + number)
         os.write(2, b"\nstopping after this step or evaluation; once more to stop at once\n")  # print is not reentrant
-
-    @property
-    def complete(self) -> bool:
-        return self.done >= self.levels
 
     # ---- run.json and log.jsonl ----
 
@@ -124,7 +114,6 @@ class Run:
             "fingerprint": facts,
         }
         write_checksummed(self.dir / "run.json", description)
-        self.is_new = True
         self.log("start")
 
     def _compare(self, about: dict[str, Any], facts: dict[str, Any], here: dict[str, Any]) -> None:
@@ -153,7 +142,7 @@ class Run:
 
         def read() -> Mask:
             with advice_to_restore(self.dir):
-                return Mask.load(level_dir(self.dir, level) / "mask.safetensors")
+                return read_mask(self.dir, level)
 
         return self.group.on_main(read)
 
@@ -165,9 +154,21 @@ class Run:
             with advice_to_restore(self.dir):
                 return read_own(path, self.dir, level), None
 
-        found = self.group.broadcast_tensors(read)
-        assert found is not None
-        return found[0]
+        return self.group.broadcast_tensors(read)[0]
+
+    def read_checkpoint(self, level: int) -> tuple[dict[str, Tensor], dict | None]:
+        """Read the checkpoint of a level and its facts, ({}, None) without one. If it is damaged, the level starts again."""
+        path = self.dir / CHECKPOINT
+
+        def read() -> tuple[dict[str, Tensor], dict | None]:
+            try:
+                return (read_own(path, self.dir, level), read_facts(path)) if path.exists() else ({}, None)
+            except Damaged as error:
+                print(f"{error}; level {level} starts again")
+                path.unlink()
+                return {}, None
+
+        return self.group.broadcast_tensors(read)
 
     def write(self, file: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], level: int | None = None) -> None:
         """Write tensors to a file of the run, with facts about them."""
@@ -175,6 +176,14 @@ class Run:
         self.group.on_main(lambda: write_tensors(self.dir / file, tensors, facts))
 
     # ---- the end of a level ----
+
+    def stop(self, level: int, step: int) -> NoReturn:
+        """End the run after a signal; its checkpoint is saved."""
+        number = max(self.group.gather(self.stop_signal or 0))
+        if self.group.rank:
+            raise Stopped("", 128 + number)  # the main process reports it
+        self.log("stop", level=level, step=step)
+        raise Stopped(f"stopped in level {level} after step {step}, saved in {self.dir}; the same command resumes", 128 + number)
 
     def finish(
         self,
@@ -218,43 +227,6 @@ class Run:
             raise SystemExit(2)  # the main process reports the error
         advice = "A lower --lr, or --precision bf16 or fp32, may help."
         raise Diverged(f"{title}: {error}. results.jsonl records it; finished levels are intact. {advice}") from None
-
-
-class LevelCheckpoint:
-    """The checkpoint file of the level in progress, a `training.hooks.CheckpointFile`."""
-
-    def __init__(self, run: Run, level: int) -> None:
-        self.run, self.level = run, level
-        run.saves_on_stop = True
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.run.stop_signal is not None
-
-    def load(self) -> tuple[dict[str, Tensor], dict] | None:
-        """Read this level's checkpoint, if there is one. If it is damaged, print so: the level starts again."""
-        path = self.run.dir / CHECKPOINT
-
-        def read() -> tuple[dict[str, Tensor], dict] | None:
-            try:
-                return (read_own(path, self.run.dir, self.level), read_facts(path)) if path.exists() else None
-            except Damaged as error:
-                print(f"{error}; level {self.level} starts again")
-                path.unlink()
-                return None
-
-        return self.run.group.broadcast_tensors(read)
-
-    def save(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        self.run.write(CHECKPOINT, tensors, facts, self.level)
-
-    def stop(self, step: int) -> None:
-        number = max(self.run.group.gather(self.run.stop_signal or 0))
-        if self.run.group.rank:
-            raise Stopped("", 128 + number)  # the main process reports it
-        self.run.log("stop", level=self.level, step=step)
-        where = f"stopped in level {self.level} after step {step}, saved in {self.run.dir}"
-        raise Stopped(f"{where}; the same command resumes", 128 + number)
 
 
 def tidy(run: Path) -> None:

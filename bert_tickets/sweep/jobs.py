@@ -119,7 +119,7 @@ def _files(words: Sequence[str], makers: Mapping[str, Any]) -> dict[str, Any]:
     cfg = parse(TRAINING[script], None, argv)
     if cfg.dry_run:
         return {}
-    inputs = _inputs(cfg.model, cfg.init, getattr(cfg.settings, "mask", None))
+    inputs = _inputs(cfg.model, cfg.init, cfg.settings.mask)
     places = {name: str(path) for name, path in inputs.items()} | {"output_dir": str(Path(cfg.output_dir).resolve())}
     return {"cfg": from_flat(flat(cfg) | places), "inputs": inputs}
 

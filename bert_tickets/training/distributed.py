@@ -33,25 +33,18 @@ class ProcessGroup:
 
     # ---- agreement ----
 
-    def broadcast(self, value: T) -> T:
-        """Return the main process's value."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._control)
-        return box[0]
-
     def on_main(self, action: Callable[[], T]) -> T:
         """Return the result of the main process's `action`. If it raises `UserError` or `OSError`, the others exit silently."""
         if self.world_size == 1:
             return action()
-        found: Any = None
+        box: list[Any] = [None]
         if self.rank == 0:
             try:
-                found = (action(), None)
+                box = [(action(), None)]
             except (UserError, OSError) as error:
-                found = (None, error)
-        value, failed = self.broadcast(found)
+                box = [(None, error)]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        value, failed = box[0]
         if failed is not None:
             raise failed if self.rank == 0 else SystemExit(2)
         return value
@@ -69,24 +62,22 @@ class ProcessGroup:
             raise failed if failed is not None else SystemExit(2)
         return result if self.local_rank == 0 else action()  # type: ignore[return-value]
 
-    def broadcast_tensors(self, read: Callable[[], tuple[dict[str, Tensor], T] | None]) -> tuple[dict[str, Tensor], T] | None:
+    def broadcast_tensors(self, read: Callable[[], tuple[dict[str, Tensor], T]]) -> tuple[dict[str, Tensor], T]:
         """Return the main process's result of `read`, CPU tensors and metadata, as `on_main` does. Sends tensors one by one."""
         if self.world_size == 1:
             return read()
         tensors: dict[str, Tensor] = {}
 
-        def outline() -> Any:
-            if (found := read()) is None:
-                return None
-            tensors.update(found[0])
-            return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, found[1]
+        def outline() -> tuple[dict[str, Any], T]:
+            found, facts = read()
+            tensors.update(found)
+            return {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()}, facts
 
-        if (found := self.on_main(outline)) is None:
-            return None
-        for name, (shape, dtype) in found[0].items():
+        outlines, facts = self.on_main(outline)
+        for name, (shape, dtype) in outlines.items():
             tensors[name] = tensors[name].contiguous() if self.rank == 0 else torch.empty(shape, dtype=dtype)
             dist.broadcast(tensors[name], src=0, group=self._control)
-        return tensors, found[1]
+        return tensors, facts
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, in their order."""

@@ -24,8 +24,8 @@ from bert_tickets.training.step import Loss, Step
 class Loop:
     """The state of a training loop, which hooks read and may change."""
 
-    def __init__(self, step: Step, steps: int, start: int, schedule: Callable[[int], float], group: ProcessGroup) -> None:
-        self.step, self.steps, self.schedule, self.group = step, steps, schedule, group
+    def __init__(self, step: Step, steps: int, start: int, schedule: Callable[[int], float]) -> None:
+        self.step, self.steps, self.schedule = step, steps, schedule
         self.start = start  # the first step
         self.at = start  # the number of completed steps, `start` included
         self.loss = torch.zeros((), device=step.device)  # of the last step, on the device
@@ -88,7 +88,7 @@ def train(
     device, steps = batches.store.device, total_steps(cfg, batches.per_epoch)
     step = Step(loss, params, cfg, mask, device, recorder, group, optimizer)
     step.set_moments(moments or {})
-    loop = Loop(step, steps, start, schedule or linear_decay(cfg.lr, steps), group)
+    loop = Loop(step, steps, start, schedule or linear_decay(cfg.lr, steps))
     dropout = ("dropout", group.rank) if group.rank else ("dropout",)
     try:
         for hook in hooks:

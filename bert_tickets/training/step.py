@@ -90,13 +90,10 @@ class Step:
             for name, kept in (mask or {}).items()
             if name in params and not kept.all()  # frozen tensors are not in `params`, and stay as they are
         }
-        no_decay = [name.endswith("bias") or "LayerNorm" in name for name in self.params]
+        undecayed = {name for name in self.params if name.endswith("bias") or "LayerNorm" in name}
         groups = [
-            {
-                "params": [p for p, without in zip(self.params.values(), no_decay, strict=True) if without == group],
-                "weight_decay": 0.0 if group else cfg.weight_decay,
-            }
-            for group in (False, True)
+            {"params": [p for name, p in self.params.items() if name not in undecayed], "weight_decay": cfg.weight_decay},
+            {"params": [self.params[name] for name in self.params if name in undecayed], "weight_decay": 0.0},
         ]
         self.optimizer = OPTIMIZERS[optimizer](
             groups,
@@ -136,8 +133,7 @@ class Step:
 
     def _update(self, loss: Tensor) -> Tensor:
         """Sum over the processes, mask, clip, and update the parameters; returns the loss of the whole batch."""
-        if self.group.world_size > 1:
-            self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
+        self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
         if self.masks:
             grads = [grad for name in self.masks if (grad := self.params[name].grad) is not None]
             torch._foreach_mul_(grads, list(self.masks.values()))

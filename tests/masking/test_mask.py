@@ -131,7 +131,7 @@ def test_a_torch_file_that_is_no_mask_is_a_users_error(tmp_path, content, messag
         Mask.load(tmp_path / "mask.pt")
 
 
-def test_a_file_of_weights_of_another_format_or_of_other_bits_is_a_users_error(tmp_path):
+def test_a_file_of_weights_or_of_another_format_is_a_users_error(tmp_path):
     path = tmp_path / "mask.safetensors"
     save_file({QUERY: torch.ones(4, 4)}, path)
     with pytest.raises(Damaged, match="was not written by bert_tickets"):
@@ -140,9 +140,6 @@ def test_a_file_of_weights_of_another_format_or_of_other_bits_is_a_users_error(t
     tensors, facts = read_tensors(path), read_facts(path)
     write_tensors(path, tensors, facts | {"format": "bert_tickets mask 3"})
     with pytest.raises(UserError, match="not a mask file of this version"):
-        Mask.load(path)
-    write_tensors(path, tensors | {"gate": tensors["gate"] ^ 128}, facts)
-    with pytest.raises(Damaged, match="bits do not match"):
         Mask.load(path)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bert_tickets.config import flag
+from bert_tickets.config import MethodSettings, flag
 
 
 def run(session, s):
@@ -36,7 +36,7 @@ def run(session, s):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(MethodSettings):
     """The flags of `--method toy`."""
 
     share: float = flag("fraction of the remaining weights that a level prunes", 0.5)

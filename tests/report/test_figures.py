@@ -124,7 +124,7 @@ def test_overlap_compares_tasks_with_one_seed_and_seeds_of_one_task(plot, grid, 
     assert lines(plot("overlap", *apart, "--sparsity", "10"))[2] == ["QQP", "SST-2", "0", *5 * ["no pair"]]
     monkeypatch.setattr(rundirs, "WEIGHTS", 2000)
     rundirs.run(grid, [0.8, 0.79], task="mnli", seed=1)
-    with pytest.raises(UserError, match="the tickets of MNLI and QQP cannot be compared: weight has shape"):
+    with pytest.raises(UserError, match="the tickets of MNLI and QQP cannot be compared: weight is 1000 in the other mask"):
         plot("overlap", grid, "--sparsity", "10")
 
 

@@ -177,8 +177,8 @@ def test_two_settings_are_refused_and_one_can_be_chosen(tmp_path):
         comparable(levels)
     chosen = {"lr 0.0001": ["rte", "sst2"], "limit train 100, lr 0.0001": ["sst2"], "": ["sst2"], "lr 0.1": []}
     for setting, tasks in chosen.items():
-        assert sorted(comparable(levels, setting)["task"]) == tasks
-    assert list(comparable(levels, "")["value"]) == [50.0]
+        assert sorted(comparable(read_results([tmp_path], setting)[0])["task"]) == tasks
+    assert list(comparable(read_results([tmp_path], "")[0])["value"]) == [50.0]
 
 
 def test_other_data_or_weights_with_equal_settings_are_refused(tmp_path):

@@ -27,7 +27,7 @@ CURVE = {57: [0.80, 0.81, 0.79, 0.60], 58: [0.82, 0.81, 0.83, 0.61], 59: [0.81, 
 
 def made(name: str, *places: Path, sparsity: float | None = None) -> Table | None:
     levels, failures = read_results(places)
-    return build(name, comparable(levels), sparsity, [failure["text"] for failure in failures])
+    return build(name, comparable(levels), sparsity, failures)
 
 
 def find(place: Path, curves: dict[int, list[float | None]], task: str = "sst2", **flags) -> dict[int, Path]:

@@ -122,7 +122,7 @@ def test_a_signal_before_the_first_level_stops_at_once(runs, expected, monkeypat
 
 def test_no_level_is_trained_again_not_even_one_killed_in_its_evaluation(runs, monkeypatch):
     expected = runs("undisturbed", "--save-steps", "4")
-    monkeypatch.setattr("bert_tickets.training.hooks.EVALUATION", 0.0)  # minutes; a level here takes less than a second
+    monkeypatch.setattr("bert_tickets.runs.checkpoint.EVALUATION", 0.0)  # minutes; a level here takes less than a second
     with monkeypatch.context() as patch:
         patch.setattr(session, "evaluate", dying(session.evaluate, 2))
         with pytest.raises(Killed):

@@ -144,22 +144,11 @@ def test_a_mistake_leaves_no_directory(commands, tmp_path, flag):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_removes_only_the_directory_that_it_made(tmp_path):
+def test_a_mistake_before_run_json_leaves_no_directory(tmp_path):
     cfg = build({"task": "rte", "output_dir": str(tmp_path)})
-
-    def begin(*, mistaken: bool) -> None:
-        with Run(cfg) as run:
-            run.describe({"device": "cpu", "precision": "fp32"})
-            if mistaken:
-                raise UserError("a mistake")
-
-    with pytest.raises(UserError, match="a mistake"):
-        begin(mistaken=True)
+    with pytest.raises(UserError, match="a mistake"), Run(cfg):
+        raise UserError("a mistake")
     assert list(tmp_path.iterdir()) == []
-    begin(mistaken=False)
-    with pytest.raises(UserError, match="a mistake"):
-        begin(mistaken=True)
-    assert (run_dir(cfg) / "run.json").exists()
 
 
 # ---- levels without a result ----

@@ -8,7 +8,7 @@ from types import FrameType
 
 from bert_tickets.cli import parse
 from bert_tickets.files import write_checksummed
-from bert_tickets.runs.directory import levels_of, results_lines, run_dir
+from bert_tickets.runs.directory import results_lines, run_dir
 
 
 def save(number: int, frame: FrameType | None) -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         print("error: an unlucky number")
         sys.exit(2)
     run = run_dir(cfg)
-    for level in range(levels_of(cfg)):
+    for level in range(cfg.settings.levels):
         write_checksummed(run / f"level_{level:02d}" / "metrics.json", {"level": level})
         (run / f"level_{level:02d}" / "mask.safetensors").write_text(f"{run.name} {level}")
         while Path("slow").exists():

@@ -15,7 +15,8 @@ from bert_tickets.config import Training
 from bert_tickets.data.batches import Batches, TokenStore
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import Diverged
-from bert_tickets.training.hooks import At, CheckFinite, Checkpoint, LossCurve
+from bert_tickets.runs.checkpoint import Checkpoint
+from bert_tickets.training.hooks import At, LossCurve, check_finite
 from bert_tickets.training.loop import Hook, Loop, total_steps, train
 from bert_tickets.training.schedule import linear_decay
 
@@ -48,18 +49,16 @@ class Watch(Hook):
         self.seen.append(self.value(loop))
 
 
-class MemoryFile:
-    """A `CheckpointFile` in memory."""
-
-    stop_requested = False
+class MemoryRun:
+    """A `Run` that holds its checkpoint in memory."""
 
     def __init__(self) -> None:
-        self.saved, self.at = None, []
+        self.saved, self.stop_signal, self.at = ({}, None), None, []
 
-    def load(self):
+    def read_checkpoint(self, level):
         return self.saved
 
-    def save(self, tensors, facts) -> None:
+    def write(self, file, tensors, facts, level) -> None:
         self.saved = {name: tensor.clone() for name, tensor in tensors.items()}, facts
         self.at.append(facts["step"])
 
@@ -150,7 +149,7 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_divergence():
     problem = Problem()
     spoil = At(STEPS, lambda: problem.params["bias"].data.fill_(float("inf")))
     with pytest.raises(Diverged, match=f"a weight became infinite or NaN by step {STEPS}"):
-        problem.train([spoil, CheckFinite()])
+        check_finite(problem.train([spoil]))
 
 
 # ---- checkpoints ----
@@ -163,11 +162,11 @@ def test_checkpoints_follow_the_clock_and_keep_the_seconds(monkeypatch):
     def tick() -> Watch:
         return Watch(lambda loop: now.__setitem__(0, now[0] + 50))
 
-    file = MemoryFile()
-    loop = Problem().train([tick(), Checkpoint(file, [], 4.0, None)])
+    file = MemoryRun()
+    loop = Problem().train([tick(), Checkpoint(file, 0, [], 4.0, None)])
     assert file.at == [5, 10, 15, 20, 23]  # the last one before the evaluation
     assert loop.seconds == 50 * STEPS
     file.at.clear()
     now[0] += 1e6
-    assert Problem().train([tick(), Checkpoint(file, [], 4.0, None)]).seconds == 50 * STEPS
+    assert Problem().train([tick(), Checkpoint(file, 0, [], 4.0, None)]).seconds == 50 * STEPS
     assert file.at == []
