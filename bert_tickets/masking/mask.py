@@ -151,7 +151,8 @@ class Mask(Mapping[str, Tensor]):
         if facts.get("format") != FORMAT:
             raise UserError(f"{path} is not a mask file of this version: format {facts.get('format')!r}, not {FORMAT!r}")
         packed = read_tensors(path)  # both are checksummed
-        tensors = {name: _unpack(packed[name].numpy(), facts["shapes"][name]) for name in facts["order"]}
+        shapes = facts["shapes"]
+        tensors = {name: _unpack(packed[name].numpy(), shapes[name]) for name in facts.get("order", shapes)}
         return cls(tensors, {key: value for key, value in facts.items() if key not in FACTS})
 
 

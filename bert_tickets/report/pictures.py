@@ -71,7 +71,7 @@ def draw_lines(output: Path, title: str, x: str, points: DataFrame, note: str, t
     names, panels = list(points["line"].unique()), points["panel"].nunique()
     columns = min(3, panels)
     rows = math.ceil(panels / columns)
-    per_row = max(1, int(WIDTH / (0.5 + 0.065 * max(map(len, [*names, note[:20]])))))
+    per_row = max(1, int(WIDTH / (0.45 + 0.055 * max(map(len, [*names, note[:20]])))))
     handles: dict[str, Any] = {}
     with drawing(output) as figure:
         height = {1: 2.8, 2: 2.0}.get(columns, 1.55) * rows + 0.17 * math.ceil((len(names) + 1) / per_row)

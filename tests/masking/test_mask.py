@@ -143,6 +143,16 @@ def test_a_file_of_weights_or_of_another_format_is_a_users_error(tmp_path):
         Mask.load(path)
 
 
+def test_a_file_without_the_order_of_its_tensors_is_read(tmp_path):
+    """The first files of this format have none."""
+    mask, path = random_mask(), tmp_path / "mask.safetensors"
+    mask.write(path)
+    facts = read_facts(path)
+    del facts["order"]
+    write_tensors(path, read_tensors(path), facts)
+    assert Mask.load(path) == mask
+
+
 # ---- masks of the released code ----
 
 
