@@ -57,7 +57,7 @@ def profile(case: Case, turns: int, steps: int) -> Figures:
         for kernel, seconds in profile_kernels(step, steps, case.device)[1].items():
             own[short_name(kernel)] += 1000 * seconds
     else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
             take_steps(step, range(steps))
         own.update({event.key: event.self_cpu_time_total / 1000 / steps for event in found.key_averages()})
     return figures | dict(sorted(own.items(), key=lambda item: -item[1])[:24])

@@ -15,10 +15,11 @@ import bert_tickets
 
 def environment(device: str) -> dict[str, Any]:
     """Collect versions, git commit, threads and GPU. CUDA is initialized only if `device` is `cuda`."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
+    packages = ("transformers", "tokenizers", "numpy", "safetensors")
     return {
         "git": _git(),
         "versions": {"python": platform.python_version(), "bert_tickets": bert_tickets.__version__}
+        | {"torch": str(torch.__version__)}  # with the build: +cpu, +cu130
         | {name: version(name) for name in packages},
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
