@@ -61,7 +61,7 @@ class Hook:
 
 def total_steps(cfg: Training, per_epoch: int) -> int:
     """Return the number of steps of a level, with `per_epoch` steps per epoch."""
-    return cfg.max_steps or math.ceil(Fraction(str(cfg.epochs)) * per_epoch)  # exact: in floats 1.1 * 10 is above 11
+    return cfg.max_steps or math.ceil(Fraction(str(cfg.epochs)) * per_epoch)  # exact: in floats 1.1 * 50 is above 55
 
 
 def train(

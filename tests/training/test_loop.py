@@ -104,12 +104,20 @@ def test_a_hook_may_end_the_loop_and_change_what_is_trained():
 def test_batch_and_random_numbers_of_a_step_depend_on_the_seed_and_the_step_alone():
     def losses(start: int = 0, seed: int = 57) -> list[float]:
         watch, cfg = Watch(lambda loop: loop.loss.item()), replace(CFG, seed=seed, weight_decay=0.0)
-        loop = Problem().train([watch], cfg, start=start, schedule=lambda step: 0.0)
+        problem = Problem()
+        problem.params["w"].data.fill_(1)
+        loop = problem.train([watch], cfg, start=start, schedule=lambda step: 0.0)
         assert (loop.start, loop.at, loop.step.taken()) == (start, STEPS, STEPS - start)
         return watch.seen
 
     assert losses(start=10) == losses()[10:]
     assert losses(seed=1) != losses()
+
+
+def test_each_step_draws_other_random_numbers():
+    drawn = Watch(lambda loop: torch.rand(()).item())  # follows those of the step
+    Problem().train([drawn])
+    assert len(set(drawn.seen)) == STEPS
 
 
 def test_the_learning_rate_is_the_schedules():
@@ -122,7 +130,7 @@ def test_the_learning_rate_is_the_schedules():
 
 
 def test_the_number_of_steps_is_exact():
-    assert total_steps(Training(epochs=1.1), 10) == 11  # in floats 1.1 * 10 is above 11
+    assert total_steps(Training(epochs=1.1), 50) == 55  # in floats 1.1 * 50 is above 55
     assert total_steps(Training(epochs=0.15), 10) == 2
     assert total_steps(Training(epochs=3.0, max_steps=5), 10) == 5
 
