@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> None:
     net, _ = load_bert(args.model, "classifier", args.init, args.seed)
     mask = oneshot(net, args.rate, args.method, args.seed, args.scope, args.prunable)
     mask.write(args.output, **facts(args))
-    print(f"{args.output}: {mask.sparsity:.1%} of {mask.total:,} weights pruned by {args.method}")
+    how = "at random" if args.method == "random" else "by magnitude"
+    print(f"{args.output}: {mask.sparsity:.1%} of {mask.total:,} weights pruned {how}")
 
 
 if __name__ == "__main__":

@@ -20,15 +20,18 @@ def run(session: Session, s: Settings) -> None:
     if session.finished(0):
         return
     mask = Mask.load(s.mask)
+    warnings = list(_warnings(mask, session))
     mask.apply(dict(session.net.named_parameters()))
-    session.train_level(0, mask.to(session.batches.store.device), warnings=list(_warnings(mask, session)))
+    session.train_level(0, mask.to(session.batches.store.device), warnings=warnings)
 
 
 def _warnings(mask: Mask, session: Session) -> Iterator[str]:
     from bert_tickets.modeling.parameters import prunable
 
     base, model = mask.info.get("base_model"), session.cfg.model
-    if base not in (None, model):
+    weights = dict(session.net.named_parameters())
+    is_ticket = all(not weights[name][~kept.to(weights[name].device)].any() for name, kept in mask.items())
+    if base not in (None, model) and not is_ticket:  # a ticket is m * theta already, as export.py --untrained writes it
         yield f"the mask was found on {base} and is applied to {model}: are these the same weights?"
     if dense := prunable(session.net).keys() - mask.keys():
         yield f"the mask does not cover {len(dense)} of the model's matrices, {min(dense)} among them: they stay dense"

@@ -131,7 +131,7 @@ def draw_heat_map(
     with drawing(output) as figure:
         lines = title.splitlines()
         width = 0.7 * len(columns) + 0.072 * max(map(len, rows)) + 0.5
-        figure.set_size_inches(max(width, 0.072 * max(map(len, (*lines, unit)))), 0.36 * len(rows) + 1.5 + len(lines) / 6)
+        figure.set_size_inches(max(width, 0.08 * max(map(len, (*lines, unit)))), 0.36 * len(rows) + 1.5 + len(lines) / 6)
         plot = figure.subplots()
         palette = colormaps[colors].with_extremes(bad="0.88")
         image = plot.imshow(values.to_numpy(), cmap=palette, vmin=low, vmax=high, aspect="auto")

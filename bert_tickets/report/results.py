@@ -52,6 +52,11 @@ FULL = "full BERT"
 RANDOM_PRUNING, ONE_SHOT = "random pruning", "one-shot pruning"
 UNTRAINED = {"oneshot random": RANDOM_PRUNING, "oneshot magnitude": ONE_SHOT}  # the paper's names of what oneshot.py makes
 PRETRAINED, RANDOM, SHUFFLED = "pre-trained", "random", "shuffled"  # weights; others as their file says
+PERTURBED = {  # what perturb_weight.py writes: weights in the name of a row
+    "the entries of each matrix shuffled": SHUFFLED,
+    "its layers whole": "layers in another order",
+    "its matrices by layer": "matrices in another order",
+}
 
 
 # ---- reading ----
@@ -128,9 +133,8 @@ def _weights(init: str, facts: Mapping[str, Any], seed: int) -> str:
     if init in ("pretrained", "random"):
         return PRETRAINED if init == "pretrained" else RANDOM
     said = str(facts.get("perturbed") or facts.get("rewound") or f"the file {init}")
-    if said == "the entries of each matrix shuffled":
-        return SHUFFLED
-    return re.split(" in the order | times ", said)[0].removesuffix(f", seed {seed}")
+    said = re.split(" in the order | times ", said)[0].removesuffix(f", seed {seed}")
+    return PERTURBED.get(said, said)
 
 
 def _words(values: Mapping[str, Any]) -> str:

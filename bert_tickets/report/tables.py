@@ -203,7 +203,9 @@ def curves(levels: DataFrame, _: float | None = None) -> Table:
         wanted.append(full(task) if row == FULL else cell)
     cells = fill(levels, wanted)
     grids = {"": scores(cells), f"Differences to the {FULL}": listing(cells[cells["reference"] != ""])}
-    return Table("All tasks over all sparsities (the paper's Figure 11)", grids, cells, [f"* {WITHIN} ** {EXCEED}"])
+    return Table(
+        "All tasks over all sparsities (the paper's Figure 11)", grids, cells, [f"One star: {WITHIN}", f"Two stars: {EXCEED}"]
+    )
 
 
 # ---- Table 3, perturbed weights ----

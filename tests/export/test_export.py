@@ -198,6 +198,7 @@ def test_an_untrained_ticket_trained_gives_the_bits_of_the_level(runs, tickets, 
     again, level = result(run, 0), result(runs[name], 1)
     same = ("init_sha256", "mask_sha256", "losses", "metrics", "kept")
     assert {key: again[key] for key in same} == {key: level[key] for key in same}
+    assert not any("are these the same weights?" in warning for warning in again["warnings"])
 
 
 def test_the_ticket_is_what_the_level_started_from(train, tmp_path):

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO, StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,17 @@ import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from trainrun import train
 
+from bert_tickets.config import from_flat
 from bert_tickets.data.glue_files import ROWS, read_tsv
 from bert_tickets.data.squad_files import read_json as read_squad
 from bert_tickets.errors import UserError
+from bert_tickets.files import write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
+from bert_tickets.runs.directory import read_run, results_lines
+from bert_tickets.runs.integrity import problems
+from bert_tickets.runs.summary import print_finished
 
 SEED = 57
 SOON = 5000  # milliseconds; an input takes a few
@@ -186,6 +193,47 @@ def test_squad_files(squad_dir, tmp_path, examples, fuzz):
     edited = st.builds(edit, st.just(small), EDITS, st.just(data))
     changed = st.builds(lambda changes: json.dumps(replaced(value, changes)).encode(), CHANGES)
     fuzz("SQuAD .json", st.one_of(edited, changed), read, examples)
+
+
+@pytest.fixture(scope="module")
+def finished(commands, tmp_path_factory) -> tuple[Path, Any]:
+    """A run of two levels, with every kind of file."""
+    words = [*commands["lt_glue.py"], "--levels", "2", "--max-steps", "2", "--rewind", "1", "--limit-eval", "4"]
+    run = train("lt_glue.py", [*words, "--output-dir", tmp_path_factory.mktemp("fuzzed")])
+    cfg = from_flat(read_run(run)["config"])
+    write_tensors(run / "checkpoint.safetensors", {"total": torch.zeros(())}, {"run": run.name, "level": 2, "step": 1})
+    line = {"run": run.name, "task": cfg.task, "level": 2, "ended": "the loss became nan by step 1"}
+    write_checksummed(run / "failure.json", line)
+    (run / "results.jsonl").write_bytes(results_lines(run))
+    return run, cfg
+
+
+@pytest.mark.parametrize("examples", TIMES)
+def test_run_directories(finished, examples, fuzz):
+    """An edited file is a problem, unless it is a log; what reads the directory reads it right, or refuses it."""
+    run, cfg = finished
+    whole = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file() and path.name != "lock"}
+    logs = {path: json.loads(whole[path].splitlines()[-1]) for path in whole if path.name in ("log.jsonl", "train.jsonl")}
+
+    def read(given: tuple[Path, bytes]) -> None:
+        path, content = given
+        path.write_bytes(content)
+        try:
+            found = problems(run)
+            if content == whole[path] or path in logs:
+                assert found == []
+            else:
+                assert found or path.suffix == ".json"  # an edit of white space is no damage
+            if not print_finished(cfg):
+                raise UserError(f"{path} is damaged")
+        finally:
+            path.write_bytes(whole[path])
+
+    files = st.sampled_from(list(whole))
+    edited = st.builds(lambda path, edits, other: (path, edit(whole[path], edits, whole[other])), files, EDITS, files)
+    lines = st.sampled_from(list(logs)), CHANGES
+    logged = st.builds(lambda path, new: (path, whole[path] + json.dumps(replaced(logs[path], new)).encode() + b"\n"), *lines)
+    fuzz("run directories", st.one_of(edited, logged), read, examples)
 
 
 # ---- unpickling ----

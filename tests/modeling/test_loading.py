@@ -41,6 +41,7 @@ def edit_json(path: Path, **values: Any) -> None:
 def test_the_head_is_drawn_by_the_seed_and_the_encoder_is_the_checkpoints_in_fp32(model):
     weights = load_file(model / "model.safetensors")
     save_file({k: v.half() for k, v in weights.items()}, model / "model.safetensors", FORMAT)
+    edit_json(model / "config.json", dtype="float16")
     first, same, other = load(model, seed=1), load(model, seed=1), load(model, seed=2)
     assert torch.equal(first.classifier.weight, same.classifier.weight)
     assert not torch.equal(first.classifier.weight, other.classifier.weight)

@@ -83,7 +83,7 @@ def test_perturbed_and_rewound_weights_have_one_name_for_all_seeds(tmp_path):
     mask = rundirs.oneshot(tmp_path / "m", 0.5)
     names = {
         "the entries of each matrix shuffled": SHUFFLED,
-        "its layers whole in the order 3 1 2 0": "its layers whole",
+        "its layers whole in the order 3 1 2 0": "layers in another order",
         "noise of 0.1 times 0.0387, the spread of its matrices": "noise of 0.1",
         "mlm trained to 5%, seed 57": "mlm trained to 5%",
     }
