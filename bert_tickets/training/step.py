@@ -134,9 +134,9 @@ class Step:
     def _update(self, loss: Tensor) -> Tensor:
         """Sum over the processes, mask, clip, and update the parameters; returns the loss of the whole batch."""
         self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
-        if self.masks:
-            grads = [grad for name in self.masks if (grad := self.params[name].grad) is not None]
-            torch._foreach_mul_(grads, list(self.masks.values()))
+        masks = [(grad, mask) for name, mask in self.masks.items() if (grad := self.params[name].grad) is not None]
+        if masks:  # without a gradient where the loss does not depend on a tensor
+            torch._foreach_mul_([grad for grad, _ in masks], [mask for _, mask in masks])
         if self.precision == "fp32":
             nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
         else:

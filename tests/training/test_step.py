@@ -142,20 +142,22 @@ def test_further_leaves_train_beside_the_network_with_an_optimizer_by_name(setti
     net, mask, batches, loss = setting
     mask.apply(prunable(net))
     scale, scores = torch.ones((), requires_grad=True), torch.zeros(5, requires_grad=True)
-    params = dict(net.named_parameters()) | {"scale": scale, "scores": scores}
-    gate = Mask({"scores": torch.tensor([True, False, True, True, False])})
+    unused = torch.ones(2, requires_grad=True)  # has no gradient
+    params = dict(net.named_parameters()) | {"scale": scale, "scores": scores, "unused": unused}
+    gate = Mask({"unused": torch.tensor([True, False]), "scores": torch.tensor([True, False, True, True, False])})
 
     def scaled(batch):
         return scale * loss(net, batch) + (scores - 1).square().sum()
 
     monkeypatch.setitem(OPTIMIZERS, "adam", torch.optim.Adam)
-    step = Step(scaled, params, settings(0.0), Mask(dict(mask) | dict(gate)), CPU, optimizer="adam")
+    step = Step(scaled, params, settings(0.0), Mask(dict(gate) | dict(mask)), CPU, optimizer="adam")
     assert type(step.optimizer) is torch.optim.Adam
     for i in range(5):
         step(batches[i], 0.1)
     assert scale < 1
     assert scores[gate["scores"]].min() > 0.3
     assert (scores[~gate["scores"]] == 0).all()
+    assert (unused == 1).all()
 
 
 @pytest.mark.parametrize(("precision", "norm"), [("fp16", 0.5), ("bf16", 0.5), ("fp16", 1e6)])
