@@ -21,6 +21,10 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before its kernels are imported
+
 from crash_harness import Harness
 from fake_cuda import FAKE, REAL
 from paragraphs import content

@@ -23,6 +23,7 @@ from fake_kernels import KERNELS, backward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+from bert_tickets import kernels
 from bert_tickets.training.cuda_graphs import Recorder
 
 CUDA, META = 1, 14  # c10::DeviceType
@@ -183,6 +184,15 @@ def capture_stand_in(run: Callable[[], Tensor], device: str = "cpu") -> tuple[Ca
     return (lambda: loss.copy_(run())), loss
 
 
+def _interpret(original: Callable[..., None]) -> Callable[..., None]:
+    """`kernels.launch` on the held tensors, by Triton's interpreter."""
+
+    def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        original(kernel, programs, *_held(arguments), **constants)
+
+    return launch
+
+
 # ---- the GPU ----
 
 
@@ -235,6 +245,8 @@ def one_gpu() -> Iterator[None]:
         replace(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         replace(Recorder, "record", lambda self, run: capture_stand_in(run, "cuda"))
         replace(F, "scaled_dot_product_attention", _scaled_dot_product_attention(F.scaled_dot_product_attention))
+        replace(kernels, "launch", _interpret(kernels.launch))
+        replace(kernels, "usable", lambda device: False)  # the interpreter is slow: for tests that ask for it
         replace(Tensor, "backward", backward)
         replace(Tensor, "pin_memory", lambda self: self)
         torch.__future__.set_swap_module_params_on_conversion(True)  # parameters keep their identity, tied ones too

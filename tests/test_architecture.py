@@ -13,7 +13,7 @@ import bert_tickets
 PACKAGE = Path(bert_tickets.__file__).parent
 LAYERS = [  # from the bottom; "" are the modules at the package's top level. A new module gets its folder's layer.
     {""},
-    {"masking"},
+    {"masking", "kernels"},
     {"modeling"},
     {"data"},
     {"tasks", "training"},

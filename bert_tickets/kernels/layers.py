@@ -1,0 +1,247 @@
+"""What a layer of BERT computes between its matrix products, forward and backward, each as one kernel.
+
+Values are in half precision where autocast has them so. What is in between is in float32, as are the residual stream and its
+gradient. Sums over tokens are taken in a fixed order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bert_tickets import kernels
+from bert_tickets.kernels.dropout import factors, rounded
+
+PROGRAMS = 528  # at most, of a kernel that sums over tokens; four for each multiprocessor of an H100
+BLOCK = 1024  # columns of a program of GELU
+COLUMNS, ROWS = 64, 16  # of a tile of its backward pass
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, p: float, eps: float,
+                seed: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+        tokens, width = x.shape
+        out, half = torch.empty_like(residual), torch.empty_like(x)
+        mean, scale = (torch.empty(tokens, device=x.device) for _ in range(2))
+        ctx.constants = {"DROPPED": rounded(p), "WIDTH": width, "BLOCK": triton.next_power_of_2(width), "num_warps": 4}
+        given = (x, bias, residual, weight, shift, seed, out, half, mean, scale)
+        kernels.launch(_add_norm, tokens, *given, EPS=eps, **ctx.constants)
+        ctx.save_for_backward(x, bias, residual, weight, seed, mean, scale)
+        ctx.set_materialize_grads(False)
+        return out, half
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, half: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, bias, residual, weight, seed, mean, scale = ctx.saved_tensors
+        tokens, width = x.shape
+        programs = min(tokens, PROGRAMS)
+        dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
+        sums = torch.empty(programs, 3, width, device=x.device)
+        grads = [None if given is None else given.contiguous() for given in (grad, half)]
+        given = (*grads, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens)
+        kernels.launch(_add_norm_backward, programs, *given, PROGRAMS=programs, **ctx.constants)
+        (dweight, dshift), dbias = add_rows(sums.view(programs, -1), 2 * width, bias)
+        return dx, dbias, dresidual, dweight, dshift, None, None, None
+
+
+def add_norm(x: Tensor, bias: Tensor, residual: Tensor, norm: Any, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute norm(dropout(x + bias, p) + residual), in float32 and in x's dtype; all [T, width].
+
+    `seed` (int64, one element) chooses what is dropped.
+    """
+    return _AddNorm.apply(x, bias, residual, norm.weight, norm.bias, p, norm.eps, seed)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        tokens, width = x.shape
+        kernels.launch(_gelu, tokens * triton.cdiv(width, BLOCK), x, bias, out, WIDTH=width, BLOCK=BLOCK, num_warps=4)
+        ctx.save_for_backward(x, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, bias = ctx.saved_tensors
+        tokens, width = x.shape
+        columns = triton.cdiv(width, COLUMNS)
+        chunks = min(triton.cdiv(tokens, ROWS), triton.cdiv(2 * PROGRAMS, columns))
+        dx, sums = torch.empty_like(x), torch.empty(chunks, width, device=x.device)
+        given = (grad.contiguous(), x, bias, dx, sums, tokens, chunks)
+        kernels.launch(_gelu_backward, columns * chunks, *given, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+        return dx, add_rows(sums, 0, bias)[1]
+
+
+def gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Compute GELU (by the error function) of x + bias, [T, width]."""
+    return _Gelu.apply(x, bias)
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(bias)
+        return qkv.chunk(3, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (bias,), (tokens, width) = ctx.saved_tensors, grads[0].shape
+        columns = 3 * triton.cdiv(width, COLUMNS)
+        chunks = min(triton.cdiv(tokens, ROWS), triton.cdiv(2 * PROGRAMS, columns))
+        joined, sums = grads[0].new_empty(tokens, 3 * width), torch.empty(chunks, 3 * width, device=bias.device)
+        given = (*(grad.contiguous() for grad in grads), joined, sums, tokens, chunks)
+        kernels.launch(_join, columns * chunks, *given, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+        return joined, add_rows(sums, 0, bias)[1]
+
+
+def split(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [T, 3 * width], which includes `bias` detached, into three. The gradient of `bias` comes from here."""
+    return _Split.apply(qkv, bias)
+
+
+def add_rows(partial: Tensor, split: int, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum [R, C] over R: the first `split` sums as [2, split / 2], and the rest like `bias`."""
+    sums, rest = partial.new_empty(2, split // 2), torch.empty_like(bias)
+    count = partial.shape[1]
+    given = (partial, sums, rest, len(partial))
+    kernels.launch(_sum_rows, triton.cdiv(count, 16), *given, COUNT=count, SPLIT=split, ROWS=128, COLUMNS=16, num_warps=4)
+    return sums, rest
+
+
+# ---- kernels ----
+
+
+@triton.jit
+def _row(pointer, row, at, WIDTH: tl.constexpr):
+    return tl.load(pointer + row * WIDTH + at, at < WIDTH, 0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize_on_alignment=["seed"])
+def _add_norm(
+    x, bias, residual, weight, shift, seed, out, half, mean, scale,
+    EPS: tl.constexpr, DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at = tl.program_id(0), tl.arange(0, BLOCK)
+    dropped = (_row(x, row, at, WIDTH) + _row(bias, 0, at, WIDTH)) * factors(seed, row * (BLOCK // 8), DROPPED, BLOCK)
+    value = dropped + _row(residual, row, at, WIDTH)
+    average = tl.sum(value) / WIDTH
+    centered = tl.where(at < WIDTH, value - average, 0.0)
+    factor = tl.rsqrt(tl.sum(centered * centered) / WIDTH + EPS)
+    result = centered * factor * _row(weight, 0, at, WIDTH) + _row(shift, 0, at, WIDTH)
+    tl.store(out + row * WIDTH + at, result, at < WIDTH)
+    tl.store(half + row * WIDTH + at, result, at < WIDTH)
+    tl.store(mean + row, average)
+    tl.store(scale + row, factor)
+
+
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["seed"])
+def _add_norm_backward(
+    grad, half, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens,
+    PROGRAMS: tl.constexpr, DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, BLOCK)
+    biases, weights = _row(bias, 0, at, WIDTH), _row(weight, 0, at, WIDTH)
+    dweight, dshift = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    dbias = tl.zeros((BLOCK,), tl.float32)
+    row = tl.program_id(0)
+    while row < tokens:
+        g = tl.zeros((BLOCK,), tl.float32)
+        if grad is not None:
+            g += _row(grad, row, at, WIDTH)
+        if half is not None:
+            g += _row(half, row, at, WIDTH)
+        kept, factor = factors(seed, row * (BLOCK // 8), DROPPED, BLOCK), tl.load(scale + row)
+        value = (_row(x, row, at, WIDTH) + biases) * kept + _row(residual, row, at, WIDTH)
+        normal = tl.where(at < WIDTH, (value - tl.load(mean + row)) * factor, 0.0)
+        scaled = g * weights
+        inner = (scaled - normal * (tl.sum(normal * scaled) / WIDTH) - tl.sum(scaled) / WIDTH) * factor
+        tl.store(dresidual + row * WIDTH + at, inner, at < WIDTH)
+        tl.store(dx + row * WIDTH + at, inner * kept, at < WIDTH)
+        dweight += g * normal
+        dshift += g
+        dbias += inner * kept
+        row += PROGRAMS
+    own = sums + tl.program_id(0) * 3 * WIDTH + at
+    tl.store(own, dweight, at < WIDTH)
+    tl.store(own + WIDTH, dshift, at < WIDTH)
+    tl.store(own + 2 * WIDTH, dbias, at < WIDTH)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_rows(
+    partial, sums, rest, rows, COUNT: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    at, first = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), 0
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    while first < rows:
+        row = first + tl.arange(0, ROWS)
+        total += tl.load(partial + row[:, None] * COUNT + at[None, :], (row < rows)[:, None] & (at < COUNT)[None, :], 0.0)
+        first += ROWS
+    total = tl.sum(total, 0)
+    tl.store(sums + at, total, at < SPLIT)
+    tl.store(rest + at - SPLIT, total, (at >= SPLIT) & (at < COUNT))
+
+
+@triton.jit
+def _normal(x):
+    """The standard normal distribution function at x, to 1e-7 (Abramowitz and Stegun 7.1.26), and exp(-x^2 / 2)."""
+    bell = tl.exp2(x * x * -0.7213475204444817)
+    t = 1 / (1 + 0.3275911 * 0.7071067811865476 * tl.abs(x))
+    tail = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * bell * 0.5
+    return tl.where(x < 0, tail, 1 - tail), bell
+
+
+@triton.jit
+def _gelu(x, bias, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    row, at = tl.program_id(0) // parts, tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
+    value = _row(x, row, at, WIDTH) + _row(bias, 0, at, WIDTH)
+    tl.store(out + row * WIDTH + at, value * _normal(value)[0], at < WIDTH)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def _gelu_backward(
+    grad, x, bias, dx, sums, tokens, chunks, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    chunk, at = tl.program_id(0) % chunks, tl.program_id(0) // chunks * COLUMNS + tl.arange(0, COLUMNS)
+    biases = _row(bias, 0, at, WIDTH)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = chunk * ROWS
+    while first < tokens:
+        rows = first + tl.arange(0, ROWS)
+        place = rows[:, None] * WIDTH + at[None, :]
+        inside = (rows[:, None] < tokens) & (at[None, :] < WIDTH)
+        value = tl.load(x + place, inside, 0.0).to(tl.float32) + biases[None, :]
+        normal, bell = _normal(value)
+        d = tl.load(grad + place, inside, 0.0).to(tl.float32) * (normal + value * bell * 0.3989422804014327)
+        tl.store(dx + place, d, inside)
+        total += d
+        first += chunks * ROWS
+    tl.store(sums + chunk * WIDTH + at, tl.sum(total, 0), at < WIDTH)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def _join(
+    dq, dk, dv, joined, sums, tokens, chunks, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    chunk, column = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    parts: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    third, at = column // parts, column % parts * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = chunk * ROWS
+    while first < tokens:
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows[:, None] < tokens) & (at[None, :] < WIDTH)
+        place = rows[:, None] * WIDTH + at[None, :]
+        value = tl.load(dq + place, inside & (third == 0), 0.0) + tl.load(dk + place, inside & (third == 1), 0.0)
+        value += tl.load(dv + place, inside & (third == 2), 0.0)
+        tl.store(joined + rows[:, None] * 3 * WIDTH + third * WIDTH + at[None, :], value, inside)
+        total += value.to(tl.float32)
+        first += chunks * ROWS
+    tl.store(sums + chunk * 3 * WIDTH + third * WIDTH + at, tl.sum(total, 0), at < WIDTH)
