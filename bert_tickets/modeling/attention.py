@@ -1,11 +1,12 @@
 """Attention within each example of a packed batch. Examples are padded only here; all other operations are on packed tokens.
 
-Each layout has `attend(q, k, v, p)`, attention with dropout p: q, k, v [T, hidden], heads side by side, to [T, hidden].
+A layout has `attend(q, k, v, p)`, attention with dropout p: q, k, v [T, hidden], heads side by side, to [T, hidden]; or, for the
+package's kernels, `attend_joined`, which takes one tensor [T, 3 * hidden] and draws dropout by a seed; or both.
 
-`Ragged`: FlashAttention (Dao 2023) on the packed tokens themselves, on GPUs that have it, in half precision. `Padded`: other
-GPUs pad all examples to the longest, and use torch's fused kernels. `Blocks`: a CPU has no fused kernel with dropout, and
-padding costs as much as tokens there; so examples of similar length are padded together, by head, with a backward pass written
-out here.
+On a GPU, in half precision, it is attention on the packed tokens themselves: `Short` by the package's kernel, `Ragged` by
+FlashAttention (Dao 2023). Otherwise `Padded`: all examples are padded to the longest, for torch's fused kernels. `Blocks`: a CPU
+has no fused kernel with dropout, and padding costs as much as tokens there; so examples of similar length are padded together, by
+head, with a backward pass written out here.
 """
 
 from __future__ import annotations
@@ -50,10 +51,25 @@ def gather(x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Te
 
 
 @dataclass(frozen=True)
+class Short:
+    """Concatenated examples of few tokens, without padding."""
+
+    ends: Tensor  # [b + 2], int32: 0, each example's end, and T: the batch's padding
+    longest: int  # an upper bound of the tokens of an example
+    heads: int
+
+    def attend_joined(self, qkv: Tensor, bias: Tensor, p: float, seed: Tensor) -> Tensor:
+        """Attend within [T, 3 * hidden], which includes `bias` detached: its gradient comes from here."""
+        from bert_tickets.kernels.attention import attend
+
+        return attend(qkv, bias, self.ends, self.longest, self.heads, p, seed)
+
+
+@dataclass(frozen=True)
 class Ragged:
     """Concatenated examples, without padding."""
 
-    ends: Tensor  # [b + 2], int32: 0, each example's end, and T: the batch's padding is one more example
+    ends: Tensor  # as in `Short`; the batch's padding is one more example
     longest: int  # an upper bound of the tokens of an example
     heads: int
 
@@ -64,12 +80,17 @@ class Ragged:
         out, *_ = kernel(q, k, v, self.ends, self.ends, self.longest, self.longest, p, False, False)
         return out.flatten(1)
 
+    def attend_joined(self, qkv: Tensor, bias: Tensor, p: float, seed: Tensor) -> Tensor:
+        """As in `Short`, but for `seed`."""
+        from bert_tickets.kernels.layers import split
 
-def _ragged(batch: Batch, heads: int) -> Ragged:
-    tokens = batch.input_ids.shape[1]
+        return self.attend(*split(qkv, bias), p)
+
+
+def _ends(batch: Batch) -> Tensor:
     ends = F.pad(batch.lens.cumsum(0), (1, 1))
-    ends[-1].fill_(tokens)
-    return Ragged(ends.int(), max(batch.longest, max_padding(tokens)), heads)  # from shapes alone, as a captured graph keeps it
+    ends[-1].fill_(batch.input_ids.shape[1])
+    return ends.int()
 
 
 @functools.cache
@@ -234,14 +255,17 @@ class _Attention(torch.autograd.Function):
 
 # ---- on any device ----
 
-Grid = Ragged | Padded | Blocks
+Grid = Short | Ragged | Padded | Blocks
 
 
-def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype) -> Grid:
-    """Choose how attention in `dtype` lays out the tokens of a packed batch. Never waits for the device."""
+def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype, fused: bool = False) -> Grid:
+    """Choose the layout of a packed batch for attention in `dtype`, `Short` only if `fused`. Never waits for the device."""
     device = batch.starts.device
     if device.type == "cpu":
         return _blocks(batch, heads)
-    if dtype in (torch.float16, torch.bfloat16) and _has_flash(device, head_size):
-        return _ragged(batch, heads)
+    if dtype in (torch.float16, torch.bfloat16):  # constants from shapes alone, as a captured graph keeps them
+        if fused and batch.longest <= 128 and head_size in (16, 32, 64, 128):
+            return Short(_ends(batch), batch.longest, heads)
+        if _has_flash(device, head_size):
+            return Ragged(_ends(batch), max(batch.longest, max_padding(batch.input_ids.shape[1])), heads)
     return _padded(batch, heads, dtype)

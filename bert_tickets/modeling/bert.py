@@ -6,7 +6,7 @@ tokens, and casts a value to half precision once for all matrices that use it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_tickets.modeling.attention import Grid, gather, layout
+from bert_tickets import kernels
+from bert_tickets.modeling.attention import Ragged, Short, gather, layout
 from bert_tickets.modeling.packing import Batch
 
 Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
@@ -24,25 +25,57 @@ Joined = tuple[Tensor, Tensor]  # the concatenated weights of query, key and val
 
 def encode(net: Net, batch: Batch) -> Tensor:
     """Compute the encoder's last hidden states, [T, hidden], equal to the padded model's."""
-    bert, device = net.bert, batch.starts.device.type
-    hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    heads = net.config.num_attention_heads
-    grid = layout(batch, heads, net.config.hidden_size // heads, dtype)
+    bert, config, device = net.bert, net.config, batch.starts.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else bert.embeddings.word_embeddings.weight.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    fused = half and config.hidden_act == "gelu" and config.type_vocab_size == 2 and kernels.usable(device)
+    grid = layout(batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads, dtype, fused)
     with cast_weights(bert.encoder, dtype) as joined:
-        for layer in bert.encoder.layer:
-            hidden = _layer(layer, hidden, grid, dtype, joined.get(layer))
-    return hidden.view(-1, hidden.shape[-1])
+        if fused and isinstance(grid, Short | Ragged):
+            return _encode_fused(bert, batch, grid, joined)
+        return _encode(bert, batch, grid, joined, dtype)
 
 
-def _layer(layer: Any, hidden: Tensor, grid: Grid, dtype: torch.dtype, joined: Joined | None) -> Tensor:
-    """Compute `BertLayer`: [1, T, hidden] to [1, T, hidden]. In half precision, query, key and value are one matrix product."""
-    own = layer.attention.self
-    x = hidden.to(dtype)
-    q, k, v = F.linear(x, *joined).chunk(3, -1) if joined else (own.query(x), own.key(x), own.value(x))
-    attended = grid.attend(q[0], k[0], v[0], own.dropout.p if own.training else 0.0)
-    hidden = layer.attention.output(attended[None], hidden)
-    return layer.output(layer.intermediate(hidden), hidden)
+def _encode(bert: Any, batch: Batch, grid: Any, joined: Mapping[nn.Module, Joined], dtype: torch.dtype) -> Tensor:
+    hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)[0]
+    for layer in bert.encoder.layer:
+        own, x, three = layer.attention.self, hidden.to(dtype), joined.get(layer)
+        q, k, v = F.linear(x, *three).chunk(3, -1) if three else (own.query(x), own.key(x), own.value(x))
+        hidden = layer.attention.output(grid.attend(q, k, v, own.dropout.p if own.training else 0.0), hidden)
+        hidden = layer.output(layer.intermediate(hidden), hidden)
+    return hidden
+
+
+def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, joined: Mapping[nn.Module, Joined]) -> Tensor:
+    """Compute `_encode` by our kernels, in half precision: `hidden` is in float32, and `half` its cast for matrix products."""
+    from bert_tickets.kernels import embeddings
+    from bert_tickets.kernels.layers import add_norm, gelu
+
+    words, types, positions = (getattr(bert.embeddings, f"{name}_embeddings") for name in ("word", "token_type", "position"))
+    ids, given = batch.input_ids[0], (batch.token_type_ids[0], batch.position_ids[0], grid.ends, batch.longest)
+    hidden = bert.embeddings.LayerNorm(embeddings.add(words(ids), types.weight, positions.weight, *given))
+    hidden = bert.embeddings.dropout(hidden)
+    half = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    seeds = torch.randint(2**62, (len(bert.encoder.layer), 3), device=hidden.device)
+
+    def output(block: Any, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        p = block.dropout.p if block.training else 0.0
+        return add_norm(F.linear(x, block.dense.weight), block.dense.bias, hidden, block.LayerNorm, p, seed)
+
+    for layer, (*first, last) in zip(bert.encoder.layer, seeds, strict=True):
+        own, dense = layer.attention.self, layer.intermediate.dense
+        weight, bias = joined.get(layer) or _join(own)
+        attended = grid.attend_joined(
+            F.linear(half, weight, bias.detach()), bias, own.dropout.p if own.training else 0.0, first[0]
+        )
+        hidden, half = output(layer.attention.output, attended, first[1])
+        hidden, half = output(layer.output, gelu(F.linear(half, dense.weight), dense.bias), last)
+    return hidden
+
+
+def _join(own: Any) -> Joined:
+    return tuple(torch.cat([getattr(x, name) for x in (own.query, own.key, own.value)]) for name in ("weight", "bias"))  # type: ignore[return-value]
 
 
 def classify(net: Net, batch: Batch) -> Tensor:
@@ -57,7 +90,7 @@ def classify(net: Net, batch: Batch) -> Tensor:
 
 
 class _Cast(torch.autograd.Function):
-    """Cast all tensors to another dtype by one call, and their gradients back by one call.
+    """Cast all tensors to another dtype by one call, and their gradients back by one call, unless they may have any dtype.
 
     The last two arguments are the number of tensors to concatenate into each result, and the dtype.
     """
@@ -65,7 +98,7 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *tensors, sizes, dtype = args
-        ctx.sizes, ctx.dtype = sizes, tensors[0].dtype
+        ctx.sizes, ctx.dtype, ctx.any_dtype = sizes, tensors[0].dtype, tensors[0].grad_dtype is None
         parts, cast = iter(tensors), []
         for size in sizes:
             group = [next(parts) for _ in range(size)]
@@ -76,6 +109,8 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         parts = _parts(grads, ctx.sizes)
+        if ctx.any_dtype:
+            return *parts, None, None
         cast = [torch.empty_like(part, dtype=ctx.dtype) for part in parts]
         torch._foreach_copy_(cast, parts)
         return *cast, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import bert_tickets
 
 def environment(device: str) -> dict[str, Any]:
     """Collect versions, git commit, threads and GPU. CUDA is initialized only if `device` is `cuda`."""
-    packages = ("transformers", "tokenizers", "numpy", "safetensors")
+    packages = ["transformers", "tokenizers", "numpy", "safetensors"]
+    if device == "cuda" and find_spec("triton") is not None:
+        packages.append("triton")
     return {
         "git": _git(),
         "versions": {"python": platform.python_version(), "bert_tickets": bert_tickets.__version__}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bert_tickets import kernels
 from bert_tickets.config import Training
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
@@ -17,6 +18,7 @@ from bert_tickets.training.cuda_graphs import Graphs, Recorder
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
 
 Loss = Callable[[Batch], Tensor]  # the mean loss of a packed batch, a scalar
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def precision_of(asked: str, device: torch.device) -> str:
@@ -32,7 +34,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """Return the autocast context of forward passes; none for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 class LossScale:
@@ -58,7 +60,8 @@ class LossScale:
         self.clean.fill_(state["_growth_tracker"])
 
 
-# Optimizers by name. Each takes `lr`, `eps` and `fused`, and its fused kernel takes `grad_scale` and `found_inf`.
+# Optimizers by name. Each takes `lr`, `eps` and `fused`, and its fused kernel takes `grad_scale` and `found_inf`. In half
+# precision on a GPU, `MaskedAdamW` takes the place of adamw.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW}
 
 
@@ -85,8 +88,9 @@ class Step:
         self.loss, self.params, self.cfg, self.device = loss, dict(params), cfg, device
         self.precision = precision_of(cfg.precision, device)
         self.loss_scale = LossScale(device) if self.precision == "fp16" else None
-        self.masks = {  # in the dtype of the gradients, for one fused product
-            name: kept.to(device, params[name].dtype)
+        self.masked_kernels = optimizer == "adamw" and self.precision != "fp32" and kernels.usable(device)
+        self.masks = {  # in the dtype of the gradients, for torch's fused product
+            name: kept.to(device, torch.uint8 if self.masked_kernels else params[name].dtype)
             for name, kept in (mask or {}).items()
             if name in params and not kept.all()  # frozen tensors are not in `params`, and stay as they are
         }
@@ -95,12 +99,15 @@ class Step:
             {"params": [p for name, p in self.params.items() if name not in undecayed], "weight_decay": cfg.weight_decay},
             {"params": [self.params[name] for name in self.params if name in undecayed], "weight_decay": 0.0},
         ]
-        self.optimizer = OPTIMIZERS[optimizer](
-            groups,
-            lr=torch.full((), cfg.lr, device=device) if recorder else cfg.lr,  # graphs read the tensor
-            eps=cfg.adam_epsilon,
-            fused=True,
-        )
+        lr = torch.full((), cfg.lr, device=device)  # graphs and our kernels read the tensor
+        self.optimizer: Any
+        if self.masked_kernels:
+            from bert_tickets.training.masked_adamw import MaskedAdamW
+
+            masks, half = {self.params[name]: mask for name, mask in self.masks.items()}, DTYPES[self.precision]
+            self.optimizer = MaskedAdamW(groups, masks, half, lr, cfg.adam_epsilon)
+        else:
+            self.optimizer = OPTIMIZERS[optimizer](groups, lr=lr if recorder else cfg.lr, eps=cfg.adam_epsilon, fused=True)
         self.graphs = Graphs(recorder) if recorder else None
 
     def __call__(self, batch: Batch | Sequence[Batch], lr: float) -> Tensor:
@@ -116,6 +123,10 @@ class Step:
         return self._train_step(*parts)
 
     def _train_step(self, *parts: Batch) -> Tensor:
+        if self.masked_kernels:  # its gradients may stay in half precision, unless several are added
+            summed = len(parts) > 1 or self.group.world_size > 1
+            for p in self.params.values():
+                p.grad_dtype = torch.float32 if summed else None
         try:
             losses = [self._backward(part) for part in parts]
             return self._update(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
@@ -134,32 +145,35 @@ class Step:
     def _update(self, loss: Tensor) -> Tensor:
         """Sum over the processes, mask, clip, and update the parameters; returns the loss of the whole batch."""
         self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
-        masks = [(grad, mask) for name, mask in self.masks.items() if (grad := self.params[name].grad) is not None]
-        if masks:  # without a gradient where the loss does not depend on a tensor
-            torch._foreach_mul_([grad for grad, _ in masks], [mask for _, mask in masks])
-        if self.precision == "fp32":
-            nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
+        if self.masked_kernels:
+            self._clip_in_adamw(self.optimizer.norm())
         else:
-            self._clip_in_adamw()
+            masks = [(grad, mask) for name, mask in self.masks.items() if (grad := self.params[name].grad) is not None]
+            if masks:  # without a gradient where the loss does not depend on a tensor
+                torch._foreach_mul_([grad for grad, _ in masks], [mask for _, mask in masks])
+            if self.precision == "fp32":
+                nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
+            else:
+                grads = [p.grad for p in self.params.values() if p.grad is not None]
+                self._clip_in_adamw(nn.utils.get_total_norm(grads, foreach=True))
         if self.graphs and self.device.type == "cuda":  # torch warns if capturable is set outside of a capture
             for group in self.optimizer.param_groups:
                 group["capturable"] = torch.cuda.is_current_stream_capturing()
         self.optimizer.step()
         return loss
 
-    def _clip_in_adamw(self) -> None:
+    def _clip_in_adamw(self, norm: Tensor) -> None:
         """Let AdamW's kernel divide the gradients by the loss scale and the clipping factor, which saves two passes.
 
         The result is the same to rounding, and bit for bit if nothing is clipped. If fp16 gradients overflow, so does their
         norm: AdamW then changes nothing, and the loss scale is halved.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None], foreach=True)
         scale, optimizer = self.loss_scale, self.optimizer
         unscaled = norm / scale.factor if scale else norm
         divisor = ((unscaled + 1e-6) / self.cfg.max_grad_norm).clamp(min=1)
-        optimizer.grad_scale = scale.factor * divisor if scale else divisor  # type: ignore[attr-defined]
+        optimizer.grad_scale = scale.factor * divisor if scale else divisor
         if scale:
-            optimizer.found_inf = overflowed = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            optimizer.found_inf = overflowed = (~norm.isfinite()).float()
             scale.update(overflowed)
 
     def _state(self) -> list[Tensor]:

@@ -57,6 +57,10 @@ def test_both_devices_compute_the_same_in_fp64(one_gpu, calm_bert_dir, kind, hea
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def ragged(batch):
+    return attention.layout(batch, 2, 8, torch.float16)
+
+
 def attended(layout, batch, device):
     """Attention of two heads of size 8 and its gradients in fp16, without a bucketed batch's padding."""
     tokens, generator = batch.input_ids.shape[1], torch.Generator().manual_seed(0)
@@ -79,7 +83,7 @@ def test_attention_on_packed_tokens_equals_attention_on_padded_ones(one_gpu, len
         device = torch.device("cuda", 0)
         store = TokenStore(Tokens.of(ids, ids), np.zeros(len(ids), int), device)
         batch = store.batch(torch.arange(len(ids)), bucketed=bucketed)
-        found = attended(attention._ragged(batch, 2), batch, device)
+        found = attended(ragged(batch), batch, device)
         expected = attended(attention._padded(batch, 2, torch.float16), batch, device)
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
 
@@ -89,7 +93,7 @@ def test_dropout_of_packed_attention_is_the_same_in_the_backward_pass(one_gpu):
     with one_gpu():
         device = torch.device("cuda", 0)
         store = TokenStore(Tokens.of([[5]] * 500, [[0]] * 500), np.zeros(500, int), device)
-        grid = attention._ragged(store.batch(torch.arange(500)), 2)
+        grid = ragged(store.batch(torch.arange(500)))
         q, k = torch.randn(2, 500, 16).to(device, torch.float16).unbind(0)
         v = torch.ones(500, 16, device=device, dtype=torch.float16, requires_grad=True)
         out = grid.attend(q, k, v, 0.25)
