@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does the package work on this machine's GPU, and how fast? Needs neither hub nor data, and installs nothing.
 #
-#   bash scripts/gpu_check.sh            the tests of tests/gpu on the GPU, then bench.py on random tokens
+#   bash scripts/gpu_check.sh            the GPU's tests, then bench.py on random tokens
 #   bash scripts/gpu_check.sh --quick    fewer of both
 #
 # PYTHON: the interpreter (default: .venv's if there is one). MINUTES: the time limit (default: 15; with --quick 5).
@@ -15,7 +15,7 @@ stop() { echo "gpu_check.sh: $1" >&2; exit 2; }
 tests=() turns=5 minutes=15
 case "$*" in
   "") ;;
-  --quick) tests=(-k "killed or (steps and fp16) or masks or gradients") turns=2 minutes=5 ;;
+  --quick) tests=(-k "killed or (steps and fp16) or masks or gradients or kernels") turns=2 minutes=5 ;;
   --help) exec sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" ;;
   *) stop "unknown arguments: $*; there is --quick" ;;
 esac
@@ -37,6 +37,6 @@ within() { # a command, for the rest of the time limit
   if [ $left -le 0 ]; then echo "gpu_check.sh: no time left for ${*:2}" >&2; return 1; fi
   timeout --foreground -k 10 $left "$@"
 }
-cd "$here" && within "$PYTHON" -m pytest -m cuda -vv --durations=0 "${tests[@]}" tests/gpu 2>&1 | tee "$output/tests.log" || failed=1
+cd "$here" && within "$PYTHON" -m pytest -m cuda -vv --durations=0 "${tests[@]}" tests/gpu tests/kernels 2>&1 | tee "$output/tests.log" || failed=1
 within "$PYTHON" scripts/bench.py --model random --tasks mnli --turns "$turns" --json "$output/bench.json" || failed=1
 exit $failed
