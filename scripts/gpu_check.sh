@@ -35,7 +35,7 @@ failed=0
 within() { # a command, for the rest of the time limit
   local left=$((60 * minutes - SECONDS))
   if [ $left -le 0 ]; then echo "gpu_check.sh: no time left for ${*:2}" >&2; return 1; fi
-  timeout --foreground -k 10 $left "$@"
+  timeout --foreground -s INT -k 20 $left "$@" # pytest then still prints what failed
 }
 cd "$here" && within "$PYTHON" -m pytest -m cuda -vv --durations=0 "${tests[@]}" tests/gpu tests/kernels 2>&1 | tee "$output/tests.log" || failed=1
 within "$PYTHON" scripts/bench.py --model random --tasks mnli --turns "$turns" --json "$output/bench.json" || failed=1

@@ -43,8 +43,8 @@ class _AddNorm(torch.autograd.Function):
         dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
         sums = torch.empty(programs, 3, width, device=x.device)
         grads = [None if given is None else given.contiguous() for given in (grad, half)]
-        given = (*grads, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens)
-        kernels.launch(_add_norm_backward, programs, *given, PROGRAMS=programs, **ctx.constants)
+        given = (*grads, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens, programs)
+        kernels.launch(_add_norm_backward, programs, *given, **ctx.constants)
         (dweight, dshift), dbias = add_rows(sums.view(programs, -1), 2 * width, bias)
         return dx, dbias, dresidual, dweight, dshift, None, None, None
 
@@ -140,10 +140,10 @@ def _add_norm(
     tl.store(scale + row, factor)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["seed"])
+@triton.jit(do_not_specialize=["tokens", "programs"], do_not_specialize_on_alignment=["seed"])
 def _add_norm_backward(
-    grad, half, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens,
-    PROGRAMS: tl.constexpr, DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    grad, half, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens, programs,
+    DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     biases, weights = _row(bias, 0, at, WIDTH), _row(weight, 0, at, WIDTH)
@@ -166,7 +166,7 @@ def _add_norm_backward(
         dweight += g * normal
         dshift += g
         dbias += inner * kept
-        row += PROGRAMS
+        row += programs
     own = sums + tl.program_id(0) * 3 * WIDTH + at
     tl.store(own, dweight, at < WIDTH)
     tl.store(own + WIDTH, dshift, at < WIDTH)
