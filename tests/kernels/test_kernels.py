@@ -69,7 +69,8 @@ def test_dropout_is_the_same_in_the_backward_pass_and_depends_on_the_seed(device
 
     def factors(seed):
         out, _ = layers.add_norm(x, bias, residual, norm, 0.25, torch.tensor(seed, device=device))
-        of_x, of_residual = torch.autograd.grad(out, [x, residual], torch.randn_like(out))
+        of_x, of_residual, of_bias = torch.autograd.grad(out, [x, residual, bias], torch.randn_like(out))
+        torch.testing.assert_close(of_bias.float(), of_x.float().sum(0), rtol=0.01, atol=0.02)
         drawn = (of_x != 0) / 0.75
         close(of_x, of_residual * drawn, torch.float16)
         close(out, norm((x.float() + bias.float()) * drawn + residual), torch.float32)
