@@ -239,8 +239,12 @@ def _join(
         rows = first + tl.arange(0, ROWS)
         inside = (rows[:, None] < tokens) & (at[None, :] < WIDTH)
         place = rows[:, None] * WIDTH + at[None, :]
-        value = tl.load(dq + place, inside & (third == 0), 0.0) + tl.load(dk + place, inside & (third == 1), 0.0)
-        value += tl.load(dv + place, inside & (third == 2), 0.0)
+        if third == 0:
+            value = tl.load(dq + place, inside, 0.0)
+        elif third == 1:
+            value = tl.load(dk + place, inside, 0.0)
+        else:
+            value = tl.load(dv + place, inside, 0.0)
         tl.store(joined + rows[:, None] * 3 * WIDTH + third * WIDTH + at[None, :], value, inside)
         total += value.to(tl.float32)
         first += chunks * ROWS

@@ -63,9 +63,9 @@ def test_add_norm_equals_torch(device, dtype, used):
         close(mine, theirs, leaf.dtype)
 
 
-@pytest.mark.parametrize("width", [48, 500])
+@pytest.mark.parametrize("width", [48, 260])
 def test_dropout_is_the_same_in_the_backward_pass_and_depends_on_the_seed(device, width):
-    (x, bias, residual), norm = norm_inputs(torch.float16, device, 50, width)
+    (x, bias, residual), norm = norm_inputs(torch.float16, device, 40, width)
 
     def factors(seed):
         out, _ = layers.add_norm(x, bias, residual, norm, 0.25, torch.tensor(seed, device=device))
@@ -254,25 +254,29 @@ def test_an_infinite_gradient_gives_an_infinite_norm(device):
 
 
 @only_fake
-@pytest.mark.parametrize("grad_accum", [1, 2])
-def test_steps_by_our_kernels_equal_those_by_torchs(one_gpu, calm_bert_dir, tmp_path, monkeypatch, grad_accum):
-    """To rounding, over three steps without dropout."""
+@pytest.mark.parametrize(("grad_accum", "steps"), [(1, 2), (2, 1)])
+def test_steps_by_our_kernels_equal_those_by_torchs(one_gpu, calm_bert_dir, tmp_path, monkeypatch, grad_accum, steps):
+    """To rounding, without dropout. Gradients of several parts of a batch are added in float32."""
     config = json.loads((calm_bert_dir / "config.json").read_text())
     shutil.copytree(calm_bert_dir, tmp_path / "bert")  # with heads that our attention takes
     (tmp_path / "bert/config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
     with one_gpu():
         given = {"model": str(tmp_path / "bert"), "precision": "fp16", "batch_size": 2, "limit_train": 4}
         case = make_case("cola", given | {"grad_accum": grad_accum}, 0.5)
-        expected = take(copy.copy(case), 3)
+        expected = take(copy.copy(case), steps)
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "usable", lambda device: True)
-            found = take(case, 3)
+            found = take(case, steps)
         assert isinstance(found[0].optimizer, MaskedAdamW)
         torch.testing.assert_close(found[1].cpu(), expected[1].cpu(), rtol=0.01, atol=0.003)
-        for name, p in found[0].params.items():
-            p, q = p.detach().cpu(), expected[0].params[name].detach().cpu()
-            torch.testing.assert_close(p, q, rtol=0.05, atol=2e-4)
-            assert name not in case.mask or not p[~case.mask[name]].any()
+        for name, before in case.net.named_parameters():
+            kept = case.mask.get(name, torch.ones(()))
+            before = before.detach().cpu() * kept
+            ours, theirs = (step.params[name].detach().cpu() - before for step in (found[0], expected[0]))
+            if not name.endswith("key.bias"):  # its gradient is 0 but for rounding
+                assert (ours - theirs).abs().mean() <= 0.1 * theirs.abs().mean(), name
+            assert not ours[kept.expand_as(ours) == 0].any()
+            assert found[0].params[name].grad_dtype == (torch.float32 if grad_accum == 2 else None)
 
 
 def test_kernels_that_do_not_compile_are_not_used(monkeypatch, capsys):
