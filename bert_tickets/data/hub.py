@@ -1,7 +1,7 @@
 """Data sets of the hub: the one place that finds them in the hub's cache, downloads them, and says why it cannot.
 
-Only parquet files are read, and no code is run. A revision in the cache is used without asking the hub: a data set does not change
-under a run, and a machine without a network does not wait for it. Each file is downloaded when it is first read.
+Only parquet files are read, and no code is run. A revision in the cache is used without asking the hub: a data set stays the same
+until the cache is deleted, and a machine without a network does not wait for one. Each file is downloaded when it is first read.
 """
 
 from __future__ import annotations
@@ -120,6 +120,6 @@ def _one_sentence(name: str, config: str, layout: str) -> Iterator[None]:
         root = innermost(error)
         if isinstance(root, OSError) and root.errno in DISK:
             raise UserError(
-                f"cannot keep {name} in the cache: {cause(error)}. Set HF_HOME, now {HF_HOME}, to another folder."
+                f"cannot use the cache for {name}: {cause(error)}. Set HF_HOME, now {HF_HOME}, to another folder."
             ) from None
         raise no_data(f"cannot read {name} ({config}) from the hub: {cause(error)}", name, layout) from None

@@ -71,9 +71,13 @@ def _parse(content: Any, path: Path) -> Iterator[tuple[str, Question]]:
                     texts = [asked["id"], asked["question"], context, *(text for text, _ in answers)]
                     if not all(isinstance(text, str) for text in texts) or not all(isinstance(at, int) for _, at in answers):
                         raise TypeError
+                    "".join(texts).encode()
                     yield place, Question(asked["id"], asked["question"], context, answers)
     except KeyError as error:
         raise UserError(f"{path}: {place} has no {error}") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(f"{path}: {place} has half of a surrogate pair, {half}, which is not a character") from None
     except TypeError:
         raise UserError(f"{path}: {place}, or a field of it, has another type than in SQuAD v1.1") from None
 
