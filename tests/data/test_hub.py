@@ -71,6 +71,9 @@ def test_the_newest_revision_with_all_splits_is_read_in_order(hub_cache):
     snapshot(hub_cache, "old", 9, train=3, validation=1)
     snapshot(hub_cache, "new", 5, train=3, validation=1)
     snapshot(hub_cache, "begun", 1, train=1)
+    for file in (snapshot(hub_cache, "links", 0, train=1, validation=1) / CONFIG).iterdir():
+        file.unlink()
+        file.symlink_to(hub_cache / "deleted")
     assert found(2).revision == "new"
     assert found(1).revision == "begun"
     assert [text for (column,) in found(2).columns("train", ["text"]) for text in column] == [f"new train {i}" for i in range(7)]
@@ -84,8 +87,11 @@ def test_a_folder_of_the_data_sets_name_has_no_effect(hub_cache, tmp_path, monke
     assert texts()[0] == "good train 0"
 
 
-@pytest.mark.parametrize("damage", ["of a named file", "of another", "column"])
-def test_a_damaged_file_is_named(hub_cache, damage):
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [("of a named file", "does not match the sha256 that names it"), ("of another", "cannot be read"), ("column", "with text")],
+)
+def test_a_damaged_file_is_named(hub_cache, damage, says):
     file = snapshot(hub_cache, "good", train=1) / CONFIG / "train-00000-of-00001.parquet"
     content = bytearray(file.read_bytes())
     if damage == "column":
@@ -93,12 +99,12 @@ def test_a_damaged_file_is_named(hub_cache, damage):
     elif damage == "of another":
         file.write_bytes(content[:-20])
     else:
-        content[20] ^= 1  # in a text, of which parquet has no checksum
+        content[20] ^= 1
         blob = hub_cache / ("ab" * 32)
         blob.write_bytes(content)
         file.unlink()
         file.symlink_to(blob)
-    with pytest.raises(UserError, match=rf"damaged. Delete (.*/(ab){{32}} and )?{file}, and give"):
+    with pytest.raises(UserError, match=rf"{says}.* damaged. Delete (.*/(ab){{32}} and )?{file}, and give"):
         texts()
 
 
