@@ -25,7 +25,7 @@ LAYERS = [  # from the bottom; "" are the modules at the package's top level. A 
 NO_TORCH = ["cli", "config", "errors", "files", "methods.imp", "methods.main", "methods.transfer", "report.tables"]
 NO_TORCH += ["runs.directory", "runs.integrity", "runs.summary", "sweep.jobs", "sweep.runner"]
 ONLY_IN = {"transformers": {"modeling.loading", "bench.tiny_bert"}}
-NEVER_AT_IMPORT = {"datasets", "evaluate", "pandas", "matplotlib", "ray"}
+NEVER_AT_IMPORT = {"datasets", "evaluate", "pyarrow", "pandas", "matplotlib", "ray"}
 MAX_LINES = {"file": 300, "function": 60}
 
 

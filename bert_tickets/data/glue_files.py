@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bert_tickets.data.hub import from_hub, no_data
+from bert_tickets.data.hub import find_dataset, no_data
 from bert_tickets.errors import UserError
 
 HUB = "nyu-mll/glue"
@@ -113,13 +113,10 @@ def _parse(line: str, header: Sequence[str], row: Row) -> Example:
 
 
 def read_hub(name: str, row: Row) -> dict[str, list[Example]]:
-    """Read all splits from the hub, or its cache, by means of `datasets`."""
-    with from_hub(f"{HUB} ({name})", LAYOUT):
-        from datasets import load_dataset
-
-        data = load_dataset(HUB, name)
-    splits = {}
-    for split in ("train", *row.dev):
-        columns = [data[split][column] for column in (*(row.hub_texts or row.texts), "label")]
-        splits[split] = [(tuple(texts), label) for *texts, label in zip(*columns, strict=True)]
+    """Read all splits from the hub, or its cache."""
+    splits: dict[str, list[Example]] = {"train": [], **{split: [] for split in row.dev}}
+    data = find_dataset(HUB, name, list(splits), LAYOUT)
+    for split, examples in splits.items():
+        for *texts, labels in data.columns(split, [*(row.hub_texts or row.texts), "label"]):
+            examples += zip(zip(*texts, strict=True), labels, strict=True)
     return splits

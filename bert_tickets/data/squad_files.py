@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bert_tickets.data.hub import from_hub, no_data
+from bert_tickets.data.hub import find_dataset, no_data
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_json as read_json_file
 
-HUB = "rajpurkar/squad"
+HUB, CONFIG = "rajpurkar/squad", "plain_text"
 FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 LAYOUT = f"a folder with the published files {' and '.join(FILES.values())}"
 
@@ -71,24 +71,24 @@ def _parse(content: Any, path: Path) -> Iterator[tuple[str, Question]]:
                     texts = [asked["id"], asked["question"], context, *(text for text, _ in answers)]
                     if not all(isinstance(text, str) for text in texts) or not all(isinstance(at, int) for _, at in answers):
                         raise TypeError
+                    "".join(texts).encode()
                     yield place, Question(asked["id"], asked["question"], context, answers)
     except KeyError as error:
         raise UserError(f"{path}: {place} has no {error}") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(f"{path}: {place} has half of a surrogate pair, {half}, which is not a character") from None
     except TypeError:
         raise UserError(f"{path}: {place}, or a field of it, has another type than in SQuAD v1.1") from None
 
 
 def read_hub() -> dict[str, list[Question]]:
-    """Read both splits from the hub, or its cache, by means of `datasets`."""
-    with from_hub(HUB, LAYOUT):
-        from datasets import load_dataset
-
-        data = load_dataset(HUB)
-    splits = {}
-    for split in FILES:
-        columns = (data[split][name] for name in ("id", "question", "context", "answers"))
-        splits[split] = [
-            Question(id, question, context, tuple(zip(answers["text"], answers["answer_start"], strict=True)))
-            for id, question, context, answers in zip(*columns, strict=True)
-        ]
+    """Read both splits from the hub, or its cache."""
+    splits: dict[str, list[Question]] = {split: [] for split in FILES}
+    data = find_dataset(HUB, CONFIG, list(splits), LAYOUT)
+    for split, questions in splits.items():
+        for columns in data.columns(split, ["id", "question", "context", "answers"]):
+            for id, question, context, answers in zip(*columns, strict=True):
+                given = zip(answers["text"], answers["answer_start"], strict=True)
+                questions.append(Question(id, question, context, tuple(given)))
     return splits

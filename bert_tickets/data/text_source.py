@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import TextIOWrapper
+from itertools import islice
 from pathlib import Path
 
-from bert_tickets.data.hub import from_hub, no_data
+from bert_tickets.data.hub import Dataset, find_dataset, no_data
 from bert_tickets.errors import UserError
 from bert_tickets.files import file_sha256
 
@@ -35,7 +37,7 @@ def find_texts(data_dir: str | None) -> dict[str, Text]:
     """Find the training and validation texts: `en.train` and `en.valid` of a folder, or those of a data set on the hub."""
     source = WIKITEXT if data_dir is None else data_dir
     if source in HUB and not Path(source).is_dir():
-        return {split: hub_text(source, split) for split in FILES}
+        return hub_texts(source)
     return {split: file_text(Path(source) / file) for split, file in FILES.items()}
 
 
@@ -69,22 +71,17 @@ def _stamp(path: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def hub_text(name: str, split: str) -> Text:
-    """Open a split of a data set on the hub, for streaming. Offline, the newest revision in the hub's cache is used."""
-    with from_hub(f"{name} ({HUB[name]})", LAYOUT):
-        from huggingface_hub import hf_hub_download
-
-        revision = Path(hf_hub_download(name, "README.md", repo_type="dataset")).parent.name
-    return Text(f"{name} ({split})", f"{name} {HUB[name]} {revision} {split}", None, lambda: _read_hub(name, split, revision))
+def hub_texts(name: str) -> dict[str, Text]:
+    """Open the splits of a data set on the hub, or in its cache, whose files are downloaded as the text is read."""
+    data = find_dataset(name, HUB[name], ["train"] if name == WIKIPEDIA else list(FILES), LAYOUT)
+    key = f"{name} {HUB[name]} {data.revision}"
+    return {split: Text(f"{name} ({split})", f"{key} {split}", None, partial(_read_hub, data, split)) for split in FILES}
 
 
-def _read_hub(name: str, split: str, revision: str) -> Iterator[str]:
-    with from_hub(f"{name} ({HUB[name]})", LAYOUT):
-        from datasets import load_dataset
-
-        source = "train" if name == WIKIPEDIA else split
-        rows = load_dataset(name, HUB[name], split=source, streaming=True, revision=revision)
-        if name == WIKIPEDIA:
-            rows = rows.take(HELD_OUT) if split == "validation" else rows.skip(HELD_OUT)
-        for part in rows.iter(ROWS):
-            yield "\n".join(part["text"])
+def _read_hub(data: Dataset, split: str) -> Iterator[str]:
+    source = "train" if data.name == WIKIPEDIA else split
+    rows: Iterator[str] = (row for (column,) in data.columns(source, ["text"], ROWS) for row in column)
+    if data.name == WIKIPEDIA:
+        rows = islice(rows, HELD_OUT) if split == "validation" else islice(rows, HELD_OUT, None)
+    while part := list(islice(rows, ROWS)):
+        yield "\n".join(part)

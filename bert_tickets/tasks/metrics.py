@@ -7,11 +7,13 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from bert_tickets.errors import UserError, first_line
+from bert_tickets.errors import UserError, cause
 
 Array = np.ndarray | Sequence[float]
 
@@ -85,10 +87,11 @@ def compare_with_evaluate(task: str, predictions: Any, references: Any, ours: Ma
     try:
         import evaluate
 
-        metric = evaluate.load("squad") if task == "squad" else evaluate.load("glue", task)
+        with TemporaryDirectory() as empty, chdir(empty):  # it would run glue/glue.py of the working directory
+            metric = evaluate.load("squad") if task == "squad" else evaluate.load("glue", task)
         theirs = metric.compute(predictions=predictions, references=references)
     except Exception as error:  # no package, no network, no cached module
-        return f"metrics not compared with evaluate, which failed ({type(error).__name__}: {first_line(error)})"
+        return f"metrics not compared with evaluate, which failed ({cause(error)})"
     for name, value in theirs.items():
         mine = ours[names.get(name, name)]
         if not np.isclose(mine, value / unit, rtol=0, atol=1e-9, equal_nan=True):

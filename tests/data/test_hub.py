@@ -1,18 +1,28 @@
-"""Errors of the hub and missing files, for every kind of data: they name the ways to get it."""
+"""Data of the hub and missing files: which revision is read, and errors that name the cause and the ways to get the data."""
 
+from __future__ import annotations
+
+import errno
+import os
+import socket
 import sys
-import types
+from pathlib import Path
 
+import httpx2
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from small_hub import REVISION, write_shards
 
 from bert_tickets.data import glue_files, squad_files, text_source
-from bert_tickets.errors import UserError
+from bert_tickets.data.hub import find_dataset
+from bert_tickets.errors import UserError, cause
 
 READERS = {
     r"nyu-mll/glue \(rte\)": lambda: glue_files.read_hub("rte", glue_files.ROWS["rte"]),
-    "rajpurkar/squad": squad_files.read_hub,
-    r"Salesforce/wikitext \(wikitext-103-raw-v1\)": lambda: "".join(text_source.hub_text(text_source.WIKITEXT, "train").read()),
+    r"rajpurkar/squad \(plain_text\)": squad_files.read_hub,
+    r"Salesforce/wikitext \(wikitext-103-raw-v1\)": lambda: text_source.hub_texts(text_source.WIKITEXT),
 }
+NAME, CONFIG = "owner/texts", "en"
 
 
 @pytest.mark.parametrize(
@@ -26,37 +36,160 @@ READERS = {
 def test_missing_files_name_three_ways_to_get_the_data(tmp_path, read, absent, hub):
     for file in ("train-v1.1.json", "en.train"):
         (tmp_path / file).touch()
-    with pytest.raises(UserError, match=rf"(?s){absent}.*{hub}.*HF_HOME.*--data-dir a folder"):
+    with pytest.raises(UserError, match=rf"(?s){absent}.*{hub}.*run this command once.*HF_HOME.*--data-dir a folder"):
         read(tmp_path)
 
 
-def torn(size: int):
-    """The stream of a data set, which fails after its first part."""
-    yield {"text": ["the film"]}
-    raise ConnectionError("no route")
-
-
-def found(*_: object, **__: object) -> str:
-    return "snapshots/0123abc/README.md"
-
-
-def failing(*_: object, **__: object):
-    raise ConnectionError("no route\nand more")
-
-
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("module", [types.SimpleNamespace(load_dataset=failing), None], ids=["no network", "no package"])
-def test_an_error_of_the_hub_names_the_folder(monkeypatch, name, module):
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", found)
-    monkeypatch.setitem(sys.modules, "datasets", module)  # importing None fails
-    with pytest.raises(UserError, match=rf"(?s){name} from the hub: \w[^\n]*\n.*HF_HOME.*--data-dir a folder"):
+def test_without_a_cache_and_offline_the_error_names_the_ways(hub_cache, name):
+    """The tests' HF_HUB_OFFLINE is set."""
+    with pytest.raises(UserError, match=rf"(?s)cannot read {name} from the hub: .*offline.*HF_HOME.*--data-dir a folder"):
         READERS[name]()
 
 
-@pytest.mark.parametrize("download", [found, failing], ids=["in the stream", "of the revision"])
-def test_a_later_or_earlier_error_of_a_text_names_the_folder_too(monkeypatch, download):
+# ---- the cache ----
+
+
+def found(count: int = 1):
+    return find_dataset(NAME, CONFIG, ["train", "validation"][:count], "a folder")
+
+
+def texts(split: str = "train") -> list[str]:
+    return [text for (column,) in found().columns(split, ["text"], rows=2) for text in column]
+
+
+def snapshot(cache: Path, revision: str, age: int = 0, **shards: int) -> Path:
+    """Write a revision into the cache, with 7 rows that name it; returns its folder."""
+    folder = cache / "datasets--owner--texts/snapshots" / revision
+    for split, count in shards.items():
+        write_shards(folder / CONFIG, split, {"text": [f"{revision} {split} {i}" for i in range(7)]}, count)
+    os.utime(folder, (1e9 - age, 1e9 - age))
+    return folder
+
+
+def test_the_newest_revision_with_all_splits_is_read_in_order(hub_cache):
+    snapshot(hub_cache, "old", 9, train=3, validation=1)
+    snapshot(hub_cache, "new", 5, train=3, validation=1)
+    snapshot(hub_cache, "begun", 1, train=1)
+    for file in (snapshot(hub_cache, "links", 0, train=1, validation=1) / CONFIG).iterdir():
+        file.unlink()
+        file.symlink_to(hub_cache / "deleted")
+    assert found(2).revision == "new"
+    assert found(1).revision == "begun"
+    assert [text for (column,) in found(2).columns("train", ["text"]) for text in column] == [f"new train {i}" for i in range(7)]
+
+
+def test_a_folder_of_the_data_sets_name_has_no_effect(hub_cache, tmp_path, monkeypatch):
+    snapshot(hub_cache, "good", train=1)
+    write_shards(tmp_path / NAME / CONFIG, "train", {"text": ["another"]})
+    (tmp_path / NAME / "texts.py").write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(tmp_path)
+    assert texts()[0] == "good train 0"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [("of a named file", "does not match the sha256 that names it"), ("of another", "cannot be read"), ("column", "with text")],
+)
+def test_a_damaged_file_is_named(hub_cache, damage, says):
+    file = snapshot(hub_cache, "good", train=1) / CONFIG / "train-00000-of-00001.parquet"
+    content = bytearray(file.read_bytes())
+    if damage == "column":
+        write_shards(file.parent, "train", {"body": ["text"]})
+    elif damage == "of another":
+        file.write_bytes(content[:-20])
+    else:
+        content[20] ^= 1
+        blob = hub_cache / ("ab" * 32)
+        blob.write_bytes(content)
+        file.unlink()
+        file.symlink_to(blob)
+    with pytest.raises(UserError, match=rf"{says}.* damaged. Delete (.*/(ab){{32}} and )?{file}, and give"):
+        texts()
+
+
+def test_a_file_that_is_not_in_the_cache_is_downloaded_from_the_same_revision(hub_cache, monkeypatch, capsys):
+    """And a link without its content is no file."""
+    folder = snapshot(hub_cache, REVISION, train=2)
+    names = [f"{CONFIG}/train-0000{i}-of-00002.parquet" for i in (0, 1)]
+    content = (folder / names[1]).read_bytes()
+    (folder / names[1]).unlink()
+    (folder / names[1]).symlink_to(hub_cache / "deleted")
+    asked = []
+
+    def download(name: str, file: str, **options) -> str:
+        asked.append((name, file, options))
+        (folder / file).unlink()
+        (folder / file).write_bytes(content)
+        return str(folder / file)
+
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    stream = types.SimpleNamespace(iter=torn)
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: stream))
-    with pytest.raises(UserError, match=r"(?s)Salesforce/wikitext[^\n]*: no route\n.*--data-dir a folder"):
-        list(READERS.values())[-1]()
+    assert len(texts()) == 7
+    assert asked == [(NAME, names[1], {"repo_type": "dataset", "revision": REVISION})]
+    assert capsys.readouterr().out == f"downloading {NAME} {names[1]}\n"
+
+
+# ---- errors ----
+
+
+def failing(error: BaseException):
+    """A function of the hub's client, which wraps the error twice."""
+
+    def fail(*_: object, **__: object):
+        try:
+            raise error
+        except Exception as inner:
+            try:
+                raise LocalEntryNotFoundError("An error happened while " + "trying to locate the file " * 20) from inner
+            except OSError as outer:
+                raise OSError("We could not connect") from outer
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+            r"from the hub: .*Connection refused\nThree",
+        ),
+        (socket.gaierror(-2, "Name or service not known"), r"from the hub: .*not known\nThree"),
+        (httpx2.RemoteProtocolError("peer closed connection"), r"cannot read .* from the hub: RemoteProtocolError: peer closed"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"cannot use the cache .*No space left.*Set HF_HOME, now /",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/hf/hub"),
+            r"cannot use the cache .*denied: '/hf/hub'",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_innermost_cause_is_named_and_the_right_one_is_blamed(hub_cache, monkeypatch, error, says):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", failing(error))
+    with pytest.raises(UserError, match=says):
+        found()
+    snapshot(hub_cache, REVISION, train=2)
+    (hub_cache / f"datasets--owner--texts/snapshots/{REVISION}/{CONFIG}/train-00001-of-00002.parquet").unlink()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing(error))
+    with pytest.raises(UserError, match=says):
+        texts()
+
+
+def test_a_broken_pyarrow_is_not_blamed_on_the_hub(hub_cache, monkeypatch):
+    snapshot(hub_cache, "good", train=1)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it fails
+    with pytest.raises(UserError, match=r"by means of pyarrow, which cannot be imported: .*pyarrow.*\nThree ways"):
+        texts()
+
+
+def test_a_lookup_that_failed_before_is_not_the_cause():
+    error = ValueError("two\n lines  " + "x" * 600 + " the end")
+    error.__context__ = FileNotFoundError(errno.ENOENT, "No such file or directory", "refs/main")
+    error.__context__.__context__ = KeyError("name")
+    said = cause(error)
+    assert said.startswith("ValueError: two lines xxx")
+    assert said.endswith("x the end")
+    assert len(said) == 500

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-import sys
+import shutil
 import tracemalloc
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +15,13 @@ import torch
 from conftest import OTHERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_hub import write_shards
 from transformers import AutoTokenizer
 
 from bert_tickets.data import mlm_dataset, text_source, token_cache
 from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.mlm_dataset import load_corpus, read_tokens
-from bert_tickets.data.text_source import HELD_OUT, PIECE, ROWS, WIKIPEDIA, WIKITEXT, file_text, find_texts, hub_text
+from bert_tickets.data.text_source import HELD_OUT, HUB, PIECE, ROWS, WIKIPEDIA, WIKITEXT, file_text, find_texts
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
 
@@ -226,52 +226,38 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(cache, tokenizer, tm
 # ---- the hub ----
 
 
-class Rows(list):
-    """A stream of `datasets`: an iterable with `take`, `skip` and `iter`."""
-
-    def take(self, count: int) -> Rows:
-        return Rows(self[:count])
-
-    def skip(self, count: int) -> Rows:
-        return Rows(self[count:])
-
-    def iter(self, size: int):
-        return ({"text": self[at : at + size]} for at in range(0, len(self), size))
+def put_in(hub_cache: Path, name: str, revision: str, splits: dict[str, list[str]], shards: int = 1) -> None:
+    """Write a revision of a data set into the hub's cache."""
+    folder = hub_cache / f"datasets--{name.replace('/', '--')}" / "snapshots" / revision / HUB[name]
+    for split, rows in splits.items():
+        write_shards(folder, split, {"text": rows}, shards)
 
 
-def put_hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[str]], revision: str = "0123abc") -> list:
-    """Stand in for the hub, with one data set; returns a list of the calls."""
-    asked = []
-
-    def load_dataset(name: str, config: str, **options) -> Rows:
-        asked.append((name, config, options))
-        return Rows(splits[options["split"]])
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, repo_type: f"{name}/snapshots/{revision}/{file}")
-    return asked
-
-
-def test_wikitext_is_streamed_and_read_once(cache, tokenizer, tmp_path, monkeypatch):
+def test_wikitext_is_read_once_for_each_revision(cache, hub_cache, tokenizer, tmp_path):
     text = words(3000)
     rows = [line + "\n" for line in text.split("\n")]
     assert len(rows) > 2 * ROWS
-    asked = put_hub(monkeypatch, {"train": rows, "validation": rows[::-1]})
+    put_in(hub_cache, WIKITEXT, "0123", {"train": rows, "validation": rows[::-1]}, shards=2)
     found = {split: read_tokens(text, tokenizer)[0] for split, text in find_texts(None).items()}
     assert found["train"].tolist() == stream_of(written(tmp_path / "t", text), tokenizer)
     assert found["validation"].tolist() == stream_of(written(tmp_path / "v", "".join(rows[::-1])), tokenizer)
-    options = [{"split": split, "streaming": True, "revision": "0123abc"} for split in ("train", "validation")]
-    assert asked == [(WIKITEXT, "wikitext-103-raw-v1", option) for option in options]
-    for revision, times in (("0123abc", 0), ("another", 1)):
-        asked = put_hub(monkeypatch, {"train": ["the film"]}, revision)
-        read_tokens(hub_text(WIKITEXT, "train"), tokenizer)
-        assert len(asked) == times
+    read_tokens(replace(find_texts(None)["train"], read=None), tokenizer)
+    shutil.rmtree(hub_cache / "datasets--Salesforce--wikitext")
+    put_in(hub_cache, WIKITEXT, "4567", {"train": ["the film"], "validation": ["a"]})
+    assert len(read_tokens(find_texts(None)["train"], tokenizer)[0]) == 2
 
 
-def test_wikipedias_first_articles_are_held_out(cache, tokenizer, monkeypatch):
+def test_wikipedias_first_articles_are_held_out(cache, hub_cache, tokenizer):
     articles = [f"good {OTHERS[0]}" if number < HELD_OUT else "bad" for number in range(HELD_OUT + 7)]
-    asked = put_hub(monkeypatch, {"train": articles})
+    put_in(hub_cache, WIKIPEDIA, "0123", {"train": articles}, shards=3)
     found = {split: read_tokens(text, tokenizer)[0] for split, text in find_texts(WIKIPEDIA).items()}
     assert found["train"].tolist() == tokenizer(" bad" * 7, add_special_tokens=False)["input_ids"]
     assert found["validation"].tolist() == tokenizer(" good film" * HELD_OUT, add_special_tokens=False)["input_ids"]
-    assert {options["split"] for *_, options in asked} == {"train"}
+
+
+def test_a_file_of_the_hub_is_not_needed_before_it_is_read(cache, hub_cache, tokenizer, monkeypatch):
+    monkeypatch.setattr(mlm_dataset, "PIECES", 1)
+    put_in(hub_cache, WIKIPEDIA, "0123", {"train": ["the film"] * (3 * HELD_OUT)}, shards=3)
+    for file in hub_cache.rglob("train-00002-of-00003.parquet"):
+        file.unlink()
+    assert len(read_tokens(find_texts(WIKIPEDIA)["train"], tokenizer, 10)[0]) == 10

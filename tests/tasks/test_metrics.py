@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,19 @@ def test_without_evaluate_or_its_hub_nothing_is_compared(monkeypatch):
     assert "not compared" in compare_with_evaluate("cola", [1, 0], [1, 1], {"matthews": 0.5})
     monkeypatch.setitem(sys.modules, "evaluate", None)  # importing it fails
     assert "not compared" in compare_with_evaluate("cola", [1, 0], [1, 1], {"matthews": 0.5})
+
+
+@pytest.mark.parametrize("task", ["rte", "squad"])
+def test_no_file_of_the_working_directory_is_run(tmp_path, monkeypatch, task):
+    """With the real package, offline: `glue` and `squad` may be folders of data."""
+    for name in ("glue", "squad"):
+        for folder in (tmp_path / name, tmp_path / "evaluate-metric" / name):
+            folder.mkdir(parents=True)
+            (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    assert "not compared" in compare_with_evaluate(task, [1, 0], [1, 1], {"accuracy": 0.5})
+    assert Path.cwd() == tmp_path
+    assert not (tmp_path / "executed").exists()
 
 
 def test_squads_scores_are_summed_in_the_order_of_the_questions():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import store_of
 from paragraphs import content, labelled_texts, starts_of
+from small_hub import write_squad
 from test_metrics import put_evaluate
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
@@ -51,6 +51,20 @@ def written(folder: Path, value: object, file: str = "dev-v1.1.json") -> Path:
 
 
 # ---- files ----
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_file_of_another_encoding_or_with_a_byte_order_mark_is_read(tmp_path, encoding):
+    path = written(tmp_path, one("my größe ", "größe"))
+    path.write_text(json.dumps(one("my größe ", "größe"), ensure_ascii=False), encoding=encoding)
+    (question,) = read_json(path)
+    assert question.found_answer == ("größe", 3)
+
+
+def test_half_of_a_surrogate_pair_is_a_users_error(tmp_path):
+    path = written(tmp_path, one(question="what is \ud83d?"))
+    with pytest.raises(UserError, match=r"data\[0\].paragraphs\[0\].qas\[0\] has half of a surrogate pair, '.ud83d'"):
+        read_json(path)
 
 
 def test_a_file_gives_its_questions(squad_dir):
@@ -130,17 +144,8 @@ def test_limits_are_of_questions_and_the_same_for_every_seed(squad_dir, tokenize
 # ---- the hub ----
 
 
-def test_the_hub_gives_the_same_windows_as_the_files(squad_dir, tokenizer, monkeypatch):
-    def load_dataset(name: str) -> dict:
-        assert name == "rajpurkar/squad"
-        splits: dict = {}
-        for split, questions in read_folder(squad_dir).items():
-            columns = {key: [getattr(q, key) for q in questions] for key in ("id", "question", "context")}
-            golds = [dict(zip(("text", "answer_start"), map(list, zip(*q.answers, strict=True)), strict=True)) for q in questions]
-            splits[split] = columns | {"title": ["A"] * len(questions), "answers": golds}
-        return splits
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+def test_the_hub_gives_the_same_windows_as_the_files(squad_dir, tokenizer, hub_cache):
+    write_squad(hub_cache / "datasets--rajpurkar--squad/snapshots/0123", squad_dir)
     hub, folder = load(None, tokenizer), load(squad_dir, tokenizer)
     assert [store.sha256 for store in hub[1:]] == [store.sha256 for store in folder[1:]]
     assert hub[0].asked == folder[0].asked
