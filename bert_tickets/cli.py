@@ -7,8 +7,9 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import importlib.util
+import io
 import os
-import resource
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -87,11 +88,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def hyphens(argv: Sequence[str] | None = None) -> list[str]:
-    """Replace `--batch_size` by `--batch-size` in a command line, so that both are accepted."""
+    """Replace `--batch_size` by `--batch-size` in a command line, and `~` by the home folder, also in `--output-dir=~/runs`."""
     words = []
     for word in sys.argv[1:] if argv is None else argv:
-        name, equals, value = word.partition("=")
-        words.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(name.replace("_", "-") + equals + os.path.expanduser(value))
     return words
 
 
@@ -127,9 +128,12 @@ def _types(method: str) -> dict[str, Any]:
 def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     """Run a script's `main` and exit: 2 with a message for a `UserError` or `OSError`, 75 if another process holds the run
     directory, 128 + signal if stopped."""
-    keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # otherwise a locale without UTF-8 raises an error
     code, message = 0, ""
     try:
+        _check_system()
+        keep_freed_memory()
         main(*arguments)
         sys.stdout.flush()
     except UserError as error:
@@ -139,19 +143,37 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except BrokenPipeError:  # `... | head` has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
         code = 141
     except OSError as error:
         code, message = 2, f"error: {error}. Complete files are intact; the same command can be given again."
     if message:
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
     sys.exit(code)
+
+
+def _check_system() -> None:
+    """Raise `UserError` on Windows, and if the locale reads a path otherwise than as UTF-8, as the libraries in Rust do."""
+    if not all(map(importlib.util.find_spec, ("fcntl", "resource"))):
+        raise UserError("bert_tickets needs Linux or macOS: this Python has no fcntl or no resource. On Windows, use WSL.")
+    for path in (*sys.argv, os.getcwd()):
+        if os.fsencode(path) != path.encode("utf-8", "surrogatepass"):
+            known = f"the encoding of this locale is {sys.getfilesystemencoding()}"
+            raise UserError(f"{path!a} is not UTF-8 ({known}): export PYTHONUTF8=1, or use names in ASCII")
+
+
+def is_torchrun() -> bool:
+    """Return whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_launched() -> bool:
     """Return whether torchrun started this process as one of several. (Some clusters set WORLD_SIZE for every program.)"""
-    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    return is_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def keep_freed_memory() -> None:
@@ -160,6 +182,8 @@ def keep_freed_memory() -> None:
     By default it returns large tensors to the system, and a training step on a CPU spends up to a seventh of its time on page
     faults. Does nothing if a MALLOC_ variable or a memory limit is set.
     """
+    import resource  # not on Windows, where --help should answer
+
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if limited or any(name.startswith("MALLOC_") for name in os.environ):

@@ -22,7 +22,7 @@ class Busy(UserError):
 
 
 class Stopped(BaseException):
-    """SIGTERM or Ctrl-C, raised after everything was saved. Not an `Exception`, so that no library catches it."""
+    """A signal that stops, raised after everything was saved. Not an `Exception`, so that no library catches it."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -91,10 +91,10 @@ def locked(path: Path) -> Iterator[None]:
     except Timeout:
         name = ""
         with suppress(OSError):
-            name = holder.read_text().strip()  # empty while the holder writes it
+            name = holder.read_text(encoding="utf-8", errors="replace").strip()  # empty while the holder writes it
         raise Busy(f"{path.parent} is in use by {name or 'another process'}; wait for it, or stop it") from None
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -17,6 +17,7 @@
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=false stage_wanted='' failures=()
+stop_signals='INT TERM HUP USR1 USR2 XCPU' # as in bert_tickets/signals.py
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -61,7 +62,7 @@ emit() { # stage, command ...
   fi
   printf '\n$ %s\n' "${line% }"
   forward_signals "$@" || code=$?
-  if [ $code -eq 130 ] || [ $code -eq 143 ]; then # SIGINT, SIGTERM; a command that the kernel killed (137) has failed
+  if [ $code -gt 128 ] && [[ " $stop_signals " = *" $(kill -l $code 2> /dev/null) "* ]]; then # one that the kernel killed has failed
     echo "stopped; the same command resumes" >&2
     exit $code
   elif [ $code -ne 0 ]; then
@@ -69,18 +70,18 @@ emit() { # stage, command ...
   fi
 }
 
-# Run a command, and send it SIGTERM on SIGINT, SIGTERM and SIGHUP: otherwise bash ends and leaves it running. In a process group
-# of its own, Ctrl-C does not reach it a second time. Returns its exit code.
+# Run a command, and send it SIGTERM on a stop signal: otherwise bash ends and leaves it running. In a process group of its own,
+# Ctrl-C does not reach it a second time. Returns its exit code.
 forward_signals() { # command ...
   local child='' early='' code
-  trap 'if [ -n "$child" ]; then kill -- "-$child" 2> /dev/null || true; else early=true; fi' INT TERM HUP
+  trap 'if [ -n "$child" ]; then kill -- "-$child" 2> /dev/null || true; else early=true; fi' $stop_signals
   set -m
   "$@" &
   child=$!
   set +m
   [ -z "$early" ] || kill -- "-$child"
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2> /dev/null; do :; done # a signal ends wait, not the child
-  trap - INT TERM HUP
+  trap - $stop_signals
   return $code
 }
 

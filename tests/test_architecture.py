@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -100,9 +101,36 @@ def test_violations_are_found(tmp_path):
     ]
 
 
+def sources() -> list[Path]:
+    """The files of the package and of the scripts."""
+    return [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("*.py"), *(PACKAGE.parent / "scripts").glob("*.py")]
+
+
+def opened_by_locale(text: str) -> list[str]:
+    """The calls of a source that open a text file, or decode a program's output, without an encoding."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and not any(word.arg == "encoding" for word in node.keywords):
+            name, call = ast.unparse(node.func).rpartition(".")[2], ast.unparse(node)
+            modes = [arg.value for arg in (*node.args, *(word.value for word in node.keywords)) if isinstance(arg, ast.Constant)]
+            binary = any(isinstance(mode, str) and re.fullmatch("[rwaxbt+]*b[rwaxbt+]*", mode) for mode in modes)
+            if name in ("read_text", "write_text") or (name in ("open", "fdopen") and not binary and "os.open" not in call):
+                found.append(call)
+            if name in ("run", "Popen", "check_output") and any(word.arg == "text" for word in node.keywords):
+                found.append(call)
+    return found
+
+
+def test_files_are_utf8_in_every_locale():
+    assert [call for path in sources() for call in opened_by_locale(path.read_text(encoding="utf-8"))] == []
+    bad = ["open(p)", "p.open('a')", "p.read_text()", "p.write_text(t)", "open(p, mode='w')", "run(c, text=True)"]
+    good = ["open(p, 'rb')", "p.open('ab+')", "open(p, encoding='utf-8')", "p.read_bytes()", "os.open(p, f)", "run(c)"]
+    assert opened_by_locale("\n".join([*bad, *good])) == [ast.unparse(ast.parse(call)) for call in bad]
+
+
 def test_files_and_functions_are_short():
     long = []
-    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("*.py"), *(PACKAGE.parent / "scripts").glob("*.py")]:
+    for path in sources():
         text = path.read_text(encoding="utf-8")
         long += [path.name] * (len(text.splitlines()) > MAX_LINES["file"])
         for node in ast.walk(ast.parse(text)):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import compare
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import GIVEN, OF_IMP
 
+import oneshot
 from bert_tickets.cli import flags, parse, run_command
 from bert_tickets.config import TASKS, flat, methods, run_name
 from bert_tickets.errors import Busy, Stopped, UserError
@@ -78,6 +83,21 @@ def test_other_spellings_of_a_flag_or_a_task_are_accepted():
     underscored = parse("glue", None, ["--task=SST-2", "--batch_size", "16", "--no_rewind_head", "--output_dir=a_b/c-d"])
     assert underscored == parse("glue", None, ["--task=sst2", "--batch-size", "16", "--no-rewind-head", "--output-dir=a_b/c-d"])
     assert underscored.output_dir == "a_b/c-d"  # values stay as they are
+
+
+@pytest.mark.parametrize("path", ["~", "~/a_b", "nobody~/x", "./~/x", "~no-such-user/x"])
+def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(monkeypatch, path):
+    """Also behind `=` and in quotes, where a shell does not replace it."""
+    monkeypatch.setenv("HOME", "/home/of/me")
+    full = path.replace("~", "/home/of/me", 1) if path in ("~", "~/a_b") else path
+    for name in ("model", "data_dir", "output_dir", "init", "mask"):
+        flag = name.replace("_", "-")
+        for more in ([f"--{flag}={path}"], [f"--{name}={path}"], [f"--{flag}", path]):
+            assert flat(parse("glue", None, ["--task", "rte", "--mask", "m", *more]))[name] == full
+    args = oneshot.parse([f"--model={path}", "--rate=0.5", "--init", path, "--output", path])
+    assert (args.model, args.init, args.output) == (full, full, full)
+    compared = compare.parse([path, f"{path}/x", f"--csv={path}"])
+    assert (compared.masks, compared.csv) == ([Path(full), Path(full, "x")], Path(full))
 
 
 # ---- mistakes ----
@@ -210,3 +230,76 @@ def test_output_that_nobody_takes_ends_without_a_traceback(reader, code):
     ran = subprocess.run(line, cwd=ROOT, shell=True, executable="/bin/bash", capture_output=True, text=True)
     assert ran.returncode == code
     assert "Traceback" not in ran.stderr
+
+
+# ---- systems ----
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a locale without UTF-8
+
+
+def ran(program: str, *words: str, **options: Any) -> tuple[int, str, bytes]:
+    """The exit code, stdout and stderr of a Python program."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ASCII
+    found = subprocess.run([sys.executable, *program.split(maxsplit=1), *words], capture_output=True, env=environment, **options)
+    return found.returncode, found.stdout.decode("ascii"), found.stderr
+
+
+def test_letters_that_the_locale_lacks_are_printed_as_escapes():
+    program = "-c from bert_tickets.cli import run_command; run_command(print, 'caf\\xe9')"
+    assert ran(program) == (0, "caf\\xe9\n", b"")
+
+
+@pytest.mark.parametrize("locale", [ASCII, {}])
+def test_a_path_that_is_not_utf8_in_this_locale_is_refused(tmp_path, locale):
+    """The tokenizer and the weights are read by libraries in Rust, which would not find it, or write another."""
+    name = "mod\u00e8le".encode("utf-8" if locale else "latin-1")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (locale or {"PYTHONUTF8": "1"})
+    words: list[Any] = [sys.executable, ROOT / "lt_glue.py", "--task=rte", "--dry-run", b"--model=" + name]
+    found = subprocess.run(words, capture_output=True, env=environment, cwd=tmp_path)
+    assert found.returncode == 2
+    assert b"is not UTF-8 (the encoding of this locale is " in found.stderr
+    assert found.stderr.count(b"\n") == 1
+    folder = os.fsencode(tmp_path) + b"/" + name
+    os.mkdir(folder)
+    assert subprocess.run(words[:-1], capture_output=True, env=environment, cwd=folder).returncode == 2
+
+
+RUN_AND_EXPORT = """
+import pathlib, sys
+sys.path.append("scripts")
+import export
+from bert_tickets.cli import run_command
+from bert_tickets.methods.main import main
+
+try:
+    main("glue", None)
+except SystemExit as end:
+    assert not end.code
+(run,) = pathlib.Path(sys.argv[-1]).iterdir()
+run_command(export.main, export.parse([str(run), f"{run}/exported"]))
+"""
+
+
+def test_a_run_in_a_locale_without_utf8_keeps_models_and_exports_them(commands, tmp_path):
+    """The vocabulary and the texts hold other letters than ASCII's."""
+    words = [*commands["lt_glue.py"], "--levels", "1", "--keep-models", "--output-dir", str(tmp_path)]
+    code, _, complained = ran("-c " + RUN_AND_EXPORT.strip(), *words, cwd=ROOT)
+    assert code == 0, complained
+    (run,) = tmp_path.iterdir()
+    for folder in ("level_00/model", "exported"):
+        assert "“" in (run / folder / "tokenizer.json").read_text(encoding="utf-8")
+    assert (run / "exported" / "README.md").exists()
+
+
+@pytest.mark.parametrize("absent", ["fcntl", "resource"])
+def test_windows_has_help_and_one_sentence(tmp_path, absent):
+    program = (
+        f"-c import sys, runpy; sys.modules['{absent}'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    for script in ("lt_glue.py", "oneshot.py", "scripts/tables.py"):
+        code, said, _ = ran(program, str(ROOT / script), "--help")
+        assert (code, said[:6]) == (0, "usage:")
+    for words in (["lt_glue.py", "--task=rte"], ["oneshot.py", "--rate=0.5", "--output=m"], ["scripts/tables.py", "runs"]):
+        code, _, complained = ran(program, str(ROOT / words[0]), *words[1:], cwd=tmp_path)
+        assert (code, complained.count(b"\n")) == (2, 1)
+        assert b"needs Linux or macOS" in complained

@@ -34,7 +34,8 @@ def _git() -> dict[str, Any] | None:
     here = Path(__file__).parent
 
     def ask(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20).stdout
+        answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, check=True, timeout=20).stdout
+        return answer.decode(errors="replace")
 
     try:
         ask("ls-files", "--error-unmatch", __file__)  # installed inside somebody's repository, it is not that one

@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from torch import Tensor
 
+from bert_tickets.cli import is_torchrun
 from bert_tickets.config import Config, differences, flat
 from bert_tickets.errors import Damaged, Diverged, Stopped, UserError
 from bert_tickets.files import append_line, locked, read_facts, write, write_checksummed, write_tensors, writing_folder
@@ -33,6 +33,7 @@ from bert_tickets.runs.directory import (
 )
 from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_mask, read_own
 from bert_tickets.runs.provenance import environment
+from bert_tickets.signals import stop_signals
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
 
 
@@ -48,13 +49,15 @@ class Run:
         self.done = 0  # finished levels
         self.stop_signal: int | None = None
         self._signalled_at = 0.0
+        self._parent = os.getppid()
         self.saves_on_stop = False  # a level is in progress: `checkpoint.Checkpoint` stops it
 
     # ---- entering and leaving ----
 
     def __enter__(self) -> Run:
         self.done = self.group.on_main(self._hold)
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._signals = stop_signals(self._on_signal)
+        self._signals.__enter__()
         return self
 
     def _hold(self) -> int:
@@ -73,8 +76,7 @@ class Run:
         return levels_done(self.dir)
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._signals.__exit__(None, None, None)
         if self.group.rank == 0:
             if not (self.dir / "run.json").exists():  # leave no folder behind after a mistyped flag
                 with contextlib.suppress(OSError):
@@ -83,14 +85,22 @@ class Run:
                     self.dir.rmdir()
             self._held.close()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again, self.stop_signal = self.stop_signal is not None, number
+    @property
+    def should_stop(self) -> bool:
+        """Whether a signal arrived, or torchrun died (by SIGUSR1, for example) without stopping its processes."""
+        return self.stop_signal is not None or (is_torchrun() and os.getppid() != self._parent)
+
+    def _on_signal(self, number: int) -> None:
+        before, self.stop_signal = self.stop_signal, number
+        again = before == number and number in (signal.SIGINT, signal.SIGTERM)  # others: a scheduler's warning, then its SIGTERM
         if again and self.group.world_size > 1 and time.monotonic() - self._signalled_at < 2:
             return  # from torchrun, which forwards a signal that each process has received already
         self._signalled_at = time.monotonic()
         if not self.saves_on_stop or again:
             raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command resumes", 128 + number)
-        os.write(2, b"\nstopping after this step or evaluation; once more to stop at once\n")  # print is not reentrant
+        if before is None:
+            with contextlib.suppress(OSError):  # the terminal may be closed. `print` is not reentrant
+                os.write(2, b"\nstopping after this step or evaluation; a second Ctrl-C or SIGTERM stops at once\n")
 
     # ---- run.json and log.jsonl ----
 
@@ -179,7 +189,7 @@ class Run:
 
     def stop(self, level: int, step: int) -> NoReturn:
         """End the run after a signal; its checkpoint is saved."""
-        number = max(self.group.gather(self.stop_signal or 0))
+        number = max(self.group.gather(self.stop_signal or 0)) or signal.SIGTERM
         if self.group.rank:
             raise Stopped("", 128 + number)  # the main process reports it
         self.log("stop", level=level, step=step)

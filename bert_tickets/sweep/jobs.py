@@ -126,7 +126,7 @@ def _files(words: Sequence[str], makers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _inputs(model: str, init: str | None, mask: str | None = None) -> dict[str, Path]:
     """Return the files and folders that a command reads, with links resolved."""
-    on_hub = model.count("/") < 2 and not model.startswith((".", "/", "~")) and not os.path.lexists(model)
+    on_hub = model.count("/") < 2 and not model.startswith((".", "/")) and not os.path.lexists(model)
     values = {"mask": mask, "init": None if init in ("pretrained", "random") else init, "model": None if on_hub else model}
     return {name: Path(value).resolve() for name, value in values.items() if value is not None}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_tickets.errors import Stopped, UserError, first_line
+from bert_tickets.signals import stop_signals
 from bert_tickets.sweep.jobs import Job
 
 GPUS = "CUDA_VISIBLE_DEVICES"  # set by Ray; the other variables of a run are the sweep's
@@ -45,7 +47,7 @@ def execute(command: str, folder: str, environment: dict[str, str], log: str, *n
                 while process.poll() is None:  # not `wait`, which Ray cannot interrupt
                     time.sleep(0.1)
             except KeyboardInterrupt:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)  # of `cd DIR && python ...` the shell and the program
                 process.wait()
                 raise
             code = process.returncode
@@ -58,26 +60,23 @@ def execute(command: str, folder: str, environment: dict[str, str], log: str, *n
 def run(jobs: Sequence[Job], args: argparse.Namespace) -> dict[Job, str]:
     """Run jobs, in the order of `plan`, on Ray, and print a line per event. Returns their outcomes: done, failed, or not run.
 
-    Raises `Stopped` on Ctrl-C and SIGTERM, after the commands have saved. A second signal ends the sweep at once.
+    Raises `Stopped` on a stop signal, after the commands have saved. A second one ends the sweep at once.
     """
     Path(args.log_dir).mkdir(parents=True, exist_ok=True)
     ray = connect(args.address)
-    signals = (signal.SIGINT, signal.SIGTERM)
     received: list[int] = []
-    for number in signals:
-        signal.signal(number, lambda number, _: received.append(number))
     outcomes: dict[Job, str] = {}
     try:
-        pending = _submit(ray, jobs, args)
-        while pending and not received:
-            for reference in ray.wait(list(pending), num_returns=len(pending), timeout=0.5)[0]:  # in the order of the jobs
-                job = pending.pop(reference)
-                outcomes[job] = _outcome(ray, job, reference, outcomes)
-                print(time.strftime("%T"), f"{len(outcomes)} of {len(jobs)} {outcomes[job]}: {job.text}", flush=True)
+        with stop_signals(received.append):
+            pending = _submit(ray, jobs, args)
+            while pending and not received:
+                for reference in ray.wait(list(pending), num_returns=len(pending), timeout=0.5)[0]:  # in the order of the jobs
+                    job = pending.pop(reference)
+                    outcomes[job] = _outcome(ray, job, reference, outcomes)
+                    print(time.strftime("%T"), f"{len(outcomes)} of {len(jobs)} {outcomes[job]}: {job.text}", flush=True)
         if pending:
-            print(f"stopping with {len(pending)} jobs left: the running commands save and end", flush=True)
-            for number in signals:
-                signal.signal(number, signal.SIG_DFL)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print(f"stopping with {len(pending)} jobs left: the running commands save and end", flush=True)
             for reference in pending:
                 ray.cancel(reference)
             ray.wait(list(pending), num_returns=len(pending), timeout=GRACE)

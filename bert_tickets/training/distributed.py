@@ -143,7 +143,7 @@ def joined(device: str) -> Iterator[ProcessGroup]:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     rank, stdout = dist.get_rank(), sys.stdout
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere:
             sys.stdout = stdout if rank == 0 else nowhere
             yield ProcessGroup(rank, dist.get_world_size(), local, dist.new_group(backend="gloo", timeout=TIMEOUT))
     finally:

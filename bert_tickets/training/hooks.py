@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -83,8 +84,10 @@ class ProgressBar(Hook):
     def __call__(self, loop: Loop) -> None:
         if self.curve.losses and self.curve.losses[-1][0] == loop.at:
             self.bar.set_postfix({"loss": self.curve.losses[-1][1]}, refresh=False)
-        self.bar.update()
+        with suppress(OSError):  # its terminal or `tee` ended, and the run may be about to stop
+            self.bar.update()
 
     def end(self, loop: Loop) -> None:
         if hasattr(self, "bar"):
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()

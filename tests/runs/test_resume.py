@@ -1,7 +1,12 @@
 """A run that is killed at any moment and started again ends as if nothing had happened."""
 
+import errno
+import io
 import os
 import signal
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from bert_tickets.runs import prepare as preparing
 from bert_tickets.runs import session
 from bert_tickets.runs.directory import events, failure, seconds
 from bert_tickets.runs.integrity import problems
+from bert_tickets.signals import STOP_SIGNALS
 from bert_tickets.training.step import Step
 
 VARIANTS = [
@@ -98,17 +104,73 @@ def test_files_are_flushed_before_their_rename_and_folders_after(runs, monkeypat
     assert not unflushed
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_sigterm_and_ctrl_c_save_and_stop(runs, expected, monkeypatch, number, code):
+def kill_self(*names: str) -> Callable[[], None]:
+    """Send these signals to this process."""
+    return lambda: [os.kill(os.getpid(), getattr(signal, name)) for name in names] and None
+
+
+SAVING = [
+    *((signal.Signals(number).name,) for number in STOP_SIGNALS),
+    ("SIGUSR1", "SIGTERM"),
+    ("SIGXCPU",) * 3,
+    ("SIGTERM", "SIGINT"),
+]
+
+
+@pytest.mark.parametrize("names", SAVING, ids="-".join)
+def test_signals_save_and_stop(runs, expected, monkeypatch, names):
+    """Several: a scheduler warns, and then ends the job."""
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", dying(Step.__call__, 9, by=lambda: os.kill(os.getpid(), number)))
+        patch.setattr(Step, "__call__", dying(Step.__call__, 9, by=kill_self(*names)))
         with pytest.raises(Stopped, match=r"level 1 after step 3, saved in runs/.*the same command resumes") as stop:
             runs("stopped")
-    assert stop.value.code == code
+    assert stop.value.code == 128 + getattr(signal, names[-1])
     run = runs.dir("stopped")
     assert (run / "checkpoint.safetensors").exists()
     assert runs("stopped") == expected
     assert not (run / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_the_same_signal_again_stops_at_once(runs, monkeypatch, name):
+    monkeypatch.setattr(Step, "__call__", dying(Step.__call__, 9, by=kill_self(name, name)))
+    with pytest.raises(Stopped, match=r"^stopped; finished levels are in runs/"):
+        runs("run")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
+def test_a_run_whose_terminal_is_closed_saves(runs, monkeypatch, number):
+    """Or whose output nobody reads: Ctrl-C ends also the `tee` behind it."""
+
+    def gone(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def hang_up() -> None:
+        monkeypatch.setattr(os, "write", gone)
+        monkeypatch.setattr(sys.stderr, "write", gone)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(Step, "__call__", dying(Step.__call__, 9, by=hang_up))
+    with pytest.raises(Stopped, match="level 1 after step 3, saved"):
+        runs("run")
+
+
+def test_a_run_whose_torchrun_died_saves_and_stops(runs, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(Step, "__call__", dying(Step.__call__, 9, by=lambda: monkeypatch.setattr(os, "getppid", lambda: 1)))
+    with pytest.raises(Stopped, match="level 1 after step 3, saved") as stop:
+        runs("run")
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
+def test_a_run_in_another_thread_works_without_signals(runs, expected):
+    found = {}
+    thread = threading.Thread(target=lambda: found.update(runs("run")))
+    thread.start()
+    thread.join()
+    assert found == expected
 
 
 def test_a_signal_before_the_first_level_stops_at_once(runs, expected, monkeypatch):

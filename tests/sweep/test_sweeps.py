@@ -12,6 +12,7 @@ from conftest import ROOT
 from test_jobs import MAKERS
 from test_runner import SAVES, wait_for
 
+from bert_tickets.signals import STOP_SIGNALS
 from bert_tickets.sweep.jobs import TRAINING, plan
 
 SWEEPS = ["table2", "transfer", "rewinding", "oneshot", "similarity", "mlm", "perturbed"]
@@ -93,7 +94,9 @@ def test_variables_reach_the_commands(tmp_path):
     assert all("level_02" in words[words.index("--mask") + 1] for words in trained if "--init" in words)
 
 
-@pytest.mark.parametrize(("code", "calls", "ends"), [(137, 4, 1), (143, 1, 143), (130, 1, 130)])
+@pytest.mark.parametrize(
+    ("code", "calls", "ends"), [(137, 4, 1), (255, 4, 1), *((128 + number, 1, 128 + number) for number in STOP_SIGNALS)]
+)
 def test_a_killed_command_does_not_end_the_sweep_and_a_stopped_one_does(tmp_path, code, calls, ends):
     python = stub(tmp_path, f"echo called >> {tmp_path}/called; exit {code}")
     found = sweep("rewinding", TASKS="rte", SEEDS="1", REWIND="5% none", PYTHON=python)
@@ -101,7 +104,7 @@ def test_a_killed_command_does_not_end_the_sweep_and_a_stopped_one_does(tmp_path
     assert found.returncode == ends
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_stops_the_running_command_once_and_the_sweep_waits_for_it(tmp_path, number):
     told, python = tmp_path / "told", stub(tmp_path, f"cd {tmp_path}; {SAVES}")
     variables = {"PYTHON": python, "TASKS": "rte", "SEEDS": "1", "REWIND": "5% none"}
