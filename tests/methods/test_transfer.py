@@ -113,7 +113,7 @@ def test_a_mask_of_another_checkpoint_is_warned_about_and_of_a_copy_not(transfer
     bases = [("bert-base-cased", True), (str(bert_dir), False), (str(copy), False), (fingerprint(str(copy)), False)]
     for base, warned in bases:
         _, result = transfer(Mask(mask, {"base_model": base}))
-        assert any("the mask was found on bert-base-cased" in warning for warning in result["warnings"]) == warned
+        assert any("the mask was found on" in warning for warning in result["warnings"]) == warned
 
 
 @pytest.mark.parametrize(
