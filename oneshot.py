@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from bert_tickets.cli import FORMATTER, hyphens, run_command
 from bert_tickets.config import Config, Prunable, Training
+from bert_tickets.content import fingerprint, of_init
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,9 +36,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings for the metadata of the mask file."""
+    """Return the settings for the metadata of the mask file, with fingerprints of folders and files."""
     method = f"oneshot {args.method}" + " by tensor" * (args.scope == "tensor")
-    found = {"base_model": args.model, "method": method, "init": args.init, "rate": args.rate, "seed": args.seed}
+    found = {"base_model": fingerprint(args.model), "method": method, "init": of_init(args.init)}
+    found |= {"rate": args.rate, "seed": args.seed}
     return found | ({"prunable": args.prunable} if args.prunable != "matrices" else {})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from bert_tickets.cli import FORMATTER, hyphens, run_command
 from bert_tickets.config import Config, Training
+from bert_tickets.content import fingerprint
 
 SHUFFLES = (
     "entries: the entries of each matrix (theta_0''); layers: whole layers; "
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings for the metadata of the file."""
-    return {"how": args.shuffle or "noise", "sigma": args.noise, "model": args.model, "seed": args.seed}
+    return {"how": args.shuffle or "noise", "sigma": args.noise, "model": fingerprint(args.model), "seed": args.seed}
 
 
 def main(args: argparse.Namespace) -> None:

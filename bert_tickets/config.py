@@ -1,4 +1,4 @@
-"""A run's settings: frozen dataclasses, the presets that fill them, and the run's name.
+"""A run's settings: frozen dataclasses, and the presets that fill them.
 
 Imports no torch, so that `--help` is fast. A method has its own flags in a dataclass `Settings` in its file, and their values by
 kind of task and protocol in `presets/<method>.toml`.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib
-import json
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +17,6 @@ from typing import Any, Literal
 
 import bert_tickets
 from bert_tickets.errors import UserError
-from bert_tickets.files import file_sha256
 
 # The kinds of tasks, one for each training script, and their tasks.
 TASKS = {
@@ -230,38 +227,3 @@ def _check(cfg: Config) -> None:
         need(1 <= cfg.doc_stride <= context, "doc_stride", f"must be from 1 to {context}, or windows would miss text")
     need(0 <= cfg.train.weight_decay < 1, "weight_decay", "must be at least 0 and below 1")
     need(0 <= cfg.train.seed < 2**32, "seed", "must be from 0 to 2^32 - 1")
-
-
-# ---- the run's name ----
-
-
-def differences(cfg: Config) -> dict[str, Any]:
-    """Return the settings that affect the result and differ from the preset of method, task and protocol; files as sha256."""
-    fields, values = fields_of(cfg.method), flat(cfg)
-    named = {"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol}
-    required = {name: values[name] for name, f in fields.items() if f.default is dataclasses.MISSING and name != "task"}
-    preset = flat(from_flat(preset_values(cfg.method, cfg.kind, cfg.protocol) | named | required))
-    changed = {name: value for name, value in values.items() if value != preset[name]} | required
-    return {name: _by_content(name, value) for name, value in changed.items() if fields[name].metadata["affects_result"]}
-
-
-def _by_content(name: str, value: Any) -> Any:
-    """Return the value of a setting in the run's name: a file as its sha256, a folder as its absolute path."""
-    path = Path(value) if isinstance(value, str) and name in ("mask", "init", "data_dir", "model") else None
-    if path is not None and path.is_file():
-        stat = path.stat()
-        return "sha256:" + _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    return str(path.resolve()) if path is not None and path.is_dir() else value
-
-
-@functools.cache
-def _sha256(path: Path, *version: int) -> str:
-    """Return the sha256 of a version of a file; cached, as a sweep names hundreds of runs by the same few files."""
-    return file_sha256(path)
-
-
-def run_name(cfg: Config) -> str:
-    """Return `<task>-<method>-s<seed>-<hash>`. Two runs have the same name only if their settings are the same."""
-    method = cfg.method if cfg.protocol == "paper" else f"{cfg.method}-{cfg.protocol}"
-    text = json.dumps({"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol, **differences(cfg)}, sort_keys=True)
-    return f"{cfg.task}-{method}-s{cfg.train.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from bert_tickets.config import build, differences, flat, run_name
+from bert_tickets.config import build, flat
 from bert_tickets.files import read_facts, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.runs.directory import FORMAT
+from bert_tickets.runs.naming import differences, run_name
 
 WEIGHTS = 1000
 METRICS = {"cola": "matthews", "stsb": "pearson", "squad": "f1"}

@@ -21,9 +21,10 @@ from test_config import GIVEN, OF_IMP
 
 import oneshot
 from bert_tickets.cli import flags, parse, run_command
-from bert_tickets.config import TASKS, flat, methods, run_name
+from bert_tickets.config import TASKS, flat, methods
 from bert_tickets.errors import Busy, Stopped, UserError
 from bert_tickets.methods.main import run
+from bert_tickets.runs.naming import run_name
 
 METHODS = {"imp": OF_IMP, "transfer": {"mask": "mask.pt"}}
 

@@ -1,12 +1,10 @@
-"""Presets, and the run's name."""
+"""Presets."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from bert_tickets.config import TASKS, build, differences, flat, from_flat, methods, run_name
+from bert_tickets.config import TASKS, build, flat, methods
 
 # A value for every field of a run on GLUE, none of them the default.
 GIVEN = {"task": "mrpc", "model": "some/folder", "data_dir": "glue_data", "output_dir": "elsewhere", "protocol": "released"}
@@ -16,12 +14,6 @@ GIVEN |= {"weight_decay": 0.01, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "gra
 GIVEN |= {"seed": 1, "log_every": 10, "save_steps": 7, "save_minutes": 2.5}
 OF_IMP = {"levels": 4, "rate": 0.05, "schedule": "geometric", "scope": "tensor", "prunable": "matrices+biases", "rewind": "5%"}
 OF_IMP |= {"prune_first": True, "rewind_head": False, "decay": "once", "reset_optimizer": False}
-NOT_IN_THE_NAME = {"output_dir", "device", "keep_models", "check_metrics", "dry_run", "save_steps", "save_minutes"}
-
-
-def name(**given):
-    return run_name(build({"task": "rte", **given}))
-
 
 # ---- presets ----
 
@@ -64,51 +56,3 @@ def test_a_flag_overrides_the_preset():
     assert build({"task": "rte", "protocol": "released", "rewind": "none", "decay": "level"}).settings.decay == "level"
     mlm = build({"task": "mlm", "epochs": 1.0})
     assert (mlm.train.epochs, mlm.train.max_steps) == (1.0, None)
-
-
-# ---- the run's name ----
-
-
-def test_a_name_does_not_depend_on_the_order_of_the_flags():
-    values = {field: value for field, value in (GIVEN | OF_IMP).items() if field != "epochs"}
-    cfg = build(values)
-    assert run_name(cfg) == run_name(build(dict(reversed(values.items()))))
-    assert from_flat(flat(cfg)) == cfg
-
-
-@pytest.mark.parametrize("field", sorted((GIVEN | OF_IMP).keys()))
-def test_a_name_depends_on_what_affects_the_result(field):
-    assert (name(**{field: (GIVEN | OF_IMP)[field]}) == name()) == (field in NOT_IN_THE_NAME)
-
-
-def test_other_words_for_the_same_settings_change_no_name():
-    defaults = {field: value for field, value in flat(build({"task": "rte"})).items() if field not in ("epochs", "doc_stride")}
-    assert name(**defaults) == name()
-    assert differences(build(defaults)) == {}
-    for zero in ("0", "00", "+0", "0%", "0.0%"):
-        assert name(rewind=zero) == name()
-    assert name(rewind="none", reset_optimizer=False) == name(rewind="none") != name(rewind="none", reset_optimizer=True)
-    assert name(rate=0.3, levels=4) == name(rate=0.3)
-
-
-def test_a_name_tells_task_method_protocol_and_seed():
-    assert re.fullmatch(r"mnli-imp-released-s3-[0-9a-f]{8}", name(task="mnli", protocol="released", seed=3))
-    assert re.fullmatch(r"rte-transfer-s57-[0-9a-f]{8}", name(method="transfer", mask="mask.pt"))
-    assert name(task="mnli") == "mnli-imp-s57-d28562b5"  # finished runs are found again
-
-
-@pytest.mark.parametrize("field", ["mask", "init"])
-def test_a_file_counts_by_its_content(tmp_path, field):
-    given = {"method": "transfer", "mask": "m"} if field == "mask" else {}
-    for file, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
-        (tmp_path / file).write_bytes(content)
-    a, b, c = (name(**given | {field: str(tmp_path / file)}) for file in "abc")
-    assert a == b != c
-    (tmp_path / "a").write_bytes(b"2")
-    assert name(**given | {field: str(tmp_path / "a")}) != a
-
-
-def test_a_folder_counts_by_its_path(tmp_path, monkeypatch):
-    (tmp_path / "glue").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert name(data_dir="glue") == name(data_dir=str(tmp_path / "glue")) == name(data_dir="./glue/") != name()

@@ -60,7 +60,8 @@ def load_ticket(run: Path, level: int | None = None, model: str | None = None) -
     level = done - 1 if level is None else level
     result, mask, cfg = check_level(run, level), read_mask(run, level), from_flat(about["config"])
     if model is None:
-        model = about["differs_from_preset"].get("model", cfg.model)
+        earlier = about["differs_from_preset"].get("model", "")  # versions that named folders by their paths have it here
+        model = earlier if Path(earlier).is_absolute() else cfg.model
     elif Path(model).exists():
         model = str(Path(model).resolve())
     return Ticket(run, level, about, result, cfg, mask, model)

@@ -36,4 +36,4 @@ def train(cfg: Config) -> None:
             method = importlib.import_module(f"bert_tickets.methods.{cfg.method}")
             method.run(prepare(create(cfg.task), run), cfg.settings)
         if run.group.rank == 0:
-            print_levels(cfg)
+            print_levels(run.dir, cfg)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bert_tickets.config import MethodSettings, flag
+from bert_tickets.content import brief, fingerprint
 
 if TYPE_CHECKING:
     from bert_tickets.masking.mask import Mask
@@ -28,11 +29,13 @@ def run(session: Session, s: Settings) -> None:
 def _warnings(mask: Mask, session: Session) -> Iterator[str]:
     from bert_tickets.modeling.parameters import prunable
 
-    base, model = mask.info.get("base_model"), session.cfg.model
+    base = mask.info.get("base_model")
     weights = dict(session.net.named_parameters())
     is_ticket = all(not weights[name][~kept.to(weights[name].device)].any() for name, kept in mask.items())
-    if base not in (None, model) and not is_ticket:  # a ticket is m * theta already, as export.py --untrained writes it
-        yield f"the mask was found on {base} and is applied to {model}: are these the same weights?"
+    # a ticket is m * theta already, as export.py --untrained writes it
+    if base is not None and fingerprint(str(base)) != session.base_model and not is_ticket:
+        models = f"{brief(str(base))} and is applied to {brief(session.base_model)}"
+        yield f"the mask was found on {models}: are these the same weights?"
     if dense := prunable(session.net).keys() - mask.keys():
         yield f"the mask does not cover {len(dense)} of the model's matrices, {min(dense)} among them: they stay dense"
 

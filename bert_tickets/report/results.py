@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.config import COMMON, build, flat
+from bert_tickets.content import brief
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.report import published
@@ -44,7 +45,7 @@ COLUMNS = {
     "rewind": 'what the method rewinds to, if that differs from the preset; otherwise ""',
     "source": 'the task that the ticket was found on; "" if none',
     "weights": "that the ticket starts from",
-    "setting": "settings of the training that differ from the preset",
+    "setting": "settings of the training that differ from the preset; not the folder of the data",
     "data": "sha256 of the data, and the precision",
     "model": "sha256 of the encoder before training",
 }
@@ -98,7 +99,7 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
     """The columns that all levels of a run share."""
     about = read_run(run)
     config, differs, fingerprint = about["config"], about["differs_from_preset"], about["fingerprint"]
-    setting = {key: value for key, value in differs.items() if key in COMMON and key not in ("seed", "init")}
+    setting = {key: value for key, value in differs.items() if key in COMMON and key not in ("seed", "init", "data_dir")}
     setting |= {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
     return {
         "run": str(run),
@@ -110,7 +111,7 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
         "own_settings": _words(_own_settings(config, differs)),
         "rewind": differs.get("rewind", ""),
         "source": config["task"],
-        "weights": _weights(config["init"], fingerprint.get("init") or {}, config["seed"]),
+        "weights": _weights(config["init"], differs.get("init", ""), fingerprint.get("init") or {}, config["seed"]),
         "setting": _words(setting),
         "data": json.dumps([fingerprint.get(key) for key in ("train", "evaluation", "precision")], sort_keys=True),
         "model": str(fingerprint.get("model")),
@@ -128,17 +129,17 @@ def _own_settings(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict
     return {key: value for key, value in own.items() if value != implied.get(key)}
 
 
-def _weights(init: str, facts: Mapping[str, Any], seed: int) -> str:
+def _weights(init: str, sha256: str, facts: Mapping[str, Any], seed: int) -> str:
     """The initial weights in words, the same for every seed: without a drawn order, or the run's own seed."""
     if init in ("pretrained", "random"):
         return PRETRAINED if init == "pretrained" else RANDOM
-    said = str(facts.get("perturbed") or facts.get("rewound") or f"the file {init}")
+    said = str(facts.get("perturbed") or facts.get("rewound") or f"the file {Path(init).name} ({brief(sha256)})")
     said = re.split(" in the order | times ", said)[0].removesuffix(f", seed {seed}")
     return PERTURBED.get(said, said)
 
 
 def _words(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(values.items()))
+    return ", ".join(f"{key.replace('_', ' ')} {brief(str(value))}" for key, value in sorted(values.items()))
 
 
 def _facts_of_level(run: Path, level: int, given: bool) -> dict[str, Any]:

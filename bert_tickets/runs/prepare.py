@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bert_tickets.config import Config, MethodSettings
+from bert_tickets.content import fingerprint
 from bert_tickets.data.batches import Batches, Store
 from bert_tickets.errors import UserError
 from bert_tickets.files import has_facts, read_facts, read_tensors, sha256_of
@@ -50,7 +51,8 @@ def prepare(task: Task, run: Run) -> Session:
         world_size=group.world_size,
     )
     net.to(device)
-    return Session(run, net, task, batches, evals, tokenizer, graphs)
+    base_model = group.on_main(lambda: fingerprint(cfg.model))
+    return Session(run, net, task, batches, evals, tokenizer, base_model, graphs)
 
 
 def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:

@@ -42,6 +42,7 @@ class Session:
     batches: Batches
     evals: Mapping[str, Store]
     tokenizer: Any
+    base_model: str  # its name on the hub, or the fingerprint of its folder
     recorder: Recorder | None = None
     previous: Mask | None = field(default=None, init=False)  # the previous level's mask
 
@@ -176,7 +177,7 @@ class Session:
         if self.cfg.settings.mask is not None:
             return {}
         cfg = self.cfg
-        own = {"base_model": cfg.model, "task": cfg.task, "seed": cfg.train.seed, "method": cfg.method}
+        own = {"base_model": self.base_model, "task": cfg.task, "seed": cfg.train.seed, "method": cfg.method}
         return own | {"level": level, "run": self.run.dir.name}
 
     def _write_model(self, folder: Path) -> dict[str, str]:

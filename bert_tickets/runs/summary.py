@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from bert_tickets.config import Config, differences
+from bert_tickets.config import Config, flat
+from bert_tickets.content import brief
 from bert_tickets.runs.directory import failure, is_finished, level_dir, results, run_dir, seconds
 from bert_tickets.runs.integrity import check_run
+from bert_tickets.runs.naming import differences
 
 
 def print_plan(cfg: Config) -> None:
     """Print the run's directory, its differences to the preset, and the method's plan, for `--dry-run`."""
     print(f"would run in {run_dir(cfg)}")
-    differs = differences(cfg)
+    differs, given = differences(cfg), flat(cfg)
     print(f"settings of --protocol {cfg.protocol}" + ", except:" * bool(differs))
     for name, value in differs.items():
-        print(f"  {name} = {value}")
+        print(f"  {name} = {given[name]}" + f" ({brief(str(value))})" * (value != given[name]))
     for line in cfg.settings.plan():
         print(f"  {line}")
 
@@ -29,13 +31,12 @@ def print_finished(cfg: Config) -> bool:
     check_run(run)
     if not is_finished(cfg):
         return False
-    print_levels(cfg)
+    print_levels(run, cfg)
     return True
 
 
-def print_levels(cfg: Config) -> None:
+def print_levels(run: Path, cfg: Config) -> None:
     """Print the closing table of a run."""
-    run = run_dir(cfg)
     for line in level_lines(run):
         print(line)
     print(f"results in {run}")

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from bert_tickets.cli import is_torchrun
-from bert_tickets.config import Config, differences, flat
+from bert_tickets.config import Config
 from bert_tickets.errors import Damaged, Diverged, Stopped, UserError
 from bert_tickets.files import append_line, locked, read_facts, write, write_checksummed, write_tensors, writing_folder
 from bert_tickets.masking.mask import Mask
@@ -32,6 +32,7 @@ from bert_tickets.runs.directory import (
     run_dir,
 )
 from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_mask, read_own
+from bert_tickets.runs.naming import differences, with_absolute_folders
 from bert_tickets.runs.provenance import environment
 from bert_tickets.signals import stop_signals
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
@@ -45,7 +46,7 @@ class Run:
 
     def __init__(self, cfg: Config, group: ProcessGroup = SINGLE_PROCESS) -> None:
         self.cfg, self.group = cfg, group
-        self.dir, self.levels = run_dir(cfg), cfg.settings.levels
+        self.dir, self.levels = group.on_main(lambda: run_dir(cfg)), cfg.settings.levels
         self.done = 0  # finished levels
         self.stop_signal: int | None = None
         self._signalled_at = 0.0
@@ -117,7 +118,7 @@ class Run:
         description = {
             "format": FORMAT,
             "run": self.dir.name,
-            "config": {key: value for key, value in flat(self.cfg).items() if key != "dry_run"},
+            "config": {key: value for key, value in with_absolute_folders(self.cfg).items() if key != "dry_run"},
             "differs_from_preset": differences(self.cfg),
             "argv": sys.argv,
             "environment": here,

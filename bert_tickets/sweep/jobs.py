@@ -73,7 +73,7 @@ def plan(lines: Mapping[str, str], makers: Mapping[str, Any]) -> list[Job]:
     for place, text in lines.items():
         job = _job(text, place, makers)
         known = jobs.setdefault(job.target or job.text, job)
-        if job.output and (job.facts, job.inputs) != (known.facts, known.inputs):
+        if job.output and job.facts != known.facts:
             raise UserError(f"{known.place} and {job.place} both write {job.output}, with different settings")
         if job.cfg and job.cfg.keep_models:
             known.text = job.text
@@ -144,12 +144,11 @@ def _link(jobs: Sequence[Job]) -> None:
 
 
 def _is_finished(job: Job) -> bool:
-    """Return whether the job's target is complete, has the job's settings, and is not older than the job's inputs."""
+    """Return whether the job's target is complete, and has the job's settings, the content of its inputs included."""
     with contextlib.suppress(UserError, OSError):  # missing or damaged: the command reports it
         if job.cfg:
             return is_finished(job.cfg)
         if job.output:
-            facts, written = read_facts(job.output), job.output.stat().st_mtime_ns
-            newer = all(path.stat().st_mtime_ns <= written for path in job.inputs.values())
-            return newer and job.facts.items() <= facts.items() and job.facts.get("prunable") == facts.get("prunable")
+            facts = read_facts(job.output)
+            return job.facts.items() <= facts.items() and job.facts.get("prunable") == facts.get("prunable")
     return False

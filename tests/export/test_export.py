@@ -23,6 +23,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from bert_tickets.cli import parse as parse_run
 from bert_tickets.cli import run_command
 from bert_tickets.config import build, kind_of
+from bert_tickets.content import fingerprint
 from bert_tickets.errors import UserError
 from bert_tickets.export.export import export
 from bert_tickets.export.model_card import KINDS, model_card
@@ -355,13 +356,14 @@ def test_a_given_mask_is_named_and_no_path_of_this_machine(runs, train, bert_dir
     run = train("squad", tmp_path, "--mask", runs["rte"] / "level_01" / "mask.safetensors")
     script.main(script.parse([str(run), str(tmp_path / "o")]))
     text = (tmp_path / "o" / "README.md").read_text()
-    origin = f"base_model {bert_dir.name}, level 1, method imp, run {runs['rte'].name}, seed 57, task rte."
+    base = fingerprint(str(bert_dir))
+    origin = f"base_model {base}, level 1, method imp, run {runs['rte'].name}, seed 57, task rte."
     assert f"The mask was given. Its file says: {origin}" in text
     assert "| mask | `sha256:" in text
     for name, content in contents(tmp_path / "o").items():
         for place in (tmp_path, bert_dir.parent):
             assert str(place).encode() not in content, name
-    assert Mask.load(tmp_path / "o" / "mask.safetensors").info["base_model"] == bert_dir.name
+    assert Mask.load(tmp_path / "o" / "mask.safetensors").info["base_model"] == base
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import oneshot as script
+from bert_tickets.content import fingerprint
 from bert_tickets.files import write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.masking.prune import magnitude, prune
@@ -36,7 +37,8 @@ def test_the_script_ranks_the_weights_of_init_and_writes_their_facts(net, bert_d
     script.main(script.parse(words))
     mask = Mask.load(output)
     assert mask == prune(Mask.ones(prunable(net)), magnitude(weights), 0.3)
-    facts = {"base_model": str(bert_dir), "method": "oneshot magnitude", "init": str(file), "seed": 57, "rate": 0.3}
+    facts = {"base_model": fingerprint(str(bert_dir)), "method": "oneshot magnitude", "init": fingerprint(str(file))}
+    facts |= {"seed": 57, "rate": 0.3}
     assert mask.info == facts
     assert "30.0% of" in capsys.readouterr().out
     script.main(script.parse([*words, "--prunable", "matrices+biases", "--scope", "tensor"]))

@@ -11,6 +11,7 @@ import rundirs
 from conftest import ROOT
 
 from bert_tickets.cli import parse
+from bert_tickets.content import brief, fingerprint
 from bert_tickets.errors import Damaged, UserError
 from bert_tickets.files import read_checksummed, write_checksummed
 from bert_tickets.masking.mask import Mask
@@ -192,3 +193,20 @@ def test_other_data_or_weights_with_equal_settings_are_refused(tmp_path):
     levels = levels[levels["seed"] < 3].assign(seed=1)
     with pytest.raises(UserError, match="have the same settings, but different initial weights"):
         comparable(levels)
+
+
+def test_copies_of_a_model_of_data_and_of_weights_are_the_same(bert_dir, glue_dir, tmp_path):
+    for seed, place in ((1, "one"), (2, "two")):
+        copies = {name: shutil.copytree(folder, tmp_path / place / name) for name, folder in (("m", bert_dir), ("d", glue_dir))}
+        weights = rundirs.weights(tmp_path / place / "w.safetensors", "", "made")
+        mask = rundirs.oneshot(tmp_path / place / "mask", 0.5)
+        given = {"model": copies["m"], "data_dir": copies["d"], "seed": seed}
+        rundirs.run(tmp_path / "runs", [0.8], **given)
+        rundirs.run(tmp_path / "runs", [0.7], **given, mask=mask, init=weights)
+    levels = comparable(read(tmp_path / "runs"))
+    assert set(levels["setting"]) == {f"model {brief(fingerprint(str(bert_dir)))}"}
+    assert [len(seeds) for _, seeds in levels.groupby("row")["seed"]] == [2, 2]
+    (copies["m"] / "config.json").write_text("{}")
+    rundirs.run(tmp_path / "runs", [0.8], model=copies["m"], data_dir=copies["d"], seed=3)
+    with pytest.raises(UserError, match="have different settings"):
+        comparable(read(tmp_path / "runs"))

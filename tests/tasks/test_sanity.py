@@ -109,7 +109,7 @@ def test_warnings_are_in_the_results_and_the_table(commands, tmp_path, monkeypat
     (result,) = results(run_dir(cfg))
     assert result["warnings"] == ["all 20 predictions on validation are entailment"]
     capsys.readouterr()
-    print_levels(cfg)
+    print_levels(run_dir(cfg), cfg)
     out = capsys.readouterr().out
     assert "0.5000*" in out
     assert "* level 0: all 20 predictions on validation are entailment" in out

@@ -1,0 +1,75 @@
+"""Name a run by its settings, and by the content of the files that it reads. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from bert_tickets.config import Config, fields_of, flat, from_flat, preset_values
+from bert_tickets.content import fingerprint, of_files, of_init
+from bert_tickets.data import glue_files, squad_files, text_source
+
+
+def run_name(cfg: Config, *, by_path: bool = False) -> str:
+    """Return `<task>-<method>-s<seed>-<hash>`. Two runs have the same name only if their settings are the same."""
+    method = cfg.method if cfg.protocol == "paper" else f"{cfg.method}-{cfg.protocol}"
+    named = {"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol, **differences(cfg, by_path=by_path)}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+    return f"{cfg.task}-{method}-s{cfg.train.seed}-{digest[:8]}"
+
+
+def differences(cfg: Config, *, by_path: bool = False) -> dict[str, Any]:
+    """Return the settings that affect the result and differ from the preset of method, task and protocol.
+
+    Files and folders are their fingerprints; names on the hub are as they are. With `by_path` folders are absolute paths.
+    """
+    fields, values = fields_of(cfg.method), flat(cfg)
+    named = {"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol}
+    required = {name: values[name] for name, f in fields.items() if f.default is dataclasses.MISSING and name != "task"}
+    preset = flat(from_flat(preset_values(cfg.method, cfg.kind, cfg.protocol) | named | required))
+    if not by_path:
+        values |= _by_content(cfg)
+    changed = {name: value for name, value in values.items() if value != preset[name]} | {name: values[name] for name in required}
+    if by_path:
+        changed |= _by_path(changed)
+    return {name: value for name, value in changed.items() if fields[name].metadata["affects_result"]}
+
+
+def _by_content(cfg: Config) -> dict[str, Any]:
+    """Return the settings that name files, with fingerprints instead of paths."""
+    found: dict[str, Any] = {"model": fingerprint(cfg.model), "init": of_init(cfg.init)}
+    if cfg.settings.mask is not None:
+        found["mask"] = fingerprint(cfg.settings.mask)
+    if cfg.data_dir is not None and Path(cfg.data_dir).is_dir():
+        found["data_dir"] = of_files(data_files(cfg.task, Path(cfg.data_dir))) or str(Path(cfg.data_dir).resolve())
+    return found
+
+
+def data_files(task: str, folder: Path) -> dict[str, Path]:
+    """Return the files of a --data-dir that a task reads, by split. They need not exist."""
+    if task == "squad":
+        files = squad_files.FILES
+    elif task == "mlm":
+        files = text_source.FILES
+    else:
+        row = glue_files.ROWS[task]
+        files = {"train": "train.tsv", **row.dev}
+        folder = next((place for place in (folder / row.folder, folder) if (place / "train.tsv").is_file()), folder)
+    return {split: folder / file for split, file in files.items()}
+
+
+def _by_path(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings as earlier versions did: of folders the absolute path."""
+    paths = {name: Path(values[name]) for name in ("mask", "init", "data_dir", "model") if values.get(name) is not None}
+    files = {name: fingerprint(str(path)) for name, path in paths.items() if path.is_file()}
+    return files | {name: str(path.resolve()) for name, path in paths.items() if path.is_dir()}
+
+
+def with_absolute_folders(cfg: Config) -> dict[str, Any]:
+    """Return all settings by name, model and data as absolute paths if they are folders, to find them again later."""
+    values = flat(cfg)
+    folders = {name: Path(values[name]) for name in ("model", "data_dir") if values[name] is not None}
+    return values | {name: str(path.absolute()) for name, path in folders.items() if path.is_dir()}
