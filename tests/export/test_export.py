@@ -26,7 +26,7 @@ from bert_tickets.config import build, kind_of
 from bert_tickets.errors import UserError
 from bert_tickets.export.export import export
 from bert_tickets.export.model_card import KINDS, model_card
-from bert_tickets.export.ticket import load_ticket
+from bert_tickets.export.ticket import read_ticket
 from bert_tickets.files import read_checksummed, read_facts, read_tensors, sha256_of, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods import main as methods
@@ -119,7 +119,7 @@ def evaluated(runs, exported, tmp_path_factory) -> dict[str, dict]:
     """Each folder's metrics, by the logits of a process that imports transformers and not bert_tickets."""
     job, sets, metrics = tmp_path_factory.mktemp("job"), {}, {}
     for name, run in runs.items():
-        cfg = load_ticket(run).cfg
+        cfg = read_ticket(run).cfg
         task = create(cfg.task)
         store = task.load_data(cfg, task.load_net(cfg)[1], torch.device("cpu"))[1]["validation"]
         batch = store.batch(torch.arange(len(store)))
@@ -333,7 +333,7 @@ def test_the_card_says_what_the_run_records(runs, exported, tickets, task, untra
 
 def as_from_the_hub(run: Path, **config: object):
     """The ticket as if model and data had come from the hub."""
-    ticket = load_ticket(run)
+    ticket = read_ticket(run)
     cfg = replace(ticket.cfg, data_dir=None, **{"limit_eval": None, **config})
     return replace(ticket, cfg=cfg, model="bert-base-uncased")
 
