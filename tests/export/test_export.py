@@ -13,6 +13,7 @@ import export as script
 import numpy as np
 import pytest
 import torch
+import verify
 from conftest import ROOT
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from bert_tickets import load_ticket
 from bert_tickets.cli import parse as parse_run
 from bert_tickets.cli import run_command
 from bert_tickets.config import build, kind_of
@@ -153,6 +155,11 @@ def test_plain_transformers_has_the_metric_of_the_run_with_zeros_in_place(runs, 
         exact = metric in ("accuracy", "f1", "exact_match")
         assert evaluated[name][metric] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-5)), metric
     mask, trained, weights = Mask.load(folder / "mask.safetensors"), trained_weights(runs[name]), weights_of(folder)
+    loaded, _, own = load_ticket(folder)
+    assert own == mask
+    assert type(loaded).__name__ == ARCHITECTURES[kind_of(RUNS[name][0])]
+    assert all(torch.equal(p, weights[key]) for key, p in loaded.named_parameters())
+    assert verify.verify_weights(folder, None)
     assert (folder / "pooler.safetensors").exists() == (RUNS[name][0] in ("squad", "mlm"))
     config = json.loads((folder / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == ([ARCHITECTURES[kind_of(RUNS[name][0])]], "float32")
