@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from bert_tickets.cli import run_command
+from bert_tickets.export.sparsity import Zeros, misfits
 from bert_tickets.masking.mask import Mask
 
 FIRST = "bert.encoder.layer.0.attention.self.query.weight"
@@ -102,6 +103,8 @@ def test_weights_that_do_not_fit_are_counted_and_the_exit_code_is_1(folder, mask
     change(folder, "pooler.dense.weight", lambda weight: weight[0, :2].fill_(-0.0))
     assert verified(folder, "--mask", mask) == 1
     assert "  bert.pooler.dense.weight: 2 weights that the mask keeps are zero\n" in capsys.readouterr().out
+    found = {"w": Zeros(200_000, 2, lost=2), "x": Zeros(200_000, 3, lost=3), "y.bias": Zeros(5, 5, lost=5), "z": Zeros(5, 5)}
+    assert [(line[:4], bad) for line, bad in misfits(found)] == [("w: 2", False), ("x: 3", True), ("y.bi", False)]
     shutil.copy(mask, folder)  # now it is the folder's own
     assert verified(folder) == 1
 
