@@ -4,11 +4,13 @@ import json
 import os
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, store_of
@@ -261,6 +263,20 @@ def test_two_processes_train_what_one_trains_to_rounding(ticket, tmp_path, monke
     assert "".join(outputs).count("the ticket's weights:") == 1
     one, two = (load_file(Path(name) / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(two[name], p, atol=1e-5) for name, p in one.items() if "key.bias" not in name)
+
+
+def test_the_example_of_the_readme_works(ticket, tmp_path, monkeypatch):
+    text = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8").split("### Your own Trainer")[1]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:1]
+    rows = {"sentence": ["a good film", "a bad one", "the plot was great", "awful"] * 4, "label": [1, 0, 1, 0] * 4}
+    data = datasets.DatasetDict({name: datasets.Dataset.from_dict(rows) for name in ("train", "validation")})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: data)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ticket, "ticket")
+    exec(code, {})
+    mask, weights = Mask.load("ticket/mask.safetensors"), load_file("my-bert/model.safetensors")
+    assert not any(weights[name][~kept].any() for name, kept in mask.items())
+    assert not torch.equal(weights[next(iter(mask))], load_file("ticket/model.safetensors")[next(iter(mask))])
 
 
 # ---- refusals ----
