@@ -4,7 +4,16 @@ Layers, each importing only from those below it: export, report, sweep, bench > 
 > masking > the modules at this level. `README.md` in this folder describes them.
 """
 
+import importlib
 import pkgutil
+from typing import Any
 
 __version__ = "0.1.0"
 __path__ = pkgutil.extend_path(__path__, __name__)  # a folder bert_tickets/ on PYTHONPATH may add methods and presets
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a user's own training needs at its first use: the package itself imports neither torch nor transformers."""
+    if name in ("TicketCallback", "load_ticket"):
+        return getattr(importlib.import_module("bert_tickets.export.trainer"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

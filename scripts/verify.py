@@ -1,9 +1,12 @@
-"""Print the provenance of a run, and verify all its files.
+"""Print the provenance of a run and verify all its files, or count the zeros of a Hugging Face folder's weights.
 
   python scripts/verify.py runs/mnli-imp-s57-1a2b3c4d
   python scripts/verify.py runs                             # every run in a folder
+  python scripts/verify.py mnli-70                          # sparsity by matrix, and whether its own mask fits
+  python scripts/verify.py my-bert --mask mnli-70/mask.safetensors
 
-Changes nothing. The exit code is 0 if all files are intact, and 1 if one is damaged, missing, or of another run.
+Changes nothing. The exit code is 0 if all files are intact and the weights fit the mask, and 1 if a file is damaged, missing, or
+of another run, if weights that the mask prunes are not zero, or if more than a few that it keeps are.
 """
 
 from __future__ import annotations
@@ -27,23 +30,45 @@ from bert_tickets.runs.summary import level_lines
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
+    parser.add_argument("places", nargs="+", type=Path, metavar="FOLDER", help="runs, folders of runs, or Hugging Face folders")
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="the mask that the weights of Hugging Face folders must fit")
     return parser.parse_args(hyphens(argv))
 
 
 def main(args: argparse.Namespace) -> None:
-    runs = [run for place in args.runs for run in find_runs(place)]
-    if not runs:
-        raise UserError(f"no run directory in {', '.join(map(str, args.runs))}")
-    damaged = [run for run in runs if not verify(run)]
-    if damaged:
-        print(f"damaged: {', '.join(map(str, damaged))}", file=sys.stderr)
+    folders = [place for place in args.places if has_weights(place)]
+    runs = [run for place in args.places if place not in folders for run in find_runs(place)]
+    if not (runs or folders):
+        raise UserError(
+            f"no run directory in {', '.join(map(str, args.places))}, and no weights (model.safetensors or pytorch_model.bin)"
+        )
+    if runs and args.mask:
+        raise UserError(f"--mask is for Hugging Face folders; {runs[0]} is a run, and has its own masks")
+    bad = {
+        "damaged": [run for run in runs if not verify(run)],
+        "do not fit the mask": [folder for folder in folders if not verify_weights(folder, args.mask)],
+    }
+    for what, places in bad.items():
+        if places:
+            print(f"{what}: {', '.join(map(str, places))}", file=sys.stderr)
+    if any(bad.values()):
         sys.exit(1)
+
+
+def is_run(place: Path) -> bool:
+    return (place / "run.json").is_file() or level_dir(place, 0).is_dir()
+
+
+def has_weights(place: Path) -> bool:
+    """Return whether a place is a Hugging Face folder."""
+    from bert_tickets.export.sparsity import weight_file
+
+    return not is_run(place) and weight_file(place) is not None
 
 
 def find_runs(place: Path) -> list[Path]:
     """Return the place if it is a run directory (it has a run.json or a level), else all run directories in it."""
-    if (place / "run.json").is_file() or level_dir(place, 0).is_dir():
+    if is_run(place):
         return [place]
     return sorted(path.parent for path in place.glob("**/run.json"))
 
@@ -58,6 +83,23 @@ def verify(run: Path) -> bool:
     for problem in found or ["all files are intact"]:
         print(f"  {problem}")
     return not found
+
+
+def verify_weights(folder: Path, mask_file: Path | None) -> bool:
+    """Print the sparsity of a Hugging Face folder's weights. Returns whether they fit the mask, or the folder's own if any."""
+    from bert_tickets.export.sparsity import folder_zeros, misfits, sparsity_lines
+    from bert_tickets.masking.mask import Mask
+
+    own = folder / "mask.safetensors"
+    path = mask_file or (own if own.is_file() else None)
+    counts, files = folder_zeros(folder, None if path is None else Mask.load(path))
+    print(f"{folder}, read from {', '.join(files)}", *sparsity_lines(counts), sep="\n  ")
+    found = list(misfits(counts))
+    fits = not any(bad for _, bad in found)
+    if path is not None:
+        lines = [line for line, _ in found] + [f"the weights fit {path}"] * fits
+        print(*(f"  {line}" for line in lines), sep="\n")
+    return fits
 
 
 def provenance(run: Path) -> Iterator[str]:

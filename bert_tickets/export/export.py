@@ -12,7 +12,7 @@ from typing import Any
 
 from bert_tickets.errors import UserError
 from bert_tickets.export.model_card import model_card, without_folder
-from bert_tickets.export.ticket import Ticket, load_ticket
+from bert_tickets.export.ticket import Ticket, read_ticket
 from bert_tickets.files import sha256_of, writing_folder
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
@@ -30,7 +30,7 @@ def export(run: Path, output: Path, level: int | None = None, *, untrained: bool
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists: give a folder that does not exist yet, or is empty")
-    ticket = load_ticket(run, level, model)
+    ticket = read_ticket(run, level, model)
     with writing_folder(output) as folder:
         if untrained:
             _write_untrained(ticket, folder)

@@ -47,7 +47,7 @@ class Ticket:
         return Path(self.model).name if self.is_local else self.model
 
 
-def load_ticket(run: Path, level: int | None = None, model: str | None = None) -> Ticket:
+def read_ticket(run: Path, level: int | None = None, model: str | None = None) -> Ticket:
     """Read a finished level of a run directory (the newest unless `level` is given), and verify its metrics and mask.
 
     `model` is the base model, if it was moved since the run. Raises `UserError` for a level that is missing or damaged.

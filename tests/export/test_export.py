@@ -13,6 +13,7 @@ import export as script
 import numpy as np
 import pytest
 import torch
+import verify
 from conftest import ROOT
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from bert_tickets import load_ticket
 from bert_tickets.cli import parse as parse_run
 from bert_tickets.cli import run_command
 from bert_tickets.config import build, kind_of
@@ -27,7 +29,7 @@ from bert_tickets.content import fingerprint
 from bert_tickets.errors import UserError
 from bert_tickets.export.export import export
 from bert_tickets.export.model_card import KINDS, model_card
-from bert_tickets.export.ticket import load_ticket
+from bert_tickets.export.ticket import read_ticket
 from bert_tickets.files import read_checksummed, read_facts, read_tensors, sha256_of, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods import main as methods
@@ -120,7 +122,7 @@ def evaluated(runs, exported, tmp_path_factory) -> dict[str, dict]:
     """Each folder's metrics, by the logits of a process that imports transformers and not bert_tickets."""
     job, sets, metrics = tmp_path_factory.mktemp("job"), {}, {}
     for name, run in runs.items():
-        cfg = load_ticket(run).cfg
+        cfg = read_ticket(run).cfg
         task = create(cfg.task)
         store = task.load_data(cfg, task.load_net(cfg)[1], torch.device("cpu"))[1]["validation"]
         batch = store.batch(torch.arange(len(store)))
@@ -154,6 +156,11 @@ def test_plain_transformers_has_the_metric_of_the_run_with_zeros_in_place(runs, 
         exact = metric in ("accuracy", "f1", "exact_match")
         assert evaluated[name][metric] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-5)), metric
     mask, trained, weights = Mask.load(folder / "mask.safetensors"), trained_weights(runs[name]), weights_of(folder)
+    loaded, _, own = load_ticket(folder)
+    assert own == mask
+    assert type(loaded).__name__ == ARCHITECTURES[kind_of(RUNS[name][0])]
+    assert all(torch.equal(p, weights[key]) for key, p in loaded.named_parameters())
+    assert verify.verify_weights(folder, None)
     assert (folder / "pooler.safetensors").exists() == (RUNS[name][0] in ("squad", "mlm"))
     config = json.loads((folder / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == ([ARCHITECTURES[kind_of(RUNS[name][0])]], "float32")
@@ -334,7 +341,7 @@ def test_the_card_says_what_the_run_records(runs, exported, tickets, task, untra
 
 def as_from_the_hub(run: Path, **config: object):
     """The ticket as if model and data had come from the hub."""
-    ticket = load_ticket(run)
+    ticket = read_ticket(run)
     cfg = replace(ticket.cfg, data_dir=None, **{"limit_eval": None, **config})
     return replace(ticket, cfg=cfg, model="bert-base-uncased")
 
