@@ -32,23 +32,27 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def cause(error: BaseException) -> str:
-    """Describe an error by its innermost cause, as one line of at most 500 characters.
+def innermost(error: BaseException) -> BaseException:
+    """Return the error at the root of a chain: the innermost one of the system, of an import or of the hub.
 
-    That is the innermost error of the system, of an import or of the hub. Without one it is the innermost that a library names as the
-    cause: errors of lookups that happen to precede another one are none. For a refusal by the hub, the line is the hub's message.
+    Without one it is the innermost that a library names as the cause. A lookup that failed before it (`FileNotFoundError`,
+    `KeyError`) is none.
     """
     chain, named = [error], error
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)
-    while named.__cause__ is not None:
+    while named.__cause__ is not None and named.__cause__ in chain:
         named = named.__cause__
-    found = next(
-        (e for e in reversed(chain) if isinstance(e, OSError | ImportError) and not isinstance(e, FileNotFoundError)), named
-    )
-    text = " ".join(str(found).split())
-    if (message := getattr(found, "server_message", None)) and (response := getattr(found, "response", None)) is not None:
+    roots = (e for e in reversed(chain) if isinstance(e, OSError | ImportError) and not isinstance(e, FileNotFoundError))
+    return next(roots, named)
+
+
+def cause(error: BaseException) -> str:
+    """Describe the innermost cause of an error in one line of at most 500 characters; for a refusal by the hub, its message."""
+    root = innermost(error)
+    text = " ".join(str(root).split())
+    if (message := getattr(root, "server_message", None)) and (response := getattr(root, "response", None)) is not None:
         text = f"{response.status_code} {' '.join(str(message).split())}"
-    elif not text or not isinstance(found, OSError | ImportError):
-        text = f"{type(found).__name__}: {text}".removesuffix(": ")
+    elif not text or not isinstance(root, OSError | ImportError):
+        text = f"{type(root).__name__}: {text}".removesuffix(": ")
     return text if len(text) <= 500 else text[:300] + " ... " + text[-195:]

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -28,7 +29,7 @@ DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errn
 def resolve(name: str) -> Path:
     """Return the folder of a checkpoint: `name` itself, or a snapshot of the model `name` in the hub's cache.
 
-    Downloads those of the model's files that the cache lacks, if it is not known that the model does not have them. Raises `UserError`.
+    Downloads the model's files that are not in the cache. Raises `UserError`.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -37,16 +38,12 @@ def resolve(name: str) -> Path:
         raise UserError(f"{name} is a file: give --model the folder that it is in")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"cannot load a BERT checkpoint from {name}: there is no such folder")
-    for names in (CONFIGS, WEIGHTS, TOKENIZERS):
-        found = next((path for file in names if (path := _fetch(name, file))), None)
-        if found is None:
-            raise UserError(f"cannot load a BERT checkpoint from {name}: on the hub it has none of {', '.join(names)}")
-        if found.name.endswith(".index.json"):
-            for shard in shards(found):
-                _fetch(name, shard)
+    config, weights, _ = (_fetch_first(name, files) for files in (CONFIGS, WEIGHTS, TOKENIZERS))
+    for shard in shards(weights) if weights.suffix == ".json" else []:
+        _fetch(name, shard)
     for file in OTHERS:
         _fetch(name, file, needed=False)
-    return found.parent
+    return config.parent
 
 
 def shards(index: Path) -> list[str]:
@@ -107,6 +104,14 @@ def _is_absent(snapshot: Path, file: str) -> bool:
     except Exception:
         return False
     return file not in {entry.path for entry in tree}
+
+
+def _fetch_first(name: str, files: Sequence[str]) -> Path:
+    """Return the first of these files that a model has."""
+    for file in files:
+        if path := _fetch(name, file):
+            return path
+    raise UserError(f"cannot load a BERT checkpoint from {name}: on the hub it has none of {', '.join(files)}")
 
 
 def _fetch(name: str, file: str, *, needed: bool = True) -> Path | None:
