@@ -23,7 +23,7 @@ CONFIGS = ("config.json", "bert_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.txt")
 OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json", POOLER)
-DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOTDIR, errno.EEXIST}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def resolve(name: str) -> Path:
@@ -141,7 +141,7 @@ def _fetch(name: str, file: str, *, needed: bool = True) -> Path | None:
 def _hub_error(name: str, file: str, error: Exception) -> UserError:
     """Return the error of a download, with its true cause and what to do."""
     why, remedy = cause(error), "set HF_HUB_OFFLINE=1 to use the cache as it is"
-    if (isinstance(error, OSError) and error.errno in DISK) or "os error 28" in str(error):
+    if (isinstance(error, OSError) and (error.filename or error.errno in FULL)) or "os error 28" in str(error):
         return UserError(
             f"cannot keep {file} of {name} in HF_HOME, {constants.HF_HOME}: {why}. Set HF_HOME to a folder that can be written "
             "and has space"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.normalizers import BertNormalizer
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from bert_tickets.errors import UserError, cause
@@ -113,19 +114,20 @@ def _saved_settings(tokenizer: Tokenizer, kept: Mapping[str, Any]) -> dict[str, 
     """Return a tokenizer_config.json. It names BERT's class if that makes the same tokenizer, else the class of any tokenizer."""
     rules, normalizer = json.loads(tokenizer.to_str()), tokenizer.normalizer
     added = {str(token.pop("id")): token for token in rules["added_tokens"]}
+    saved = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(kept) | {"added_tokens_decoder": added}
+    if not isinstance(normalizer, BertNormalizer):
+        return saved
     flags = {
-        key: getattr(normalizer, attribute, None)
-        for key, attribute in (
-            ("do_lower_case", "lowercase"),
-            ("strip_accents", "strip_accents"),
-            ("tokenize_chinese_chars", "handle_chinese_chars"),
-        )
+        "do_lower_case": normalizer.lowercase,
+        "strip_accents": normalizer.strip_accents,
+        "tokenize_chinese_chars": normalizer.handle_chinese_chars,
     }
-    special = {key: kept[key] for key in SPECIAL if key in kept}
-    berts = BertTokenizer(vocab=tokenizer.get_vocab(with_added_tokens=False), **flags, **special).backend_tokenizer
-    same = all(json.loads(berts.to_str())[key] == rules[key] for key in ("normalizer", "pre_tokenizer", "model"))
-    named = {"tokenizer_class": "BertTokenizer"} | flags if same else {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return named | dict(kept) | {"added_tokens_decoder": added}
+    special = {key: token for key, token in kept.items() if key in SPECIAL}
+    berts = json.loads(
+        BertTokenizer(vocab=tokenizer.get_vocab(with_added_tokens=False), **flags, **special).backend_tokenizer.to_str()
+    )
+    same = all(berts[key] == rules[key] for key in ("normalizer", "pre_tokenizer", "model"))
+    return saved | {"tokenizer_class": "BertTokenizer"} | flags if same else saved
 
 
 # ---- vocab.txt ----
