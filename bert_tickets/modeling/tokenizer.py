@@ -68,6 +68,7 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
             f"vocab_size is {config.vocab_size}: no match"
         )
     kept = {key: settings[key] for key in SETTINGS if settings.get(key) is not None} | special
+    kept["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # of BERT
     saved = json.dumps(_saved_settings(tokenizer, kept), indent=2, ensure_ascii=False) + "\n"
     return OwnTokenizer(tokenizer, {"tokenizer.json": content, "tokenizer_config.json": saved.encode()}, kept)
 
