@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from bert_tickets.errors import UserError, cause
@@ -113,22 +115,26 @@ def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any]
 
 def _saved_settings(tokenizer: Tokenizer, kept: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tokenizer_config.json. It names BERT's class if that makes the same tokenizer, else the class of any tokenizer."""
-    rules, normalizer = json.loads(tokenizer.to_str()), tokenizer.normalizer
-    added = {str(token.pop("id")): token for token in rules["added_tokens"]}
-    saved = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(kept) | {"added_tokens_decoder": added}
-    if not isinstance(normalizer, BertNormalizer):
-        return saved
-    flags = {
-        "do_lower_case": normalizer.lowercase,
-        "strip_accents": normalizer.strip_accents,
-        "tokenize_chinese_chars": normalizer.handle_chinese_chars,
+    added = {
+        str(number): {key: getattr(token, key) for key in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
+        for number, token in tokenizer.get_added_tokens_decoder().items()
     }
-    special = {key: token for key, token in kept.items() if key in SPECIAL}
-    berts = json.loads(
-        BertTokenizer(vocab=tokenizer.get_vocab(with_added_tokens=False), **flags, **special).backend_tokenizer.to_str()
-    )
-    same = all(berts[key] == rules[key] for key in ("normalizer", "pre_tokenizer", "model"))
-    return saved | {"tokenizer_class": "BertTokenizer"} | flags if same else saved
+    saved = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(kept) | {"added_tokens_decoder": added}
+    model, normalizer = tokenizer.model, tokenizer.normalizer
+    if (
+        isinstance(model, WordPiece)
+        and (model.continuing_subword_prefix, model.max_input_chars_per_word) == ("##", 100)
+        and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
+        and isinstance(normalizer, BertNormalizer)
+        and normalizer.clean_text
+    ):
+        saved |= {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": normalizer.lowercase,
+            "strip_accents": normalizer.strip_accents,
+            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
+        }
+    return saved
 
 
 # ---- vocab.txt ----
