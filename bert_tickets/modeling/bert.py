@@ -38,7 +38,10 @@ def encode(net: Net, batch: Batch) -> Tensor:
 
 
 def _encode(bert: Any, batch: Batch, grid: Any, joined: Mapping[nn.Module, Joined], dtype: torch.dtype) -> Tensor:
-    hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, position_ids=batch.position_ids)[0]
+    types = batch.token_type_ids
+    if bert.config.type_vocab_size == 1:  # both texts of a pair have the only type
+        types = torch.zeros_like(types)
+    hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=types, position_ids=batch.position_ids)[0]
     for layer in bert.encoder.layer:
         own, x, three = layer.attention.self, hidden.to(dtype), joined.get(layer)
         q, k, v = F.linear(x, *three).chunk(3, -1) if three else (own.query(x), own.key(x), own.value(x))

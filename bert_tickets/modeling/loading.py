@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
+from torch import Tensor
+from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
+from transformers.initialization import no_init_weights
 from transformers.models.bert.modeling_bert import BertPooler
 
-from bert_tickets.errors import UserError, first_line
+from bert_tickets.errors import UserError, cause
 from bert_tickets.files import write_tensors
 from bert_tickets.modeling.bert import Net
+from bert_tickets.modeling.checkpoint import POOLER, check_absent, check_download, resolve
 from bert_tickets.modeling.dropout import replace_dropout
-from bert_tickets.modeling.parameters import ENCODER, WORD_EMBEDDINGS, encoder_weights
+from bert_tickets.modeling.parameters import DECODER, ENCODER, WORD_EMBEDDINGS, encoder_weights, head_weights
+from bert_tickets.modeling.tokenizer import OwnTokenizer, load_tokenizer
+from bert_tickets.modeling.weights import FLOATS, read_config, read_weights
 from bert_tickets.seeds import seeded
 
 Head = Literal["classifier", "qa", "mlm"]
-POOLER = "pooler.safetensors"  # beside a model whose class has none, such as BertForQuestionAnswering
-DECODER_BIAS = "cls.predictions.decoder.bias"
+HEAD_NAMES = ("cls.", "classifier.", "qa_outputs.")
+BIAS, DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
 POOLER_WEIGHTS = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
 
@@ -47,50 +50,39 @@ HEADS = {
 }
 
 
-def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> tuple[Net, Any]:
+def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> tuple[Net, OwnTokenizer]:
     """Load a BERT checkpoint with a head, in fp32 on the CPU, and its tokenizer.
 
     `init` selects the encoder's weights: `pretrained`, `random` (BERT's initialization, drawn by `seed`) or a safetensors file.
     The head is drawn by `seed`; the MLM head is the checkpoint's own, unless `init` is random. A pooler that the head does not
     use is frozen. Raises `UserError` for a checkpoint that is not BERT, or damaged.
     """
-    transformers.logging.set_verbosity_error()  # otherwise it prints a table of new head weights
+    folder = resolve(name)
+    check_download(folder)
+    transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        config, tokenizer = _read_config(name, labels)
-        net, info = HEADS[head].from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,  # otherwise the checkpoint's own, half for some
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # another task's head, which is drawn again
-            weights_only=True,
-        )
-    except UserError:
-        raise
-    except Exception as error:  # the library raises a dozen types for a damaged file
-        where = f"the folder {name}" if Path(name).exists() else f"{name} (no such folder, and the hub did not provide it)"
-        raise UserError(
-            f"cannot load a BERT checkpoint from {where}: {type(error).__name__}: {first_line(error)}\n"
-            "Give --model a folder with config.json, model.safetensors and tokenizer.json, or the name of a model that is in the "
-            "Hugging Face cache or on the hub."
-        ) from None
-    _check_dtype(name)
-    replace_dropout(net)
-    missing = _check_encoder(net, info, name)
+    config = read_config(folder, name, labels)
+    tokenizer = load_tokenizer(folder, name, config)
+    weights = read_weights(folder, name)
+    keep = head == "mlm" and init != "random"
+    if keep and _has_own_decoder(weights):
+        config.tie_word_embeddings = False
+    net = _build(head, config)
+    missing = _set_encoder(net, weights, name)
     net.bert.pooler.requires_grad_(head == "classifier")
-    if head == "mlm":
-        predictions = net.cls.predictions  # transformers makes its two biases one only if it ties the decoder's weights as well
-        if DECODER_BIAS in info["missing_keys"]:
-            predictions.decoder.bias = predictions.bias
+    new = _set_mlm_head(net, weights, name) if keep else list(head_weights(net))
+    init_weights(net, seeded(seed, "head"), new)
+    if (folder / POOLER).is_file():
+        if missing:
+            load_encoder(net, folder / POOLER)
         else:
-            predictions.bias = predictions.decoder.bias
-    _init_head(net, info, name, seed, keep=head == "mlm" and init != "random")
-    if missing and (beside := _find(name, POOLER)) is not None:
-        load_encoder(net, beside)
+            print(f"{name} has a pooler among its weights: its {POOLER} is not read")
     elif missing:
+        check_absent(folder, POOLER)
         print(f"{name} has no pooler: its weights are drawn at random")
         init_weights(net, seeded(seed, "pooler"), sorted(missing))
+    if config.type_vocab_size == 1 and head != "mlm":
+        print(f"{name} has one token type (type_vocab_size 1): both texts of a pair get type 0")
     if init == "random":
         init_weights(net, seeded(seed, "encoder"), encoder_weights(net))
     elif init != "pretrained":
@@ -98,65 +90,80 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     return net, tokenizer
 
 
-def _read_config(name: str, labels: int) -> tuple[Any, Any]:
-    """Read the configuration, for a head with `labels` labels, and the tokenizer. Checks that both are BERT's."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if config.model_type != "bert" or getattr(config, "is_decoder", False):
-        raise UserError(f"{name} is a {config.model_type} model or a decoder; this package prunes BERT encoders")
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if not 100 < len(tokenizer) <= config.vocab_size:  # without its vocabulary file a tokenizer has only special tokens
-        raise UserError(f"the tokenizer of {name} has {len(tokenizer)} tokens and the model {config.vocab_size}: no match")
-    ids, cls, sep = tokenizer("a", "b")["input_ids"], tokenizer.cls_token_id, tokenizer.sep_token_id
-    if ids[0] != cls or ids[-1] != sep or ids.count(sep) != 2:
-        raise UserError(f"the tokenizer of {name} does not put [CLS] and [SEP] around texts, as BERT's does")
-    config.problem_type = config.id2label = None  # these belong to the checkpoint's own head
-    config.num_labels = labels
-    config.chunk_size_feed_forward = 0  # otherwise it must divide the number of tokens; results do not depend on it
-    return config, tokenizer
+def _build(head: Head, config: Any) -> Net:
+    """Make a network with a head, in evaluation mode. Its parameters have no values yet."""
+    with no_init_weights():
+        net: Net = HEADS[head](config)
+    net.tie_weights()  # is part of what was left out
+    if head == "mlm":
+        predictions = net.cls.predictions  # transformers makes its two biases one only if it ties the decoder's weights as well
+        predictions.decoder.bias = predictions.bias
+    replace_dropout(net)
+    return net.eval()
 
 
-def _check_encoder(net: Net, info: dict[str, Any], name: str) -> set[str]:
-    """Check that a checkpoint sets the whole encoder to finite values. Returns the pooler's tensors that it lacks."""
-    missing = {key for key in info["missing_keys"] if key.startswith(ENCODER)}
+@torch.no_grad()
+def _set_encoder(net: Net, weights: Mapping[str, Tensor], name: str) -> set[str]:
+    """Set the encoder's weights, and check that they are all there, and finite. Returns the pooler's if they are missing."""
+    encoder = encoder_weights(net)
+    missing = encoder.keys() - weights.keys()
     if missing and missing != POOLER_WEIGHTS:
         raise UserError(f"{name} lacks {min(missing - POOLER_WEIGHTS or missing)} ({len(missing)} tensors of BERT's encoder)")
-    for key, *_ in info["mismatched_keys"]:
-        if key.startswith(ENCODER):
-            raise UserError(f"{key} of {name} has another shape than in its config.json")
-    dropped = sorted(key for key in info["unexpected_keys"] if key.removeprefix(ENCODER).startswith("encoder."))
-    if dropped:
-        raise UserError(f"{name} has {dropped[0]}, which the BERT of its config.json does not have ({len(dropped)} tensors)")
-    _check_finite(dict(net.named_parameters()), name)
+    buffers = {f"{ENCODER}embeddings.{buffer}" for buffer in ("position_ids", "token_type_ids")}
+    if more := sorted(key for key in weights.keys() - encoder.keys() - buffers if key.startswith(ENCODER)):
+        raise UserError(f"{name} has {more[0]}, which the BERT of its config.json does not have ({len(more)} tensors)")
+    if unused := sorted(key for key in weights if not key.startswith((ENCODER, *HEAD_NAMES))):
+        print(f"{name} has weights that are not used: {unused[0]}" + f" and {len(unused) - 1} more" * (len(unused) > 1))
+    for key in sorted(encoder.keys() - missing):
+        tensor = weights[key]
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{key} of {name} is {tensor.dtype}, not floating-point: a quantized model cannot be pruned")
+        if tensor.shape != encoder[key].shape:
+            sizes = f"{tuple(tensor.shape)}, not {tuple(encoder[key].shape)}"
+            raise UserError(f"{key} of {name} has another shape than in its config.json: {sizes}")
+        encoder[key].copy_(tensor)
+    _check_finite({key: encoder[key] for key in encoder.keys() - missing}, name)
     return missing
 
 
-def _check_dtype(name: str) -> None:
-    """Check that weights are floats. transformers would cast the integers of a quantized model without their scales."""
-    path = _find(name, "model.safetensors")
-    if path is None:
-        return
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (not a dictionary)
-            dtype = file.get_slice(key).get_dtype()
-            if key.endswith(("weight", "bias")) and dtype not in ("F64", "F32", "F16", "BF16"):
-                raise UserError(f"{key} of {name} is {dtype}, not floating-point: a quantized model cannot be pruned")
+def _has_own_decoder(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether a checkpoint's MLM decoder is not its word embeddings. transformers overwrites it if config.json ties it."""
+    decoder, words = weights.get(DECODER), weights[WORD_EMBEDDINGS]
+    return decoder is not None and decoder.shape == words.shape and not torch.equal(decoder, words)
 
 
-def _check_finite(weights: dict[str, nn.Parameter], source: object) -> None:
+def _check_finite(weights: Mapping[str, Tensor], source: object) -> None:
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} of {source} is not finite: the file is damaged, or its training diverged")
 
 
-def _init_head(net: Net, info: dict[str, Any], name: str, seed: int, *, keep: bool) -> None:
-    """Draw the head by the seed; with `keep`, only the tensors that the checkpoint does not have."""
-    new = [key for key, _ in net.named_parameters() if not key.startswith(ENCODER)]
-    if keep:
-        absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-        new = [key for key in new if key in absent]
-        if new:
-            print(f"{name} has no head for masked language modelling: its transform is drawn at random")
-    init_weights(net, seeded(seed, "head"), new)
+@torch.no_grad()
+def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[str]:
+    """Set the MLM head's weights, and say which are not the checkpoint's own. Returns those that are to be drawn."""
+    head, drawn, said = head_weights(net), [], []
+    for key, parameter in head.items():
+        tensor = weights.get(DECODER_BIAS if key == BIAS and DECODER_BIAS in weights else key)
+        if tensor is not None and tensor.shape == parameter.shape and tensor.dtype in FLOATS:
+            parameter.copy_(tensor)
+            continue
+        drawn.append(key)
+        if tensor is not None:
+            said.append(f"{key} does not fit ({tensor.dtype} of shape {tuple(tensor.shape)}, not {tuple(parameter.shape)})")
+    taken = head.keys() - set(drawn)
+    _check_finite({key: head[key] for key in taken}, name)
+    if not taken:
+        decoder = ", and its decoder, which config.json does not tie to the word embeddings" if DECODER in drawn else ""
+        said.insert(0, f"has no head for masked language modelling: its transform is drawn at random{decoder}")
+    elif drawn:
+        said.insert(0, f"lacks part of its head for masked language modelling: {', '.join(drawn)} are drawn at random (biases 0)")
+    if DECODER in taken:
+        said.append("its decoder is untied, not the word embeddings")
+    elif DECODER in weights and DECODER not in head and weights[DECODER].shape != weights[WORD_EMBEDDINGS].shape:
+        said.append(f"its decoder, of shape {tuple(weights[DECODER].shape)}, is not taken: the word embeddings are")
+    if said:
+        print(f"{name} {'; '.join(said)}" if drawn else f"{name}: {'; '.join(said)}")
+    return drawn
 
 
 def save_model(net: Net, tokenizer: Any, folder: Path) -> None:
@@ -165,7 +172,7 @@ def save_model(net: Net, tokenizer: Any, folder: Path) -> None:
         save_plain(net, folder)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the libraries, written in Rust, raise other types for a full disk
-        raise OSError(f"cannot write {folder}: {first_line(error)}") from error
+        raise OSError(f"cannot write {folder}: {cause(error)}") from error
 
 
 def save_plain(net: Net, folder: Path) -> None:
@@ -178,14 +185,6 @@ def save_plain(net: Net, folder: Path) -> None:
     net.save_pretrained(folder, state_dict=weights)
     for file in folder.glob("model*.safetensors"):  # the library makes it readable by its owner only
         shutil.copymode(folder / "config.json", file)
-
-
-def _find(name: str, file: str) -> Path | None:
-    """Find a file of a checkpoint, in a folder or on the hub."""
-    try:
-        return Path(transformers.utils.cached_file(name, file))
-    except OSError:
-        return None
 
 
 @torch.no_grad()
@@ -212,7 +211,7 @@ def load_encoder(net: Net, path: Path) -> None:
     try:
         weights = load_file(path)
     except Exception as error:
-        raise UserError(f"{path} is damaged, or not a safetensors file: {first_line(error)}") from None
+        raise UserError(f"{path} is damaged, or not a safetensors file: {cause(error)}") from None
     encoder = encoder_weights(net)
     known = {name: tensor for name, tensor in weights.items() if name in encoder}
     if more := sorted(name for name in weights.keys() - encoder.keys() if name.startswith(f"{ENCODER}encoder.")):

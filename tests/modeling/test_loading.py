@@ -7,13 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Touch
 from safetensors.torch import load_file, save_file
 
+from bert_tickets.data.batches import TokenStore
+from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
 from bert_tickets.files import sha256_of
+from bert_tickets.modeling.bert import classify
 from bert_tickets.modeling.loading import load_bert, save_model
 from bert_tickets.modeling.parameters import encoder_weights, prunable
 
@@ -76,9 +80,9 @@ def test_init_takes_some_weights_from_a_file(bert_dir, tmp_path, capsys):
     [
         (LAST, None, f"lacks bert.{LAST}"),
         ("pooler.dense.weight", None, "lacks bert.pooler.dense.weight"),
-        (LAST.replace("layer.1", "layer.2"), lambda _: torch.ones(32, 64), "has encoder.layer.2.*does not have"),
+        (LAST.replace("layer.1", "layer.2"), lambda _: torch.ones(32, 64), "has bert.encoder.layer.2.*does not have"),
         (LAST, lambda w: w * float("nan"), f"bert.{LAST} of .*model is not finite"),
-        (LAST, lambda w: (w * 100).to(torch.int8), f"{LAST} of .* is I8"),
+        (LAST, lambda w: (w * 100).to(torch.int8), f"{LAST} of .* is torch.int8"),
         (LAST, lambda w: w[:3].clone(), f"{LAST} of .* has another shape"),
     ],
 )
@@ -104,6 +108,126 @@ def test_a_checkpoint_without_a_pooler_gets_a_random_one(model, capsys):
     assert 0.05 < first.bert.pooler.dense.weight.std() < 0.15
 
 
+@pytest.mark.parametrize(
+    "place", ["bert.", "module.bert.", "_orig_mod.bert.", "module._orig_mod.", "model.bert.", "net.encoder."]
+)
+def test_what_wrappers_put_before_the_names_is_left_out_and_said(model, bert_dir, capsys, place):
+    weights = load_file(model / "model.safetensors")
+    renamed = {place + key.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for key, tensor in weights.items()}
+    head = place.removesuffix("bert.") + "classifier.weight"
+    save_file(renamed | {head: torch.ones(2, 32)}, model / "model.safetensors", FORMAT)
+    assert sha256_of(encoder_weights(load(model))) == sha256_of(encoder_weights(load(bert_dir)))
+    assert ("names its weights" in capsys.readouterr().out) == (place != "bert.")
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (["query.bert.", "context.bert."], r"there is several: (query|context)\.bert\."),
+        (["bert.", "module.bert."], "some weights twice"),
+        (["roberta."], r"the weights of a roberta model"),
+    ],
+)
+def test_names_that_may_be_of_another_network_are_a_users_error(model, places, message):
+    weights = load_file(model / "model.safetensors")
+    save_file({place + key: w.clone() for place in places for key, w in weights.items()}, model / "model.safetensors", FORMAT)
+    with pytest.raises(UserError, match=message):
+        load(model)
+
+
+def test_of_two_files_of_weights_the_one_that_is_read_is_said(model, bert_dir, capsys):
+    weights = load_file(model / "model.safetensors")
+    torch.save({key: tensor + 1 for key, tensor in weights.items()}, model / "pytorch_model.bin")
+    assert sha256_of(encoder_weights(load(model))) == sha256_of(encoder_weights(load(bert_dir)))
+    assert "model.safetensors is read, and pytorch_model.bin (newer) is not" in capsys.readouterr().out
+
+
+def test_weights_that_would_change_the_network_are_refused_and_others_said(model, capsys):
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | {"prefix.weight": torch.ones(2)}, model / "model.safetensors", FORMAT)
+    load(model)
+    assert "has weights that are not used: prefix.weight" in capsys.readouterr().out
+    save_file(weights | {"encoder.layer.0.adapter.down.weight": torch.ones(2)}, model / "model.safetensors", FORMAT)
+    with pytest.raises(UserError, match=r"has bert\.encoder\.layer\.0\.adapter\.down\.weight, which the BERT"):
+        load(model)
+    save_file(weights, model / "model.safetensors", FORMAT)
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has an adapter \(adapter_config.json\): merge"):
+        load(model)
+
+
+# ---- heads for masked language modelling ----
+
+TRANSFORM = "cls.predictions.transform.dense.weight"
+
+
+def mlm_head(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """An MLM head for the small BERT, its decoder aside; `None` removes a tensor."""
+    head = {"bias": torch.full((VOCABULARY,), 0.5), "transform.LayerNorm.weight": torch.ones(32)}
+    head |= {"transform.dense.weight": torch.full((32, 32), 0.25), "transform.dense.bias": torch.zeros(32)}
+    head |= {"transform.LayerNorm.bias": torch.zeros(32)} | changes
+    return {f"cls.predictions.{key}": tensor for key, tensor in head.items() if tensor is not None}
+
+
+VOCABULARY = 123  # set by the fixture below
+
+
+@pytest.fixture
+def with_head(model, monkeypatch):
+    """Write the small BERT with an MLM head, and load it with that."""
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    monkeypatch.setattr(f"{__name__}.VOCABULARY", vocabulary)
+    encoder = {f"bert.{key}": tensor for key, tensor in load_file(model / "model.safetensors").items()}
+
+    def load_with(tied: bool = True, init: str = "pretrained", **changes: Any) -> Any:
+        edit_json(model / "config.json", tie_word_embeddings=tied)
+        save_file(encoder | mlm_head(**changes), model / "model.safetensors", FORMAT)
+        net = load(model, head="mlm", init=init)
+        predictions = net.cls.predictions
+        assert predictions.bias is predictions.decoder.bias
+        assert torch.isfinite(torch.cat([p.flatten() for p in net.parameters()])).all()
+        return predictions, predictions.decoder.weight is net.bert.embeddings.word_embeddings.weight
+
+    return load_with
+
+
+def test_a_whole_mlm_head_is_taken_and_nothing_is_said(with_head, capsys):
+    predictions, tied = with_head()
+    assert tied
+    assert (predictions.bias == 0.5).all()
+    assert (predictions.transform.dense.weight == 0.25).all()
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_untied_decoder_is_kept(with_head, capsys, tied):
+    predictions, _ = with_head()
+    decoder = torch.full_like(predictions.decoder.weight, 2.0).detach()
+    predictions, is_tied = with_head(tied, **{"decoder.weight": decoder})
+    assert not is_tied
+    assert torch.equal(predictions.decoder.weight, decoder)
+    assert "its decoder is untied" in capsys.readouterr().out
+    assert with_head(tied, init="random", **{"decoder.weight": decoder})[1] == tied  # nothing is the checkpoint's
+
+
+def test_a_head_that_is_partly_there_or_of_another_size_is_said_exactly(with_head, capsys):
+    predictions, tied = with_head(bias=torch.ones(7), **{"transform.dense.weight": None, "decoder.weight": torch.ones(7, 32)})
+    assert tied
+    assert (predictions.bias == 0).all()
+    assert 0.05 < predictions.transform.dense.weight.std() < 0.15
+    said = capsys.readouterr().out
+    assert f"lacks part of its head for masked language modelling: cls.predictions.bias, {TRANSFORM} are drawn" in said
+    assert "cls.predictions.bias does not fit (torch.float32 of shape (7,), not (" in said
+    assert "its decoder, of shape (7, 32), is not taken: the word embeddings are" in said
+
+
+def test_a_decoder_that_config_unties_and_the_weights_lack_is_drawn_and_said(with_head, capsys):
+    predictions, tied = with_head(False, **{key.removeprefix("cls.predictions."): None for key in mlm_head()})
+    assert not tied
+    assert 0.05 < predictions.decoder.weight.std() < 0.15
+    assert "its transform is drawn at random, and its decoder" in capsys.readouterr().out
+
+
 # ---- configurations and tokenizers ----
 
 
@@ -112,7 +236,7 @@ def test_a_checkpoint_without_a_pooler_gets_a_random_one(model, capsys):
     [
         ({"vocab_size": 50}, {}, "no match"),
         ({"is_decoder": True}, {}, "or a decoder"),
-        ({"model_type": "roberta"}, {}, "is a roberta model"),
+        ({"model_type": "roberta"}, {}, "of type roberta"),
         ({}, {"post_processor": None}, r"\[CLS\] and \[SEP\]"),
     ],
 )
@@ -122,6 +246,68 @@ def test_a_configuration_or_tokenizer_that_is_not_berts_is_a_users_error(model, 
     edit_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     with pytest.raises(UserError, match=message):
         load(model)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"output_attentions": True, "output_hidden_states": True, "return_dict": False, "torchscript": True, "use_cache": False},
+        {"chunk_size_feed_forward": 5, "gradient_checkpointing": True, "pruned_heads": {}, "is_decoder": False, "num_labels": 7},
+        {"_attn_implementation": "flash_attention_2", "problem_type": "regression", "id2label": {"0": "x"}, "dtype": "float16"},
+    ],
+)
+def test_flags_left_in_config_json_change_nothing(model, bert_dir, tmp_path, flags):
+    edit_json(model / "config.json", **flags)
+    net, tokenizer = load_bert(str(model), "classifier", "pretrained", 0)
+    assert net.config.to_dict() == load(bert_dir).config.to_dict()
+    (tmp_path / "saved").mkdir()
+    save_model(net, tokenizer, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert all(saved.get(key) != value for key, value in flags.items() if value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pruned_heads", {"0": [1]}),
+        ("add_cross_attention", True),
+        ("position_embedding_type", "relative_key"),
+        ("quantization_config", {"bits": 4}),
+    ],
+)
+def test_fields_that_make_another_network_of_it_are_named(model, key, value):
+    edit_json(model / "config.json", **{key: value})
+    with pytest.raises(UserError, match=rf'config\.json: "{key}" is '):
+        load(model)
+
+
+def test_a_configuration_without_a_type_names_the_key_and_googles_own_is_read(model, capsys):
+    values = json.loads((model / "config.json").read_text())
+    del values["model_type"]
+    (model / "config.json").write_text(json.dumps(values))
+    load(model)  # its architectures name BERT's class
+    del values["architectures"]
+    (model / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r'config\.json has no "model_type"'):
+        load(model)
+    (model / "config.json").rename(model / "bert_config.json")
+    load(model)
+    assert "bert_config.json is read" in capsys.readouterr().out
+
+
+def test_with_one_token_type_both_texts_of_a_pair_have_it(model, capsys):
+    weights = load_file(model / "model.safetensors")
+    name = "embeddings.token_type_embeddings.weight"
+    save_file(weights | {name: weights[name][:1].clone()}, model / "model.safetensors", FORMAT)
+    edit_json(model / "config.json", type_vocab_size=1)
+    net, tokenizer = load_bert(str(model), "classifier", "pretrained", 0)
+    assert "both texts of a pair get type 0" in capsys.readouterr().out
+    pairs = tokenizer(["good film"], ["bad plot"])
+    tokens = Tokens.of(pairs["input_ids"], pairs["token_type_ids"])
+    assert tokens.types.max() == 1
+    batch = TokenStore(tokens, np.zeros(1, np.int64)).batch(torch.arange(1))
+    inputs = {"input_ids": torch.tensor(pairs["input_ids"]), "token_type_ids": torch.zeros(1, len(tokens.ids), dtype=torch.long)}
+    torch.testing.assert_close(classify(net, batch), net(**inputs).logits)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
@@ -164,7 +350,7 @@ def test_a_checkpoints_own_code_is_not_run_and_nobody_is_asked(model, tmp_path, 
     if model_type == "bert":
         load(model)
     else:
-        with pytest.raises(UserError, match="cannot load a BERT checkpoint"):
+        with pytest.raises(UserError, match="of type evil"):
             load(model)
     assert not asked
     assert not (tmp_path / "touched").exists()
