@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from errno import ENOENT
-
 
 class UserError(Exception):
     """A request that cannot be fulfilled. The message gives the reason and a remedy; scripts exit with code 2."""
