@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import sys
+import types
 from pathlib import Path
 
-import httpx2
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from small_hub import REVISION, write_shards
 
 from bert_tickets.data import glue_files, squad_files, text_source
@@ -155,7 +156,7 @@ def failing(error: BaseException):
             r"from the hub: .*Connection refused\nThree",
         ),
         (socket.gaierror(-2, "Name or service not known"), r"from the hub: .*not known\nThree"),
-        (httpx2.RemoteProtocolError("peer closed connection"), r"cannot read .* from the hub: RemoteProtocolError: peer closed"),
+        (EOFError("peer closed connection"), r"cannot read .* from the hub: EOFError: peer closed"),
         (
             OSError(errno.ENOSPC, "No space left on device"),
             r"cannot use the cache .*No space left.*Set HF_HOME, now /",
@@ -176,6 +177,25 @@ def test_the_innermost_cause_is_named_and_the_right_one_is_blamed(hub_cache, mon
     monkeypatch.setattr("huggingface_hub.hf_hub_download", failing(error))
     with pytest.raises(UserError, match=says):
         texts()
+
+
+@pytest.mark.parametrize(("status", "calls"), [(503, 3), (403, 1)])
+def test_an_overloaded_hub_is_asked_again_and_a_refusal_is_final(hub_cache, monkeypatch, status, calls):
+    response = types.SimpleNamespace(status_code=status, headers={}, request=None)
+    asked = []
+
+    def answer(self, name: str):
+        asked.append(name)
+        if len(asked) < 3:
+            raise HfHubHTTPError("the hub's error", response=response, server_message="Sorry")
+        file = types.SimpleNamespace(rfilename=f"{CONFIG}/train-00000-of-00001.parquet")
+        return types.SimpleNamespace(sha=REVISION, siblings=[file])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(UserError, match="403 Sorry") if status == 403 else contextlib.nullcontext():
+        assert found().revision == REVISION
+    assert len(asked) == calls
 
 
 def test_a_broken_pyarrow_is_not_blamed_on_the_hub(hub_cache, monkeypatch):
