@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from tqdm import tqdm
 from trainrun import THREE_LEVELS, Killed, Runs, dying
 
 from bert_tickets.errors import Stopped
@@ -142,16 +143,21 @@ def test_the_same_signal_again_stops_at_once(runs, monkeypatch, name):
 def test_a_run_whose_terminal_is_closed_saves(runs, monkeypatch, number):
     """Or whose output nobody reads: Ctrl-C ends also the `tee` behind it."""
 
-    def gone(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+    class Terminal(io.StringIO):
+        gone = False
 
-    def hang_up() -> None:
-        monkeypatch.setattr(os, "write", gone)
-        monkeypatch.setattr(sys.stderr, "write", gone)
-        os.kill(os.getpid(), signal.SIGTERM)
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(number, os.strerror(number))
+            return super().write(text)
 
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(Step, "__call__", dying(Step.__call__, 9, by=hang_up))
+    terminal = Terminal()
+
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(os, "write", lambda _, text: terminal.write(text.decode()))
+    monkeypatch.setattr(tqdm, "update", lambda bar: bar.fp.write("|"))  # at every step
+    step = dying(Step.__call__, 8, by=lambda: setattr(terminal, "gone", True))
+    monkeypatch.setattr(Step, "__call__", dying(step, 9, by=kill_self("SIGTERM")))
     with pytest.raises(Stopped, match="level 1 after step 3, saved"):
         runs("run")
 
