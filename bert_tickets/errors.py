@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import ENOENT
+
 
 class UserError(Exception):
     """A request that cannot be fulfilled. The message gives the reason and a remedy; scripts exit with code 2."""
@@ -33,25 +35,24 @@ def first_line(error: BaseException) -> str:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """Return the error at the root of a chain: the innermost one of the system, of an import or of the hub.
+    """Return the error at the root of a chain: the innermost one of the system (with a number) or of the hub (with its message).
 
-    Without one it is the innermost that a library names as the cause. A lookup that failed before it (`FileNotFoundError`,
-    `KeyError`) is none.
+    Without one it is the innermost that a library names as the cause. A failed lookup before it (ENOENT, `KeyError`) is none.
     """
     chain, named = [error], error
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)
     while named.__cause__ is not None and named.__cause__ in chain:
         named = named.__cause__
-    roots = (e for e in reversed(chain) if isinstance(e, OSError | ImportError) and not isinstance(e, FileNotFoundError))
-    return next(roots, named)
+    system = (e for e in reversed(chain) if getattr(e, "errno", None) not in (None, ENOENT) or getattr(e, "server_message", None))
+    return next(system, named)
 
 
 def cause(error: BaseException) -> str:
     """Describe the innermost cause of an error in one line of at most 500 characters; for a refusal by the hub, its message."""
     root = innermost(error)
     text = " ".join(str(root).split())
-    if (message := getattr(root, "server_message", None)) and (response := getattr(root, "response", None)) is not None:
+    if (message := getattr(root, "server_message", None)) and (response := getattr(root, "response", None)):
         text = f"{response.status_code} {' '.join(str(message).split())}"
     elif not text or not isinstance(root, OSError | ImportError):
         text = f"{type(root).__name__}: {text}".removesuffix(": ")

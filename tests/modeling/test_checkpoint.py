@@ -7,6 +7,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +163,13 @@ def test_all_files_of_an_index_are_downloaded(hub):
     (hub.cache / "snapshots" / COMMIT / "model.safetensors.index.json").resolve().write_text("{")
     with pytest.raises(UserError, match=r"index\.json is damaged"):
         checkpoint.resolve(NAME)
+
+
+def test_a_list_of_all_files_in_the_cache_says_what_is_missing(hub, monkeypatch):
+    """As `hf download` of huggingface_hub 2 leaves it."""
+    resolve(NAME)
+    shutil.rmtree(hub.cache / ".no_exist")
+    listed = [SimpleNamespace(path=path.name) for path in hub.source.iterdir()]
+    monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", lambda *_, **__: listed, raising=False)
+    hub.fail = unreachable
+    load()
