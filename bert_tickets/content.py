@@ -22,7 +22,7 @@ PREFIX = "sha256:"
 SMALL = 2**20  # bytes; hashing them takes no longer than the cache
 SETTLED = 2.0  # seconds since a file's last change; within them it may change again without another time
 CHECKPOINT = re.compile(  # the files of a checkpoint's folder that are read
-    r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|vocab\.txt|pooler\.safetensors"
+    r"(config|bert_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|vocab\.txt|pooler\.safetensors"
     r"|(model|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?"
 )
 

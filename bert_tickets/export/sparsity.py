@@ -10,15 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bert_tickets.errors import UserError, first_line
-from bert_tickets.files import read_json
+from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
-from bert_tickets.masking.released import is_torch_file
+from bert_tickets.modeling.checkpoint import POOLER, WEIGHTS
 from bert_tickets.modeling.parameters import ENCODER, PRUNABLE
+from bert_tickets.modeling.weights import read_weights
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 BY_CHANCE = 1e-5  # the fraction of a tensor that may be zero without a mask
-POOLER = "pooler.safetensors"  # beside a model whose class has none
 _FIRST = "encoder.layer.0.attention.self.query.weight"  # every BERT has it
 
 
@@ -124,31 +122,12 @@ def folder_zeros(folder: Path, mask: Mask | None = None) -> tuple[dict[str, Zero
     path = weight_file(folder)
     if path is None:
         raise UserError(f"{folder} has no weights ({', '.join(WEIGHTS[::2])})")
-    paths = [path]
-    if path.suffix == ".json":
-        index = read_json(path)
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise UserError(f"{path} is not an index of weight files: it has no weight_map of file names")
-        paths = [folder / name for name in sorted({*names.values()})]
-    found = bert_tensors({name: tensor for path in paths for name, tensor in _read(path).items()}, str(folder))
+    found, files = read_weights(folder, str(folder)), [path.name]
     if (beside := folder / POOLER).is_file() and f"{ENCODER}pooler.dense.weight" not in found:
-        found |= _read(beside)
-        paths.append(beside)
+        found |= load_file(beside)
+        files.append(POOLER)
     if mask is None:
         tensors = {name: tensor for name, tensor in found.items() if PRUNABLE["matrices"].fullmatch(name)}
     else:
         tensors = covered(found, mask, str(folder))
-    return count_zeros(tensors, mask), [path.name for path in paths]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Read tensors onto the CPU, lazily by pages. Nothing is unpickled but tensors."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        zipped = is_torch_file(path) and path.open("rb").read(2) == b"PK"  # older files cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    except Exception as error:  # the libraries raise a dozen types for a file that they cannot read
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    return count_zeros(tensors, mask), files

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bert_tickets.errors import UserError, first_line
-from bert_tickets.export.sparsity import POOLER, Zeros, count_zeros, covered, sparsity_lines
+from bert_tickets.export.sparsity import Zeros, count_zeros, covered, sparsity_lines
 from bert_tickets.files import read_tensors
 from bert_tickets.masking.mask import Mask
+from bert_tickets.modeling.checkpoint import POOLER
+from bert_tickets.modeling.tokenizer import load_tokenizer
 
 MASK = "mask.safetensors"
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # accelerate's names for processes that each hold a part of the weights
@@ -45,7 +47,9 @@ def load_ticket(folder: str | Path, head: type | None = None, **options: Any) ->
         own = "BertForSequenceClassification" if "num_labels" in options else (config.architectures or ["BertModel"])[0]
         kind: Any = head or getattr(transformers, own)
         model, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder, str(folder), config)
+    except UserError:
+        raise
     except Exception as error:  # the library raises a dozen types for a damaged file
         raise UserError(f"cannot load a BERT from {folder}: {type(error).__name__}: {first_line(error)}") from None
     drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}

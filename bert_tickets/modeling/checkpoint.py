@@ -50,7 +50,9 @@ def shards(index: Path) -> list[str]:
     """Return the names of the files that an index of weights lists."""
     try:
         return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except Exception as error:
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{index} is damaged: it has no weight_map of file names") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{index} is damaged: {cause(error)}") from None
 
 
@@ -118,7 +120,7 @@ def _fetch(name: str, file: str, *, needed: bool = True) -> Path | None:
     """Return a file of a model in the cache, downloaded if necessary; None if the model does not have it."""
     cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     commit = cache / "refs" / "main"
-    revision = commit.read_text() if commit.is_file() else "main"
+    revision = commit.read_text(encoding="utf-8") if commit.is_file() else "main"
     path = cache / "snapshots" / revision / file
     if path.is_file():
         return path
