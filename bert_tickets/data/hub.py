@@ -6,10 +6,8 @@ until the cache is deleted, and a machine without a network does not wait for on
 
 from __future__ import annotations
 
-import errno
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,9 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
-from bert_tickets.errors import UserError, cause, innermost
+from bert_tickets.errors import UserError, cause
 from bert_tickets.files import file_sha256
-
-DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOTDIR, errno.EEXIST}
+from bert_tickets.hub import is_of_disk, patiently
 
 
 def no_data(problem: str, hub_name: str, folder: str) -> UserError:
@@ -69,7 +66,7 @@ class Dataset:
         if not path.exists():
             print(f"downloading {self.name} {file}", flush=True)
             enable_progress_bars()  # transformers' are off
-            path = Path(_patiently(hf_hub_download, self.name, file, repo_type="dataset", revision=self.revision))
+            path = Path(patiently(hf_hub_download, self.name, file, repo_type="dataset", revision=self.revision))
         content = path.resolve()
         if re.fullmatch("[0-9a-f]{64}", content.name) and file_sha256(content) != content.name:
             raise _damaged(path, "does not match the sha256 that names it")
@@ -85,7 +82,7 @@ def find_dataset(name: str, config: str, splits: Sequence[str], layout: str) -> 
                 return Dataset(name, config, folder.name, files, layout)
         from huggingface_hub import HfApi
 
-        about = _patiently(HfApi().dataset_info, name)
+        about = patiently(HfApi().dataset_info, name)
         files = _files([file.rfilename for file in about.siblings], config, splits)
         if absent := [split for split in splits if not files[split]]:
             raise UserError(f"{name} on the hub has no files {config}/{absent[0]}-*.parquet: give --data-dir {layout}")
@@ -99,19 +96,6 @@ def _files(names: Sequence[str], config: str, splits: Sequence[str]) -> dict[str
     found = {split: matches[split] for split in splits if split in matches}
     listed = {split: [f"{m[1]}{i:05d}-of-{m[3]}.parquet" for i in range(int(m[3]))] for split, m in found.items()}
     return {split: listed.get(split, []) for split in splits}
-
-
-def _patiently(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a function of the hub's client, again after 1, 2 and 4 seconds if the hub answers that it is overloaded (5xx)."""
-    for wait in (1, 2, 4):
-        try:
-            return call(*arguments, **options)
-        except Exception as error:
-            response = getattr(innermost(error), "response", None)
-            if response is None or response.status_code < 500:
-                raise
-        time.sleep(wait)
-    return call(*arguments, **options)
 
 
 def _snapshots(name: str) -> Path:
@@ -131,8 +115,7 @@ def _one_sentence(name: str, config: str, layout: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # offline, behind a proxy, without permission, on a full disk: many types
-        root = innermost(error)
-        if getattr(root, "errno", None) in DISK or "(os error 28)" in str(root):  # the second is of the client's part in Rust
+        if is_of_disk(error):
             raise UserError(
                 f"cannot use the cache for {name}: {cause(error)}. Set HF_HOME, now {HF_HOME}, to another folder."
             ) from None

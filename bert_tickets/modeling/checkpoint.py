@@ -6,7 +6,6 @@ complete one needs no network. Only the hub's own answer that a file does not ex
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -17,13 +16,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from bert_tickets.errors import UserError, cause
+from bert_tickets.hub import is_of_disk, patiently
 
 POOLER = "pooler.safetensors"  # beside a model whose class has none, such as BertForQuestionAnswering
 CONFIGS = ("config.json", "bert_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.txt")
 OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json", POOLER)
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def resolve(name: str) -> Path:
@@ -131,7 +130,7 @@ def _fetch(name: str, file: str, *, needed: bool = True) -> Path | None:
 
     enable_progress_bars()  # `load_bert` disables those of transformers
     try:
-        return Path(hf_hub_download(name, file, revision=revision))
+        return Path(patiently(hf_hub_download, name, file, revision=revision))
     except Exception as error:  # offline, behind a proxy, without permission, on a full disk: many types
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
@@ -143,7 +142,7 @@ def _fetch(name: str, file: str, *, needed: bool = True) -> Path | None:
 def _hub_error(name: str, file: str, error: Exception) -> UserError:
     """Return the error of a download, with its true cause and what to do."""
     why, remedy = cause(error), "set HF_HUB_OFFLINE=1 to use the cache as it is"
-    if (isinstance(error, OSError) and (error.filename or error.errno in FULL)) or "os error 28" in str(error):
+    if is_of_disk(error):
         return UserError(
             f"cannot keep {file} of {name} in HF_HOME, {constants.HF_HOME}: {why}. Set HF_HOME to a folder that can be written "
             "and has space"
