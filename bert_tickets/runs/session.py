@@ -182,8 +182,6 @@ class Session:
 
     def _write_model(self, folder: Path) -> dict[str, str]:
         """Write the network and its tokenizer as a Hugging Face folder; returns the sha256 of its files."""
-        self.tokenizer.backend_tokenizer.no_truncation()  # otherwise it is saved with the settings of its last call
-        self.tokenizer.backend_tokenizer.no_padding()
         save_model(self.net, self.tokenizer, folder)
         return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
 
