@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from fake_cuda import only_fake
 from steps import take
+from torch.nn.utils import prune
 
 from bert_tickets import kernels
 from bert_tickets.bench.baselines import make_case
+from bert_tickets.modeling.bert import encode
 
 pytest.importorskip("triton")
 from bert_tickets.kernels import embeddings, layers
@@ -277,6 +279,22 @@ def test_steps_by_our_kernels_equal_those_by_torchs(one_gpu, calm_bert_dir, tmp_
                 assert (ours - theirs).abs().mean() <= 0.1 * theirs.abs().mean(), name
             assert not ours[kept.expand_as(ours) == 0].any()
             assert found[0].params[name].grad_dtype == (torch.float32 if grad_accum == 2 else None)
+
+
+@only_fake
+def test_weights_under_the_hooks_of_torchs_pruning_are_used(one_gpu, calm_bert_dir, monkeypatch):
+    with one_gpu():
+        given = {"model": str(calm_bert_dir), "precision": "fp16", "batch_size": 2, "limit_train": 2}
+        case = make_case("cola", given, 0.5)
+        for layer in case.net.bert.encoder.layer:
+            for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+                prune.random_unstructured(linear, "weight", 0.5)
+        hidden = []
+        for ours in (False, True):
+            with monkeypatch.context() as patch, torch.no_grad(), torch.autocast("cuda", torch.float16):
+                patch.setattr(kernels, "usable", lambda device, ours=ours: ours)
+                hidden.append(encode(case.net, case.store.batch(torch.arange(2))).cpu())
+    torch.testing.assert_close(*hidden, rtol=0, atol=0.02)
 
 
 def test_kernels_that_do_not_compile_are_not_used(monkeypatch, capsys):
