@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bert_tickets.data.hub import find_dataset, no_data
+from bert_tickets.data.hub import find_dataset
 from bert_tickets.errors import UserError
+from bert_tickets.hub import Repository
 
-HUB = "nyu-mll/glue"
 LAYOUT = "a folder in GLUE's original layout (MNLI/train.tsv, MNLI/dev_matched.tsv, ...)"
+HUB = Repository("dataset", "nyu-mll/glue", f"--data-dir {LAYOUT}")
 MAX_BROKEN = 0.01  # a file with a larger fraction of broken lines raises an error
 
 
@@ -56,13 +57,19 @@ ROWS = {
 Example = tuple[tuple[str, ...], float]  # one or two texts, a label
 
 
+def files_of(data_dir: Path, row: Row) -> dict[str, Path]:
+    """Return the files by split, of `data_dir/MNLI` or else of `data_dir` itself. They need not exist."""
+    nested = data_dir / row.folder
+    folder = nested if (nested / "train.tsv").is_file() else data_dir
+    return {split: folder / file for split, file in {"train": "train.tsv", **row.dev}.items()}
+
+
 def read_folder(data_dir: Path, row: Row) -> dict[str, list[Example]]:
-    """Read all splits from `data_dir/MNLI`, or from `data_dir` itself. Raises `UserError` if neither has the files."""
-    for folder in (data_dir / row.folder, data_dir):
-        if (folder / "train.tsv").is_file():
-            return {split: read_tsv(folder / file, row) for split, file in {"train": "train.tsv", **row.dev}.items()}
-    places = f"{data_dir / row.folder}/train.tsv nor {data_dir}/train.tsv"
-    raise no_data(f"no {row.folder} data: neither {places} exists", HUB, LAYOUT)
+    """Read all splits of a folder. Raises `UserError` if it has no such files."""
+    files = files_of(data_dir, row)
+    if not files["train"].is_file():
+        raise HUB.unavailable(f"no {row.folder} data: neither {data_dir / row.folder}/train.tsv nor {data_dir}/train.tsv exists")
+    return {split: read_tsv(path, row) for split, path in files.items()}
 
 
 def read_tsv(path: Path, row: Row) -> list[Example]:
@@ -115,7 +122,7 @@ def _parse(line: str, header: Sequence[str], row: Row) -> Example:
 def read_hub(name: str, row: Row) -> dict[str, list[Example]]:
     """Read all splits from the hub, or its cache."""
     splits: dict[str, list[Example]] = {"train": [], **{split: [] for split in row.dev}}
-    data = find_dataset(HUB, name, list(splits), LAYOUT)
+    data = find_dataset(HUB, name, list(splits))
     for split, examples in splits.items():
         for *texts, labels in data.columns(split, [*(row.hub_texts or row.texts), "label"]):
             examples += zip(zip(*texts, strict=True), labels, strict=True)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bert_tickets.data.hub import find_dataset, no_data
+from bert_tickets.data.hub import find_dataset
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_json as read_json_file
+from bert_tickets.hub import Repository
 
-HUB, CONFIG = "rajpurkar/squad", "plain_text"
 FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
-LAYOUT = f"a folder with the published files {' and '.join(FILES.values())}"
+HUB = Repository("dataset", "rajpurkar/squad", f"--data-dir a folder with the published files {' and '.join(FILES.values())}")
+CONFIG = "plain_text"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def read_folder(data_dir: Path) -> dict[str, list[Question]]:
     """Read both published files of a folder. Raises `UserError` if one is missing."""
     for file in FILES.values():
         if not (data_dir / file).is_file():
-            raise no_data(f"no SQuAD data: {data_dir / file} does not exist", HUB, LAYOUT)
+            raise HUB.unavailable(f"no SQuAD data: {data_dir / file} does not exist")
     return {split: read_json(data_dir / file) for split, file in FILES.items()}
 
 
@@ -85,7 +86,7 @@ def _parse(content: Any, path: Path) -> Iterator[tuple[str, Question]]:
 def read_hub() -> dict[str, list[Question]]:
     """Read both splits from the hub, or its cache."""
     splits: dict[str, list[Question]] = {split: [] for split in FILES}
-    data = find_dataset(HUB, CONFIG, list(splits), LAYOUT)
+    data = find_dataset(HUB, CONFIG, list(splits))
     for split, questions in splits.items():
         for columns in data.columns(split, ["id", "question", "context", "answers"]):
             for id, question, context, answers in zip(*columns, strict=True):

@@ -9,9 +9,10 @@ from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 
-from bert_tickets.data.hub import Dataset, find_dataset, no_data
+from bert_tickets.data.hub import Dataset, find_dataset
 from bert_tickets.errors import UserError
 from bert_tickets.files import file_sha256
+from bert_tickets.hub import Repository
 
 PIECE = 1 << 16  # characters of a file that are read at a time
 ROWS = 100  # lines or articles of a data set on the hub that are read at a time
@@ -20,7 +21,7 @@ FILES = {"train": "en.train", "validation": "en.valid"}
 WIKITEXT, WIKIPEDIA = "Salesforce/wikitext", "wikimedia/wikipedia"
 HUB = {WIKITEXT: "wikitext-103-raw-v1", WIKIPEDIA: "20231101.en"}  # configurations
 HELD_OUT = 100  # the first articles of Wikipedia (3 MB) are the validation set; on the hub it has none
-LAYOUT = f"a folder with {' and '.join(FILES.values())}, plain text in UTF-8; or {WIKIPEDIA}, all of English Wikipedia"
+INSTEAD = f"--data-dir a folder with {' and '.join(FILES.values())}, in UTF-8; or {WIKIPEDIA}, all of English Wikipedia"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def find_texts(data_dir: str | None) -> dict[str, Text]:
 def file_text(path: Path) -> Text:
     """Open a UTF-8 file with lines of any length. Reads it once for its hash. Raises `UserError` if it does not exist."""
     if not path.is_file():
-        raise no_data(f"there is no text at {path}", WIKITEXT, LAYOUT)
+        raise Repository("dataset", WIKITEXT, INSTEAD).unavailable(f"there is no text at {path}")
     stamp = _stamp(path)
     return Text(str(path), file_sha256(path), stamp[0], lambda: _read_file(path, stamp))
 
@@ -73,15 +74,15 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def hub_texts(name: str) -> dict[str, Text]:
     """Open the splits of a data set on the hub, or in its cache, whose files are downloaded as the text is read."""
-    data = find_dataset(name, HUB[name], ["train"] if name == WIKIPEDIA else list(FILES), LAYOUT)
+    data = find_dataset(Repository("dataset", name, INSTEAD), HUB[name], ["train"] if name == WIKIPEDIA else list(FILES))
     key = f"{name} {HUB[name]} {data.revision}"
     return {split: Text(f"{name} ({split})", f"{key} {split}", None, partial(_read_hub, data, split)) for split in FILES}
 
 
 def _read_hub(data: Dataset, split: str) -> Iterator[str]:
-    source = "train" if data.name == WIKIPEDIA else split
+    source = "train" if data.source.name == WIKIPEDIA else split
     rows: Iterator[str] = (row for (column,) in data.columns(source, ["text"], ROWS) for row in column)
-    if data.name == WIKIPEDIA:
+    if data.source.name == WIKIPEDIA:
         rows = islice(rows, HELD_OUT) if split == "validation" else islice(rows, HELD_OUT, None)
     while part := list(islice(rows, ROWS)):
         yield "\n".join(part)

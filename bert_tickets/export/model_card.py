@@ -94,7 +94,7 @@ def hub_data(cfg: Config) -> tuple[str, str | None] | None:
         return (place, text_source.HUB[place]) if place in text_source.HUB else None
     if cfg.data_dir is not None:
         return None
-    return (squad_files.HUB, None) if cfg.task == "squad" else (glue_files.HUB, cfg.task)
+    return (squad_files.HUB.name, None) if cfg.task == "squad" else (glue_files.HUB.name, cfg.task)
 
 
 def settings(ticket: Ticket) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from transformers.models.bert.modeling_bert import BertPooler
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import write_tensors
 from bert_tickets.modeling.bert import Net
-from bert_tickets.modeling.checkpoint import POOLER, check_absent, check_download, resolve
+from bert_tickets.modeling.checkpoint import POOLER, find_pooler, resolve
 from bert_tickets.modeling.dropout import replace_dropout
 from bert_tickets.modeling.parameters import DECODER, ENCODER, WORD_EMBEDDINGS, encoder_weights, head_weights
 from bert_tickets.modeling.tokenizer import OwnTokenizer, load_tokenizer
@@ -58,7 +58,6 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     use is frozen. Raises `UserError` for a checkpoint that is not BERT, or damaged.
     """
     folder = resolve(name)
-    check_download(folder)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     config = read_config(folder, name, labels)
@@ -72,13 +71,11 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     net.bert.pooler.requires_grad_(head == "classifier")
     new = _set_mlm_head(net, weights, name) if keep else list(head_weights(net))
     init_weights(net, seeded(seed, "head"), new)
-    if (folder / POOLER).is_file():
-        if missing:
-            load_encoder(net, folder / POOLER)
-        else:
-            print(f"{name} has a pooler among its weights: its {POOLER} is not read")
+    if not missing and (folder / POOLER).is_file():
+        print(f"{name} has a pooler among its weights: its {POOLER} is not read")
+    elif missing and (pooler := find_pooler(name)):
+        load_encoder(net, pooler, missing)
     elif missing:
-        check_absent(folder, POOLER)
         print(f"{name} has no pooler: its weights are drawn at random")
         init_weights(net, seeded(seed, "pooler"), sorted(missing))
     if config.type_vocab_size == 1 and head != "mlm":
@@ -204,8 +201,8 @@ def init_weights(net: Net, generator: torch.Generator, names: Collection[str]) -
 
 
 @torch.no_grad()
-def load_encoder(net: Net, path: Path) -> None:
-    """Overwrite the encoder's weights with those of a safetensors file; a head in the file is ignored."""
+def load_encoder(net: Net, path: Path, needed: Set[str] = frozenset()) -> None:
+    """Overwrite the encoder's weights with those of a safetensors file, which must have the needed ones; its head is ignored."""
     if not path.is_file():
         raise UserError(f"--init {path}: no such file; give pretrained, random, or a safetensors file")
     try:
@@ -216,12 +213,12 @@ def load_encoder(net: Net, path: Path) -> None:
     known = {name: tensor for name, tensor in weights.items() if name in encoder}
     if more := sorted(name for name in weights.keys() - encoder.keys() if name.startswith(f"{ENCODER}encoder.")):
         raise UserError(f"{path} has {more[0]}, which the model does not have")
-    if not known:
-        raise UserError(f"{path} has none of the encoder's weights (such as {next(iter(encoder))})")
+    if not known or not needed <= known.keys():
+        raise UserError(f"{path} lacks {min((needed or encoder.keys()) - known.keys())}")
     for name, tensor in known.items():
         if tensor.shape != encoder[name].shape or not tensor.is_floating_point():
             raise UserError(f"{name} is {tensor.dtype}{tuple(tensor.shape)} in {path}, not {tuple(encoder[name].shape)} floats")
         encoder[name].copy_(tensor)
     _check_finite({name: encoder[name] for name in known}, path)
-    if len(known) < len(encoder) and path.name != POOLER:
+    if len(known) < len(encoder) and not needed:
         print(f"{path} sets {len(known)} of the encoder's {len(encoder)} tensors; the others are unchanged")

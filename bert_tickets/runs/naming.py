@@ -50,14 +50,9 @@ def _by_content(cfg: Config) -> dict[str, Any]:
 
 def data_files(task: str, folder: Path) -> dict[str, Path]:
     """Return the files of a --data-dir that a task reads, by split. They need not exist."""
-    if task == "squad":
-        files = squad_files.FILES
-    elif task == "mlm":
-        files = text_source.FILES
-    else:
-        row = glue_files.ROWS[task]
-        files = {"train": "train.tsv", **row.dev}
-        folder = next((place for place in (folder / row.folder, folder) if (place / "train.tsv").is_file()), folder)
+    if task in glue_files.ROWS:
+        return glue_files.files_of(folder, glue_files.ROWS[task])
+    files = squad_files.FILES if task == "squad" else text_source.FILES
     return {split: folder / file for split, file in files.items()}
 
 

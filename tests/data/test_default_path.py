@@ -41,7 +41,7 @@ def full_cache(hub, by_default, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("online") / "hf"
     said = run_scripts(by_default, home.parent, home, hub.url)
     assert exit_codes(said) == [0, 0, 0], said
-    assert "downloading nyu-mll/glue rte/train-00000-of-00001.parquet" in said
+    assert "downloading rte/train-00000-of-00001.parquet of nyu-mll/glue" in said
     return home
 
 
@@ -113,4 +113,6 @@ def test_a_refusal_or_a_damaged_download_is_one_sentence(hub, by_default, bert_d
     assert re.search(
         rf"damaged. Delete .*/blobs/[0-9a-f]{{64}} and {file}/\w+/plain_text/train-00000-of-00001.parquet", errors[1]
     )
-    assert errors[2] == "cannot read Salesforce/wikitext (wikitext-103-raw-v1) from the hub: 410 Gone"
+    assert (
+        errors[2] == "cannot read wikitext-103-raw-v1/train-00001-of-00002.parquet of Salesforce/wikitext from the hub: 410 Gone"
+    )

@@ -17,6 +17,7 @@ from small_hub import REVISION, write_shards
 from bert_tickets.data import glue_files, squad_files, text_source
 from bert_tickets.data.hub import find_dataset
 from bert_tickets.errors import UserError, cause
+from bert_tickets.hub import Repository
 
 READERS = {
     r"nyu-mll/glue \(rte\)": lambda: glue_files.read_hub("rte", glue_files.ROWS["rte"]),
@@ -24,6 +25,12 @@ READERS = {
     r"Salesforce/wikitext \(wikitext-103-raw-v1\)": lambda: text_source.hub_texts(text_source.WIKITEXT),
 }
 NAME, CONFIG = "owner/texts", "en"
+
+
+@pytest.fixture
+def online(monkeypatch) -> None:
+    """Take back the tests' HF_HUB_OFFLINE; the hub's client is replaced."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +50,7 @@ def test_missing_files_name_three_ways_to_get_the_data(tmp_path, read, absent, h
 
 @pytest.mark.parametrize("name", READERS)
 def test_without_a_cache_and_offline_the_error_names_the_ways(hub_cache, name):
-    """The tests' HF_HUB_OFFLINE is set."""
-    with pytest.raises(UserError, match=rf"(?s)cannot read {name} from the hub: .*offline.*HF_HOME.*--data-dir a folder"):
+    with pytest.raises(UserError, match=rf"(?s)cannot read {name} .*HF_HUB_OFFLINE is set.*HF_HOME.*--data-dir a folder"):
         READERS[name]()
 
 
@@ -52,7 +58,7 @@ def test_without_a_cache_and_offline_the_error_names_the_ways(hub_cache, name):
 
 
 def found(count: int = 1):
-    return find_dataset(NAME, CONFIG, ["train", "validation"][:count], "a folder")
+    return find_dataset(Repository("dataset", NAME, "a folder"), CONFIG, ["train", "validation"][:count])
 
 
 def texts(split: str = "train") -> list[str]:
@@ -90,7 +96,7 @@ def test_a_folder_of_the_data_sets_name_has_no_effect(hub_cache, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("damage", "says"),
-    [("of a named file", "does not match the sha256 that names it"), ("of another", "cannot be read"), ("column", "with text")],
+    [("of a named file", "does not match the hash that names it"), ("of another", "cannot be read"), ("column", "with text")],
 )
 def test_a_damaged_file_is_named(hub_cache, damage, says):
     file = snapshot(hub_cache, "good", train=1) / CONFIG / "train-00000-of-00001.parquet"
@@ -109,7 +115,7 @@ def test_a_damaged_file_is_named(hub_cache, damage, says):
         texts()
 
 
-def test_a_file_that_is_not_in_the_cache_is_downloaded_from_the_same_revision(hub_cache, monkeypatch, capsys):
+def test_a_file_that_is_not_in_the_cache_is_downloaded_from_the_same_revision(hub_cache, online, monkeypatch, capsys):
     """And a link without its content is no file."""
     folder = snapshot(hub_cache, REVISION, train=2)
     names = [f"{CONFIG}/train-0000{i}-of-00002.parquet" for i in (0, 1)]
@@ -127,7 +133,7 @@ def test_a_file_that_is_not_in_the_cache_is_downloaded_from_the_same_revision(hu
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert len(texts()) == 7
     assert asked == [(NAME, names[1], {"repo_type": "dataset", "revision": REVISION})]
-    assert capsys.readouterr().out == f"downloading {NAME} {names[1]}\n"
+    assert capsys.readouterr().out == f"downloading {names[1]} of {NAME}\n"
 
 
 # ---- errors ----
@@ -151,24 +157,15 @@ def failing(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (
-            ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
-            r"from the hub: .*Connection refused\nThree",
-        ),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), r"from the hub: .*Connection refused\nThree"),
         (socket.gaierror(-2, "Name or service not known"), r"from the hub: .*not known\nThree"),
         (EOFError("peer closed connection"), r"cannot read .* from the hub: EOFError: peer closed"),
-        (
-            OSError(errno.ENOSPC, "No space left on device"),
-            r"cannot use the cache .*No space left.*Set HF_HOME, now /",
-        ),
-        (
-            PermissionError(errno.EACCES, "Permission denied", "/hf/hub"),
-            r"cannot use the cache .*denied: '/hf/hub'",
-        ),
+        (OSError(errno.ENOSPC, "No space left on device"), r"cannot keep .* in HF_HOME, /.*No space left.*Set HF_HOME"),
+        (PermissionError(errno.EACCES, "Permission denied", "/hf/hub"), r"cannot keep .* in HF_HOME, /.*denied: '/hf/hub'"),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_the_innermost_cause_is_named_and_the_right_one_is_blamed(hub_cache, monkeypatch, error, says):
+def test_the_innermost_cause_is_named_and_the_right_one_is_blamed(hub_cache, online, monkeypatch, error, says):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", failing(error))
     with pytest.raises(UserError, match=says):
         found()
@@ -180,7 +177,7 @@ def test_the_innermost_cause_is_named_and_the_right_one_is_blamed(hub_cache, mon
 
 
 @pytest.mark.parametrize(("status", "calls"), [(503, 3), (403, 1)])
-def test_an_overloaded_hub_is_asked_again_and_a_refusal_is_final(hub_cache, monkeypatch, status, calls):
+def test_an_overloaded_hub_is_asked_again_and_a_refusal_is_final(hub_cache, online, monkeypatch, status, calls):
     response = types.SimpleNamespace(status_code=status, headers={}, request=None)
     asked = []
 

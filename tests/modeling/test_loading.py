@@ -18,6 +18,7 @@ from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
 from bert_tickets.files import sha256_of
 from bert_tickets.modeling.bert import classify
+from bert_tickets.modeling.checkpoint import POOLER
 from bert_tickets.modeling.loading import load_bert, save_model
 from bert_tickets.modeling.parameters import encoder_weights, prunable
 
@@ -71,7 +72,7 @@ def test_init_takes_some_weights_from_a_file(bert_dir, tmp_path, capsys):
     assert torch.equal(changed.get_parameter(key), net.get_parameter(key))
     assert "sets 1 of the encoder's" in capsys.readouterr().out
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="has none of"):
+    with pytest.raises(UserError, match="lacks bert"):
         load(bert_dir, path)
 
 
@@ -106,6 +107,9 @@ def test_a_checkpoint_without_a_pooler_gets_a_random_one(model, capsys):
     assert "has no pooler" in capsys.readouterr().out
     assert torch.equal(first.bert.pooler.dense.weight, second.bert.pooler.dense.weight)
     assert 0.05 < first.bert.pooler.dense.weight.std() < 0.15
+    save_file({"bert.pooler.dense.weight": weights["pooler.dense.weight"]}, model / POOLER, FORMAT)
+    with pytest.raises(UserError, match=rf"{POOLER} lacks bert\.pooler\.dense\.bias"):
+        load(model)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +322,7 @@ def test_a_file_that_is_damaged_or_missing_is_a_users_error(model, file):
     (model / file).unlink()
     with pytest.raises(UserError):
         load(model)
-    with pytest.raises(UserError, match="cannot load a BERT checkpoint from there-is/no-such-model"):
+    with pytest.raises(UserError, match="there is no folder there-is/no-such-model; cannot read"):
         load("there-is/no-such-model")
 
 
