@@ -69,7 +69,7 @@ def problems(run: Path) -> list[str]:
     if (run / "rewind.safetensors").exists():
         attempt(read_own, run / "rewind.safetensors", run)
     if (run / CHECKPOINT).exists():
-        attempt(lambda: read_own(run / CHECKPOINT, run, read_facts(run / CHECKPOINT)["level"]))  # a kill may leave an earlier one
+        attempt(lambda: read_checkpoint(run, read_facts(run / CHECKPOINT)["level"]))  # a kill may leave an earlier one
     if (run / "failure.json").exists():
         attempt(read_checksummed, run / "failure.json")
     attempt(_check_results, run)
@@ -92,6 +92,14 @@ def read_own(path: Path, run: Path, level: int | None = None) -> dict[str, Tenso
     if (facts.get("run"), facts.get("level")) != (read_run(run)["run"], level):
         raise Damaged(f"{path} belongs to {facts.get('run')}, level {facts.get('level')}")
     return read_tensors(path)
+
+
+def read_checkpoint(run: Path, level: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the facts of the checkpoint of a level. Raises `Damaged`, also for another kind of file."""
+    tensors, facts = read_own(run / CHECKPOINT, run, level), read_facts(run / CHECKPOINT)
+    if "step" not in facts:
+        raise Damaged(f"{run / CHECKPOINT} is another file of the run, not a checkpoint")
+    return tensors, facts
 
 
 def check_weights(run: Path, level: int) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from bert_tickets.runs.directory import (
     results_lines,
     run_dir,
 )
-from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_mask, read_own
+from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_checkpoint, read_mask, read_own
 from bert_tickets.runs.naming import differences, with_absolute_folders
 from bert_tickets.runs.provenance import environment
 from bert_tickets.signals import stop_signals
@@ -173,7 +173,7 @@ class Run:
 
         def read() -> tuple[dict[str, Tensor], dict | None]:
             try:
-                return (read_own(path, self.dir, level), read_facts(path)) if path.exists() else ({}, None)
+                return read_checkpoint(self.dir, level) if path.exists() else ({}, None)
             except Damaged as error:
                 print(f"{error}; level {level} starts again")
                 path.unlink()

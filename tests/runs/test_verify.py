@@ -146,10 +146,12 @@ def test_missing_files_that_a_run_rewinds_with_are_named(run, name):
 
 def test_checkpoints_are_verified_and_those_of_a_finished_level_do_no_harm(run):
     path = run / "checkpoint.safetensors"
-    write_tensors(path, {"x": torch.zeros(2)}, {"run": run.name, "level": 2})
+    write_tensors(path, {"x": torch.zeros(2)}, {"run": run.name, "level": 2, "step": 1})
     assert problems(run) == []
-    write_tensors(path, {"x": torch.zeros(2)}, {"run": "another", "level": 2})
+    write_tensors(path, {"x": torch.zeros(2)}, {"run": "another", "level": 2, "step": 1})
     assert "checkpoint.safetensors belongs to another" in one_problem(run)
+    shutil.copy(run / "level_02/mask.safetensors", path)
+    assert "another file of the run" in one_problem(run)
 
 
 def test_a_folder_without_a_run_is_a_users_mistake(tmp_path, capsys):
