@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -36,17 +35,9 @@ def export(run: Path, output: Path, level: int | None = None, *, untrained: bool
             _write_untrained(ticket, folder)
         else:
             _write_trained(ticket, folder)
-        _forget_place(folder / "tokenizer_config.json")
         ticket.mask.write(folder / "mask.safetensors", **{key: without_folder(value) for key, value in ticket.mask.info.items()})
         model_card(ticket, output.absolute().name, untrained=untrained).save(folder / "README.md")
     return ticket
-
-
-def _forget_place(tokenizer_config: Path) -> None:
-    """Remove the settings of a tokenizer that are true on this machine only."""
-    values = json.loads(tokenizer_config.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in values.items() if key not in ("is_local", "local_files_only")}
-    tokenizer_config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_trained(ticket: Ticket, folder: Path) -> None:
