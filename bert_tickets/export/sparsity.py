@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.checkpoint import POOLER, WEIGHTS
 from bert_tickets.modeling.parameters import ENCODER, PRUNABLE
-from bert_tickets.modeling.weights import read_weights
+from bert_tickets.modeling.weights import POOLER_WEIGHTS, read_config, read_pooler, read_weights
 
 BY_CHANCE = 1e-5  # the fraction of a tensor that may be zero without a mask
 _FIRST = "encoder.layer.0.attention.self.query.weight"  # every BERT has it
@@ -113,19 +112,30 @@ def weight_file(folder: Path) -> Path | None:
     return next((path for path in map(folder.joinpath, WEIGHTS) if path.is_file()), None)
 
 
-def folder_zeros(folder: Path, mask: Mask | None = None) -> tuple[dict[str, Zeros], list[str]]:
-    """Count the zeros of the tensors that `mask` covers, or else of the six matrices of every layer and the pooler's.
+def folder_weights(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the weights of a folder by the names of a BERT with a head, and the pooler beside them.
 
-    Returns the counts, and the names of the files that were read. Raises `UserError` for files that are missing or damaged, and
-    if the folder's model is not a BERT of the mask's shapes.
+    Returns the weights, and the names of the files that were read. Raises `UserError` for files that are missing or damaged, and
+    if they are not of a whole BERT of the folder's config.json.
     """
     path = weight_file(folder)
     if path is None:
         raise UserError(f"{folder} has no weights ({', '.join(WEIGHTS[::2])})")
-    found, files = read_weights(folder, str(folder)), [path.name]
-    if (beside := folder / POOLER).is_file() and f"{ENCODER}pooler.dense.weight" not in found:
-        found |= load_file(beside)
+    config = read_config(folder, str(folder), labels=2)
+    found, files = read_weights(folder, str(folder), config), [path.name]
+    if found.keys().isdisjoint(POOLER_WEIGHTS) and (beside := folder / POOLER).is_file():
+        found |= read_pooler(beside, config)
         files.append(POOLER)
+    return found, files
+
+
+def folder_zeros(folder: Path, mask: Mask | None = None) -> tuple[dict[str, Zeros], list[str]]:
+    """Count the zeros of the tensors that `mask` covers, or else of the six matrices of every layer and the pooler's.
+
+    Returns the counts, and the names of the files that were read. Raises `UserError` as `folder_weights` does, and if the mask
+    is of other shapes.
+    """
+    found, files = folder_weights(folder)
     if mask is None:
         tensors = {name: tensor for name, tensor in found.items() if PRUNABLE["matrices"].fullmatch(name)}
     else:

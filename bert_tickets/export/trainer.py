@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bert_tickets.errors import UserError, first_line
-from bert_tickets.export.sparsity import Zeros, count_zeros, covered, sparsity_lines
-from bert_tickets.files import read_tensors
+from bert_tickets.export.sparsity import Zeros, count_zeros, covered, folder_weights, sparsity_lines
 from bert_tickets.masking.mask import Mask
-from bert_tickets.modeling.checkpoint import POOLER
 from bert_tickets.modeling.tokenizer import load_tokenizer
 
 MASK = "mask.safetensors"
@@ -41,25 +39,19 @@ def load_ticket(folder: str | Path, head: type | None = None, **options: Any) ->
                 f"{folder} has no {name}: it is not an exported ticket. python scripts/export.py RUN DIR writes one. With a mask "
                 "from elsewhere, load the model by transformers, and give TicketCallback(Mask.load(FILE)) to its Trainer"
             )
-    mask = Mask.load(folder / MASK)
+    mask, (weights, _) = Mask.load(folder / MASK), folder_weights(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config, others = transformers.AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
         own = "BertForSequenceClassification" if "num_labels" in options else (config.architectures or ["BertModel"])[0]
         kind: Any = head or getattr(transformers, own)
-        model, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-        tokenizer = load_tokenizer(folder, str(folder), config)
-    except UserError:
-        raise
-    except Exception as error:  # the library raises a dozen types for a damaged file
+        settings = {"config": config, "state_dict": weights, "ignore_mismatched_sizes": True, **others}
+        model, info = kind.from_pretrained(None, output_loading_info=True, **settings)
+    except Exception as error:  # the library raises a dozen types for options that do not fit
         raise UserError(f"cannot load a BERT from {folder}: {type(error).__name__}: {first_line(error)}") from None
+    tokenizer = load_tokenizer(folder, str(folder), config)
     drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     missing = {name: p for name, p in model.named_parameters() if name in drawn}
-    pooler, encoder = getattr(model.base_model, "pooler", None), set(model.base_model.parameters())
-    if pooler is not None and (folder / POOLER).is_file():
-        stored = read_tensors(folder / POOLER)
-        pooler.load_state_dict({name.removeprefix("bert.pooler."): tensor for name, tensor in stored.items()})
-        encoder -= set(pooler.parameters())
-        missing = {name: p for name, p in missing.items() if ".pooler." not in f".{name}"}
+    encoder = set(model.base_model.parameters())
     if lost := [name for name, p in missing.items() if p in encoder]:
         raise UserError(f"{folder} has no {lost[0]} of its config.json's shape ({len(lost)} tensors of BERT's encoder)")
     if missing:
@@ -119,9 +111,13 @@ class TicketCallback(transformers.TrainerCallback):
         """Count zeros. Raises `UserError` if a pruned weight is not zero."""
         self.zeros = count_zeros(self._params(model), self.mask)
         if filled := {name: zeros.filled for name, zeros in self.zeros.items() if zeros.filled}:
+            name = next(iter(filled))
+            if not self._params(model)[name].isfinite().all():
+                raise UserError(f"{name} is not finite: the training diverged")
             raise UserError(
-                f"{sum(filled.values()):,} weights that the mask prunes are not zero any more, such as in {next(iter(filled))}: "
-                "the optimizer moves weights without a gradient, or another callback changed them"
+                f"{sum(filled.values()):,} weights that the mask prunes are not zero any more, such as in {name}: the optimizer "
+                "moves weights without a gradient, or another callback changed them (a second TicketCallback takes the place of "
+                "the first), or this one was added during the training"
             )
 
 

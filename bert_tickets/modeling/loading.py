@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +22,12 @@ from bert_tickets.modeling.checkpoint import POOLER, find_pooler, resolve
 from bert_tickets.modeling.dropout import replace_dropout
 from bert_tickets.modeling.parameters import DECODER, ENCODER, WORD_EMBEDDINGS, encoder_weights, head_weights
 from bert_tickets.modeling.tokenizer import OwnTokenizer, load_tokenizer
-from bert_tickets.modeling.weights import FLOATS, read_config, read_weights
+from bert_tickets.modeling.weights import FLOATS, POOLER_WEIGHTS, check_finite, read_config, read_pooler, read_weights
 from bert_tickets.seeds import seeded
 
 Head = Literal["classifier", "qa", "mlm"]
 HEAD_NAMES = ("cls.", "classifier.", "qa_outputs.")
 BIAS, DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
-POOLER_WEIGHTS = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
 
 def _with_pooler(kind: type) -> type:
@@ -62,22 +61,25 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     transformers.utils.logging.disable_progress_bar()
     config = read_config(folder, name, labels)
     tokenizer = load_tokenizer(folder, name, config)
-    weights = read_weights(folder, name)
+    weights = read_weights(folder, name, config)
     keep = head == "mlm" and init != "random"
     if keep and _has_own_decoder(weights):
         config.tie_word_embeddings = False
     net = _build(head, config)
-    missing = _set_encoder(net, weights, name)
     net.bert.pooler.requires_grad_(head == "classifier")
     new = _set_mlm_head(net, weights, name) if keep else list(head_weights(net))
     init_weights(net, seeded(seed, "head"), new)
-    if not missing and (folder / POOLER).is_file():
-        print(f"{name} has a pooler among its weights: its {POOLER} is not read")
-    elif missing and (pooler := find_pooler(name)):
-        load_encoder(net, pooler, missing)
-    elif missing:
+    if unused := sorted(key for key in weights if not key.startswith((ENCODER, *HEAD_NAMES))):
+        print(f"{name} has weights that are not used: {unused[0]}" + f" and {len(unused) - 1} more" * (len(unused) > 1))
+    if weights.keys() >= POOLER_WEIGHTS:
+        if (folder / POOLER).is_file():
+            print(f"{name} has a pooler among its weights: its {POOLER} is not read")
+    elif pooler := find_pooler(name):
+        weights |= read_pooler(pooler, config)
+    else:
         print(f"{name} has no pooler: its weights are drawn at random")
-        init_weights(net, seeded(seed, "pooler"), sorted(missing))
+        init_weights(net, seeded(seed, "pooler"), sorted(POOLER_WEIGHTS))
+    _set_encoder(net, weights)
     if config.type_vocab_size == 1 and head != "mlm":
         print(f"{name} has one token type (type_vocab_size 1): both texts of a pair get type 0")
     if init == "random":
@@ -100,27 +102,10 @@ def _build(head: Head, config: Any) -> Net:
 
 
 @torch.no_grad()
-def _set_encoder(net: Net, weights: Mapping[str, Tensor], name: str) -> set[str]:
-    """Set the encoder's weights, and check that they are all there, and finite. Returns the pooler's if they are missing."""
-    encoder = encoder_weights(net)
-    missing = encoder.keys() - weights.keys()
-    if missing and missing != POOLER_WEIGHTS:
-        raise UserError(f"{name} lacks {min(missing - POOLER_WEIGHTS or missing)} ({len(missing)} tensors of BERT's encoder)")
-    buffers = {f"{ENCODER}embeddings.{buffer}" for buffer in ("position_ids", "token_type_ids")}
-    if more := sorted(key for key in weights.keys() - encoder.keys() - buffers if key.startswith(ENCODER)):
-        raise UserError(f"{name} has {more[0]}, which the BERT of its config.json does not have ({len(more)} tensors)")
-    if unused := sorted(key for key in weights if not key.startswith((ENCODER, *HEAD_NAMES))):
-        print(f"{name} has weights that are not used: {unused[0]}" + f" and {len(unused) - 1} more" * (len(unused) > 1))
-    for key in sorted(encoder.keys() - missing):
-        tensor = weights[key]
-        if tensor.dtype not in FLOATS:
-            raise UserError(f"{key} of {name} is {tensor.dtype}, not floating-point: a quantized model cannot be pruned")
-        if tensor.shape != encoder[key].shape:
-            sizes = f"{tuple(tensor.shape)}, not {tuple(encoder[key].shape)}"
-            raise UserError(f"{key} of {name} has another shape than in its config.json: {sizes}")
-        encoder[key].copy_(tensor)
-    _check_finite({key: encoder[key] for key in encoder.keys() - missing}, name)
-    return missing
+def _set_encoder(net: Net, weights: Mapping[str, Tensor]) -> None:
+    for key, parameter in encoder_weights(net).items():
+        if key in weights:
+            parameter.copy_(weights[key])
 
 
 def _has_own_decoder(weights: Mapping[str, Tensor]) -> bool:
@@ -129,26 +114,21 @@ def _has_own_decoder(weights: Mapping[str, Tensor]) -> bool:
     return decoder is not None and decoder.shape == words.shape and not torch.equal(decoder, words)
 
 
-def _check_finite(weights: Mapping[str, Tensor], source: object) -> None:
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} of {source} is not finite: the file is damaged, or its training diverged")
-
-
 @torch.no_grad()
 def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[str]:
     """Set the MLM head's weights, and say which are not the checkpoint's own. Returns those that are to be drawn."""
     head, drawn, said = head_weights(net), [], []
     for key, parameter in head.items():
-        tensor = weights.get(DECODER_BIAS if key == BIAS and DECODER_BIAS in weights else key)
-        if tensor is not None and tensor.shape == parameter.shape and tensor.dtype in FLOATS:
-            parameter.copy_(tensor)
+        found = [weights[other] for other in ((DECODER_BIAS, BIAS) if key == BIAS else (key,)) if other in weights]
+        fitting = [tensor for tensor in found if tensor.shape == parameter.shape and tensor.dtype in FLOATS]
+        if fitting:
+            check_finite(key, fitting[0], name)
+            parameter.copy_(fitting[0])
             continue
         drawn.append(key)
-        if tensor is not None:
-            said.append(f"{key} does not fit ({tensor.dtype} of shape {tuple(tensor.shape)}, not {tuple(parameter.shape)})")
+        if found:
+            said.append(f"{key} does not fit ({found[0].dtype} of shape {tuple(found[0].shape)}, not {tuple(parameter.shape)})")
     taken = head.keys() - set(drawn)
-    _check_finite({key: head[key] for key in taken}, name)
     if not taken:
         decoder = ", and its decoder, which config.json does not tie to the word embeddings" if DECODER in drawn else ""
         said.insert(0, f"has no head for masked language modelling: its transform is drawn at random{decoder}")
@@ -201,8 +181,8 @@ def init_weights(net: Net, generator: torch.Generator, names: Collection[str]) -
 
 
 @torch.no_grad()
-def load_encoder(net: Net, path: Path, needed: Set[str] = frozenset()) -> None:
-    """Overwrite the encoder's weights with those of a safetensors file, which must have the needed ones; its head is ignored."""
+def load_encoder(net: Net, path: Path) -> None:
+    """Overwrite the encoder's weights with those of a safetensors file; a head in the file is ignored."""
     if not path.is_file():
         raise UserError(f"--init {path}: no such file; give pretrained, random, or a safetensors file")
     try:
@@ -213,12 +193,12 @@ def load_encoder(net: Net, path: Path, needed: Set[str] = frozenset()) -> None:
     known = {name: tensor for name, tensor in weights.items() if name in encoder}
     if more := sorted(name for name in weights.keys() - encoder.keys() if name.startswith(f"{ENCODER}encoder.")):
         raise UserError(f"{path} has {more[0]}, which the model does not have")
-    if not known or not needed <= known.keys():
-        raise UserError(f"{path} lacks {min((needed or encoder.keys()) - known.keys())}")
+    if not known:
+        raise UserError(f"{path} has none of the encoder's weights (such as {next(iter(encoder))})")
     for name, tensor in known.items():
         if tensor.shape != encoder[name].shape or not tensor.is_floating_point():
             raise UserError(f"{name} is {tensor.dtype}{tuple(tensor.shape)} in {path}, not {tuple(encoder[name].shape)} floats")
-        encoder[name].copy_(tensor)
-    _check_finite({name: encoder[name] for name in known}, path)
-    if len(known) < len(encoder) and not needed:
+        check_finite(name, tensor, path)
+    _set_encoder(net, known)
+    if len(known) < len(encoder):
         print(f"{path} sets {len(known)} of the encoder's {len(encoder)} tensors; the others are unchanged")

@@ -5,34 +5,38 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from bert_tickets.content import CHECKPOINT
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
 from bert_tickets.modeling.checkpoint import CONFIGS, WEIGHTS, shards
 from bert_tickets.modeling.parameters import ENCODER
 
-# The fields of config.json that describe the network. All others, such as output_attentions, have their defaults.
-NETWORK = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
     "max_position_embeddings",
+)
+DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+# The fields of config.json that describe the network. All others, such as output_attentions, have their defaults.
+NETWORK = (
+    *SIZES,
+    *DROPOUT,
+    "hidden_act",
     "type_vocab_size",
     "initializer_range",
     "layer_norm_eps",
     "pad_token_id",
-    "classifier_dropout",
     "tie_word_embeddings",
 )
 # The fields that make another network of it, unless they have these values.
@@ -48,11 +52,15 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # How modules are named inside torch's wrappers: of several GPUs, of torch.compile, of FSDP, of recomputed activations.
 WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 WORDS = "embeddings.word_embeddings.weight"
+POOLER_WEIGHTS = frozenset(f"{ENCODER}pooler.dense.{part}" for part in ("weight", "bias"))
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # where a training's file has the weights
 
 
 def read_config(folder: Path, name: str, labels: int) -> BertConfig:
     """Read the configuration of the checkpoint `name`, for a head of `labels` labels. Raises `UserError` unless it is a BERT."""
-    if adapters := sorted(path.name for path in folder.glob("*adapter_*")):
+    if broken := sorted(path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and not path.exists()):
+        raise UserError(f"{broken[0]} is a link to a file that does not exist")
+    if adapters := sorted(path.name for path in folder.glob("adapter_[cm]*")):
         raise UserError(f"{name} has an adapter ({', '.join(adapters)}): merge it into the weights first, or remove its files")
     path = next((folder / file for file in CONFIGS if (folder / file).is_file()), None)
     if path is None:
@@ -63,23 +71,40 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
     kind = values.get("model_type")
     if path.name == CONFIGS[1]:
         print(f"{name} has no config.json: {path.name} is read")
-    elif kind is None and not str((values.get("architectures") or [""])[0]).startswith("Bert"):
+    elif kind is None and "'Bert" not in str(values.get("architectures")):
         raise UserError(f'{path} has no "model_type": if the model is a BERT, add "model_type": "bert"')
     if kind not in (None, "bert"):
         raise UserError(f"{path} is of a model of type {kind}; this package prunes BERT encoders")
     for key, default in FIXED.items():
-        if values.get(key) not in (None, default):
+        if values.get(key) and values[key] != default:
             raise UserError(
                 f'{path}: "{key}" is {values[key]!r}: not a plain BERT encoder, or a decoder. This package prunes encoders'
             )
+    if values.get("auto_map"):
+        print(f"{path} names code of its own (auto_map), which is not run: the network is transformers' BERT")
+    if missing := [key for key in SIZES if key not in values]:
+        raise UserError(f"{path} has no {', '.join(missing)}")
     try:
-        return BertConfig(num_labels=labels, **{key: values[key] for key in NETWORK if key in values})
+        config = BertConfig(num_labels=labels, **{key: values[key] for key in NETWORK if key in values})
+        if wrong := [key for key in DROPOUT if not 0 <= (getattr(config, key) or 0) < 1]:
+            raise ValueError(f"{wrong[0]} is {values[wrong[0]]!r}, not a probability below 1")
+        _empty(config)
     except Exception as error:
         raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: {path.name}: {cause(error)}") from None
+    return config
 
 
-def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read the weights of the checkpoint `name`, by the names of a BERT with a head. Says which file is read if there are two."""
+def _empty(config: BertConfig) -> BertModel:
+    """Make the encoder of a configuration, without memory for its parameters."""
+    with torch.device("meta"):
+        return BertModel(config)
+
+
+def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tensor]:
+    """Read the weights of the checkpoint `name`, by the names of a BERT with a head. Says which file is read if there are two.
+
+    The encoder is checked to be whole, but for its pooler, and of the configuration's shapes. Raises `UserError`.
+    """
     found = [file for file in WEIGHTS if (folder / file).is_file()]
     if not found:
         others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size > 1 << 20)
@@ -90,13 +115,88 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
         print(f"{name} has two files of weights: {found[0]} is read, and {', '.join(found[1:])}{newer} is not")
     weights: dict[str, Tensor] = {}
     for file in shards(folder / found[0]) if found[0].endswith(".json") else found[:1]:
-        try:
-            path = folder / file
-            part = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-            weights |= {key: value for key, value in part.items() if isinstance(value, Tensor)}
-        except Exception as error:  # the libraries raise a dozen types for a damaged file
-            raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: {file}: {cause(error)}") from None
-    return _berts_names(weights, name)
+        weights |= _read_file(folder / file)
+    weights = _berts_names(_multiply_masks(weights, name), name)
+    _check_encoder(weights, config, name)
+    return weights
+
+
+def read_pooler(path: Path, config: BertConfig) -> dict[str, Tensor]:
+    """Read the pooler beside a model whose class has none. Raises `UserError`."""
+    weights = _read_file(path)
+    shapes = {f"{ENCODER}{key}": p.shape for key, p in _empty(config).named_parameters() if key.startswith("pooler.")}
+    _check_tensors(weights, shapes, str(path))
+    return {key: weights[key] for key in shapes}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file of weights; those in a training's file from its entry for them, which is said."""
+    try:
+        start = path.open("rb").read(64)
+        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        nested = next((key for key in NESTED if isinstance(found.get(key), Mapping)), None)
+        if nested:
+            print(f"{path} is the file of a training: its {nested!r} is read")
+            found = found[nested]
+        tensors = {str(key): x.to_dense() for key, x in found.items() if isinstance(x, Tensor) and not x.is_meta}
+    except Exception as error:  # the libraries raise a dozen types for a damaged file
+        why = cause(error)
+        if isinstance(error, FileNotFoundError):
+            why = "there is no such file"
+        elif not start:
+            why = "it is empty"
+        elif start.startswith(b"version https://git-lfs"):
+            why = "it is a pointer of Git LFS, not the file itself: run git lfs pull"
+        elif path.suffix != ".safetensors":
+            why = "it is damaged, or holds more than tensors, whose code is not run: save the model's state_dict() instead"
+        raise UserError(f"cannot load a BERT checkpoint from the folder {path.parent}: {path.name}: {why}") from None
+    return tensors
+
+
+def _multiply_masks(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Multiply weights by the masks that `torch.nn.utils.prune` keeps beside them, which is said."""
+    pruned = [key.removesuffix("_orig") for key in weights if key.endswith("_orig")]
+    for key in pruned:
+        if f"{key}_mask" not in weights:
+            raise UserError(f"{name} has {key}_orig without its {key}_mask")
+        weights[key] = weights.pop(f"{key}_orig") * weights.pop(f"{key}_mask")
+    if pruned:
+        print(f"{name} has weights with masks, as torch.nn.utils.prune keeps them ({pruned[0]}_orig): they are multiplied")
+    return weights
+
+
+def _check_encoder(weights: Mapping[str, Tensor], config: BertConfig, name: str) -> None:
+    """Raise `UserError` unless the encoder's tensors are all there, but for its pooler, and no others."""
+    shapes = {f"{ENCODER}{key}": p.shape for key, p in _empty(config).named_parameters()}
+    if POOLER_WEIGHTS.isdisjoint(weights):
+        shapes = {key: shape for key, shape in shapes.items() if key not in POOLER_WEIGHTS}
+    if peft := next((key for key in weights if ".base_layer." in key or ".lora_" in key), None):
+        raise UserError(f"{name} has adapters of PEFT ({peft}): merge them into the weights first (merge_and_unload)")
+    _check_tensors(weights, shapes, name)
+    known = {*shapes, *(f"{ENCODER}embeddings.{buffer}" for buffer in ("position_ids", "token_type_ids"))}
+    if more := sorted(key for key in weights.keys() - known if key.startswith(ENCODER)):
+        raise UserError(f"{name} has {more[0]}, which the BERT of its config.json does not have ({len(more)} tensors)")
+
+
+def _check_tensors(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], name: str) -> None:
+    """Raise `UserError` unless there are finite tensors of these shapes."""
+    if missing := shapes.keys() - weights.keys():
+        raise UserError(f"{name} lacks {min(missing)} ({len(missing)} tensors of BERT's encoder)")
+    for key, shape in shapes.items():
+        tensor = weights[key]
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{key} of {name} is {tensor.dtype}, not floating-point: a quantized model cannot be pruned")
+        if tensor.shape != shape:
+            raise UserError(
+                f"{key} of {name} has another shape than in its config.json: {tuple(tensor.shape)}, not {tuple(shape)}"
+            )
+        check_finite(key, tensor, name)
+
+
+def check_finite(key: str, tensor: Tensor, source: object) -> None:
+    """Raise `UserError` unless all values of a tensor are finite."""
+    if not tensor.isfinite().all():
+        raise UserError(f"{key} of {source} is not finite: the file is damaged, or its training diverged")
 
 
 def _berts_names(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -106,8 +206,12 @@ def _berts_names(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         raise UserError(f"{name} has some weights twice, of which one is inside a wrapper of torch")
     places = [key.removesuffix(WORDS) for key in old if key == WORDS or key.endswith(f".{WORDS}")]
     if len(places) != 1:
-        several = f"several: {', '.join(places)}" if places else "none"
-        raise UserError(f"{name} lacks {ENCODER}{WORDS}, by which a BERT is found among its weights: there is {several}")
+        several = (
+            f"has {len(places)} BERTs among its weights ({', '.join(places)})"
+            if places
+            else f"has no BERT among its weights (no {WORDS})"
+        )
+        raise UserError(f"{name} {several}: one is needed")
     place = places[0]  # of the encoder's weights
     around = place.removesuffix(ENCODER) if f".{place}".endswith(f".{ENCODER}") else place
     kind = place.rstrip(".").rpartition(".")[2]

@@ -153,7 +153,7 @@ def wrong_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (other_model, "by which a BERT is found among its weights: there is none"),
+        (other_model, "has no BERT among its weights"),
         (quantized, "is torch.int8, not floating-point"),
         (with_code, "my-bert: pytorch_model.bin: "),
         (damaged, "my-bert: model.safetensors: "),
