@@ -23,7 +23,9 @@ TICKET = "imp (rate 0.2) ticket"
 
 @pytest.fixture(scope="module")
 def one_task(tmp_path_factory):
-    return rundirs.one_task(tmp_path_factory.mktemp("one"))
+    place = tmp_path_factory.mktemp("one")
+    rundirs.one_task(place)
+    return place
 
 
 @pytest.fixture(scope="module")

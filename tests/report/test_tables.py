@@ -1,4 +1,4 @@
-"""From run directories to the paper's tables: their values, what is missing, refusals, and the three formats."""
+"""From run directories to the paper's tables: their values, and what is missing."""
 
 import csv
 import io
@@ -28,16 +28,6 @@ def made(name: str, *places: Path, sparsity: float | None = None) -> Table | Non
 
 
 @pytest.fixture(scope="module")
-def made_one_task(tmp_path_factory):
-    return rundirs.one_task(tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture
-def one_task(made_one_task, tmp_path):
-    return Path(shutil.copytree(made_one_task, tmp_path / "runs"))
-
-
-@pytest.fixture(scope="module")
 def transfers(tmp_path_factory):
     return rundirs.transfers(tmp_path_factory.mktemp("transfers"))
 
@@ -60,8 +50,9 @@ def records(*tables: Table) -> list[dict[str, str]]:
 # ---- Tables 2 and 4 ----
 
 
-def test_table_2_has_the_ticket_the_controls_and_the_published_numbers(one_task):
-    table = made("2", one_task)
+def test_table_2_has_the_ticket_the_controls_and_the_published_numbers(tmp_path):
+    rundirs.one_task(tmp_path)
+    table = made("2", tmp_path)
     columns = ["task", "method", "within one deviation", "published [fig]", "match or exceed", "published [notes]"]
     cells = ["SST-2", "imp (rate 0.2)", "40 %", "60 %", "40 % (not at 20 %)", "50 %"]
     assert grid(table) == [dict(zip(columns, cells, strict=True))]
@@ -78,7 +69,7 @@ def test_table_2_has_the_ticket_the_controls_and_the_published_numbers(one_task)
         "91.9 ± 0.5 at 60 % [fig]",
     ]
     assert any("[fig] read off the authors' own figure files; [notes] taken from third-party" in note for note in table.notes)
-    assert scores(made("4", one_task)) == {(FULL, "0 %"): "81.0 ± 1.0 (3)", (TICKET, "40 %"): "81.0 ± 2.0 (3)"}
+    assert scores(made("4", tmp_path)) == {(FULL, "0 %"): "81.0 ± 1.0 (3)", (TICKET, "40 %"): "81.0 ± 2.0 (3)"}
 
 
 @pytest.mark.parametrize(
@@ -132,12 +123,13 @@ def test_undefined_values_are_marked_and_never_match(tmp_path):
     assert (found["0.6"]["verdict"], found["0.6"]["mean"]) == ("undefined", "")
 
 
-def test_missing_seeds_are_counted_and_unpaired_ones_named(one_task):
-    rundirs.find(one_task, {60: [0.9]})
-    for run in one_task.glob("sst2-transfer-s58-*"):
+def test_missing_seeds_are_counted_and_unpaired_ones_named(tmp_path):
+    rundirs.one_task(tmp_path)
+    rundirs.find(tmp_path, {60: [0.9]})
+    for run in tmp_path.glob("sst2-transfer-s58-*"):
         if '"init": "random"' in (run / "run.json").read_text():
             shutil.rmtree(run)
-    table = made("2", one_task)
+    table = made("2", tmp_path)
     found = scores(table, "here", "pairs")
     assert found[FULL, "0 %"] == ("83.2 ± 4.6 (4)", "")
     assert found[TICKET, "40 %"] == ("81.0 ± 2.0 (3 of 4)", "3 (1 unpaired)")
@@ -215,8 +207,7 @@ def test_rewound_tickets_and_other_seeds_do_not_change_the_transfer_table(transf
 
 
 def test_perturbed_weights_are_compared_with_the_pretrained_ones(tmp_path):
-    folders = rundirs.find(tmp_path, rundirs.CURVE)
-    rundirs.control(tmp_path, folders, 40, [0.5, 0.6, 0.7])
+    folders = rundirs.one_task(tmp_path)
     assert made("weights", tmp_path) is None  # Table 2 has these
     for sigma in ("1", "0.05"):
         noise = rundirs.weights(tmp_path / f"n{sigma}", f"noise of {sigma} times 0.0387, the spread of its matrices")
