@@ -249,15 +249,15 @@ RUN_AND_EXPORT = """
 import pathlib, sys
 sys.path.append("scripts")
 import export
-from bert_tickets.cli import run_command
-from bert_tickets.methods.main import main
+from bert_tickets.cli import parse, run_command
+from bert_tickets.methods.main import run
 
-try:
-    main("glue", None)
-except SystemExit as end:
-    assert not end.code
-(run,) = pathlib.Path(sys.argv[-1]).iterdir()
-run_command(export.main, export.parse([str(run), f"{run}/exported"]))
+def main():
+    run(parse("glue", None))
+    (folder,) = pathlib.Path(sys.argv[-1]).iterdir()
+    export.main(export.parse([str(folder), f"{folder}/exported"]))
+
+run_command(main)
 """
 
 

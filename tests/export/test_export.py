@@ -144,14 +144,7 @@ def test_the_ticket_is_what_the_level_started_from(train_task, tmp_path):
     assert torch.equal(weights_of(tmp_path / "2")["classifier.weight"], rewound)
     (run / "rewind.safetensors").unlink()
     assert "a missing rewind.safetensors" in error_of(run, tmp_path / "o", "--untrained")
-
-
-def test_without_rewinding_only_trained_weights_are_exported(train_task, tmp_path):
-    run = train_task("rte", tmp_path, "--levels", "2", "--rewind", "none")
-    assert "started from weights that the run no longer has" in error_of(run, tmp_path / "o", "--untrained")
     assert not (tmp_path / "o").exists()
-    export(run, tmp_path / "trained")
-    export(run, tmp_path / "dense", 0, untrained=True)
 
 
 # ---- which level, which base model ----
@@ -193,8 +186,6 @@ def test_another_base_model_is_an_error(copied, bert_dir, tmp_path):
     config = json.loads((other / "config.json").read_text()) | {"hidden_act": "relu"}
     (other / "config.json").write_text(json.dumps(config))
     assert "the architecture differs" in error_of(run, output, "--model", other)
-    write_checksummed(run / "level_01" / "metrics.json", result(run, 1) | {"init_sha256": "0" * 64})
-    assert "(init_sha256)" in error_of(run, output, "--untrained")
     assert not output.exists()
 
 
