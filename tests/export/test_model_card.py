@@ -20,11 +20,12 @@ from bert_tickets.masking.mask import Mask
 from bert_tickets.runs.directory import result
 
 
-@pytest.mark.parametrize(("task", "untrained"), [("squad", False), ("stsb", True)])
+@pytest.mark.parametrize(("task", "untrained"), [("mlm", False), ("stsb", True)])
 def test_the_card_says_what_the_run_records(exported, task, untrained):
     run, trained, ticket = exported[task]
     text = ((ticket if untrained else trained) / "README.md").read_text()
     line, about = result(run, 1), read_checksummed(run / "run.json")
+    assert bool(line["warnings"]) == (task == "mlm")
     for value in (
         f"{line['kept']:,} of {line['total']:,} weights kept",
         *(f"{name}{' once trained (not of these weights)' * untrained} | {v:.6g} |" for name, v in line["metrics"].items()),
