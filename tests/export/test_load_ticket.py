@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification, BertModel
 
+import bert_tickets
 from bert_tickets import load_ticket
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
@@ -69,3 +70,7 @@ def test_what_is_not_a_ticket_is_a_sentence(exported, tmp_path):
         load_ticket(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is a run; export one of its tickets"):
         load_ticket(run)
+
+
+def test_the_package_has_no_other_names():
+    assert not hasattr(bert_tickets, "Ticket")
