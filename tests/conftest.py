@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -33,7 +33,8 @@ if not torch.cuda.is_available():
 from crash_harness import Harness
 from fake_cuda import FAKE, REAL
 from paragraphs import content
-from trainrun import THREE_LEVELS, Runs
+from sentences import BAD, GOOD, OTHERS, write_glue
+from trainrun import THREE_LEVELS, Exported, Runs, script_of, train
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
@@ -42,8 +43,6 @@ from bert_tickets.data.token_cache import Tokens
 from bert_tickets.modeling.loading import load_bert
 
 ROOT = Path(__file__).parent.parent
-GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
-OTHERS = ["film", "book", "plot", "cast", "song", "café", "naïve", "it's", "“quoted”", '"', "the", "a", "was", "is", "and"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -185,51 +184,11 @@ def store_of(lengths: list[int], labels: np.ndarray | None = None) -> TokenStore
     return TokenStore(Tokens.of(ids, types), rng.integers(0, 2, len(lengths)) if labels is None else labels)
 
 
-def sentence(rng: random.Random, label: int) -> str:
-    """A few words with one that tells the label."""
-    words = rng.choices(OTHERS, k=rng.randint(2, 9))
-    words.insert(rng.randrange(len(words)), rng.choice(GOOD if label else BAD))
-    return " ".join(words)
-
-
-# The header of each task's .tsv (CoLA has none), and how a row is filled from (number, text a, text b, label).
-LAYOUTS = {
-    "CoLA": (None, lambda n, a, b, y: ["gj04", str(y), "" if y else "*", a]),
-    "SST-2": ("sentence\tlabel", lambda n, a, b, y: [a, str(y)]),
-    "MRPC": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", lambda n, a, b, y: [str(y), str(n), str(n + 1), a, b]),
-    "STS-B": (
-        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
-        lambda n, a, b, y: [str(n), "g", "f", "2012", str(n), "s", "s", a, b, f"{1.25 + 2.5 * y:.3f}"],
-    ),
-    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", lambda n, a, b, y: [str(n), "1", "2", a, b, str(y)]),
-    "MNLI": (
-        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
-        "\tsentence1\tsentence2\tlabel1\tgold_label",
-        lambda n, a, b, y: [str(n), *["x"] * 7, a, b, *[["entailment", "neutral", "contradiction"][n % 2 + y]] * 2],
-    ),
-    "QNLI": ("index\tquestion\tsentence\tlabel", lambda n, a, b, y: [str(n), a, b, ["entailment", "not_entailment"][y]]),
-    "RTE": ("index\tsentence1\tsentence2\tlabel", lambda n, a, b, y: [str(n), a, b, ["entailment", "not_entailment"][y]]),
-    "WNLI": ("index\tsentence1\tsentence2\tlabel", lambda n, a, b, y: [str(n), a, b, str(y)]),
-}
-
-
 @pytest.fixture(scope="session")
 def glue_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All nine tasks in the original layout: 44 training and 20 evaluation lines each, one of them far too long."""
     root = tmp_path_factory.mktemp("glue")
-    for folder, (header, fill) in LAYOUTS.items():
-        (root / folder).mkdir()
-        devs = ["dev_matched.tsv", "dev_mismatched.tsv"] if folder == "MNLI" else ["dev.tsv"]
-        for file, count in [("train.tsv", 44), *((dev, 20) for dev in devs)]:
-            rng = random.Random(f"{folder}/{file}")
-            lines = [] if header is None else [header]
-            for number in range(count):
-                label = number % 2
-                text = sentence(rng, label)
-                if number == 7:
-                    text = " ".join([text] * 30)
-                lines.append("\t".join(fill(number, text, sentence(rng, label), label)))
-            (root / folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_glue(root)
     return root
 
 
@@ -273,6 +232,42 @@ def script() -> str:
 def runs(script: str, commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Runs of the script in this process: three levels of six steps or eight, a checkpoint every two."""
     return Runs(script, [*commands[script], *THREE_LEVELS], tmp_path, monkeypatch)
+
+
+# Runs whose tickets are exported: a task, and flags. Enough steps for RTE to predict both classes.
+EXPORTED = {
+    "rte": ("rte", "--max-steps 30 --keep-models"),
+    "stsb": ("stsb", "--prunable neurons"),  # biases, and some matrices only
+    "squad": ("squad", "--keep-models"),
+    "mlm": ("mlm", ""),
+    "embeddings": ("mlm", "--prunable matrices+embeddings"),
+}
+
+
+@pytest.fixture(scope="session")
+def train_task(commands: dict[str, list[str]]) -> Callable[..., Path]:
+    """Train a task with small settings and more words, in a folder; returns the run directory."""
+
+    def go(task: str, folder: Path, *words: object) -> Path:
+        script = script_of(task)
+        own = ["--task", task] if script == "lt_glue.py" else []
+        return train(script, [*commands[script], *own, "--output-dir", folder, *words])
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def exported(train_task: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """Runs of two levels, 0 and 40 % pruned, and their newest levels, exported. No test changes them."""
+    from bert_tickets.export.export import export
+
+    folders, found = [tmp_path_factory.mktemp(name) for name in Exported._fields], {}
+    for name, (task, words) in EXPORTED.items():
+        run = train_task(task, folders[0], "--levels", 2, "--rate", 0.4, *words.split())
+        found[name] = Exported(run, *(folder / name for folder in folders[1:]))
+        export(run, found[name].trained)
+        export(run, found[name].untrained, untrained=True)
+    return found
 
 
 @pytest.fixture(scope="session")

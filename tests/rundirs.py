@@ -106,3 +106,39 @@ def fail(folder: Path, level: int, why: str) -> None:
 
 def mask_of(folder: Path, level: int) -> Path:
     return folder / f"level_{level:02d}" / "mask.safetensors"
+
+
+# ---- several runs ----
+
+CURVE = {57: [0.80, 0.81, 0.79, 0.60], 58: [0.82, 0.81, 0.83, 0.61], 59: [0.81, 0.80, 0.81, 0.62]}
+
+
+def find(place: Path, curves: dict[int, list[float | None]], task: str = "sst2", **flags) -> dict[int, Path]:
+    """Runs that find tickets at 0, 20, 40, ... %, one per seed."""
+    return {seed: run(place, values, task, seed, **({"rate": 0.2} | flags)) for seed, values in curves.items()}
+
+
+def one_task(place: Path) -> dict[int, Path]:
+    """Runs that find tickets of one task, with the scores `CURVE`, and Table 2's controls at 40 %, with 0.5, 0.6, 0.7 by seed."""
+    found = find(place, CURVE)
+    shuffled = weights(place / "w.safetensors", "the entries of each matrix shuffled")
+    for (seed, folder), value in zip(found.items(), (0.5, 0.6, 0.7), strict=True):
+        own = mask_of(folder, 2)
+        run(place, [value], seed=seed, mask=oneshot(place / f"random_{seed}", 0.4, seed=seed))
+        run(place, [value], seed=seed, mask=own, init="random")
+        run(place, [value], seed=seed, mask=own, init=shuffled)
+    return found
+
+
+def transfers(place: Path) -> Path:
+    """Tickets of 40 % of three tasks, each trained on the two others; and one-shot pruning on one of them."""
+    levels = {"sst2": [0.80, 0.79, 0.78], "qqp": [0.70, 0.70, 0.66], "mnli": [0.60, 0.60, 0.61]}
+    found = {task: find(place, {s: [v + s / 1e4 for v in values] for s in (57, 58)}, task) for task, values in levels.items()}
+    for source, folders in found.items():
+        for target in set(levels) - {source}:
+            for seed, folder in folders.items():
+                value = levels[target][0] - (0.01 if source == "mnli" else 0.05) + seed / 1e4
+                run(place, [value], target, seed, mask=mask_of(folder, 2))
+    for seed in (57, 58):
+        run(place, [0.50575], "qqp", seed, mask=oneshot(place / "magnitude", 0.4, "magnitude"))
+    return place

@@ -126,9 +126,8 @@ OUT_OF_RANGE |= {"rewind": "-1 100% -5% nan% 1.5 soon", "seed": f"-1 {2**32}", "
 OUT_OF_RANGE |= dict.fromkeys(("batch_size", "grad_accum", "max_steps", "limit_train", "log_every", "save_steps"), "0")
 OUT_OF_RANGE |= dict.fromkeys(("max_grad_norm", "save_minutes", "adam_epsilon"), "0")
 for name, values in OUT_OF_RANGE.items():
-    MISTAKES += [
-        ("glue", f"--task rte --{name.replace('_', '-')}={value}", f"--{name.replace('_', '-')}") for value in values.split()
-    ]
+    flag = f"--{name.replace('_', '-')}"
+    MISTAKES += [("glue", f"--task rte {flag}={value}", flag) for value in values.split()]
 for name in ("model", "data-dir", "output-dir", "init", "device", "mask", "rewind"):  # an unset shell variable
     MISTAKES.append(("glue", f"--task rte --{name}=", f"--{name}"))
 
@@ -144,24 +143,8 @@ def test_a_mistake_is_one_line_that_names_the_flag(capsys, kind, line, said):
     assert len(err.split()) >= 5  # the flag alone says too little
 
 
-WORDS = [
-    "",
-    "-1",
-    "nan",
-    "inf",
-    "1e400",
-    "1e-320",
-    "0x10",
-    "9" * 5000,
-    "0.999999999999",
-    "100%",
-    "nan%",
-    "none",
-    "~",
-    "--",
-    "-h",
-    " ",
-]
+WORDS = ["", " ", "-1", "nan", "inf", "1e400", "1e-320", "0x10", "9" * 5000, "0.999999999999", "100%", "nan%", "none"]
+WORDS += ["~", "--", "-h"]
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)
 NONSENSE = st.one_of(st.sampled_from(WORDS), TEXTS, st.floats().map(str), st.integers().map(str))
 
@@ -238,53 +221,50 @@ def test_output_that_nobody_takes_ends_without_a_traceback(reader, code):
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a locale without UTF-8
 
 
-def ran(program: str, *words: str, **options: Any) -> tuple[int, str, bytes]:
-    """The exit code, stdout and stderr of a Python program."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ASCII
-    found = subprocess.run([sys.executable, *program.split(maxsplit=1), *words], capture_output=True, env=environment, **options)
+def ran(*words: Any, locale: dict[str, str] = ASCII, **options: Any) -> tuple[int, str, bytes]:
+    """Run Python with these words; returns its exit code, stdout and stderr."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | locale
+    found = subprocess.run([sys.executable, *words], capture_output=True, env=environment, **options)
     return found.returncode, found.stdout.decode("ascii"), found.stderr
 
 
 def test_letters_that_the_locale_lacks_are_printed_as_escapes():
-    program = "-c from bert_tickets.cli import run_command; run_command(print, 'caf\\xe9')"
-    assert ran(program) == (0, "caf\\xe9\n", b"")
+    program = "from bert_tickets.cli import run_command; run_command(print, 'caf\\xe9')"
+    assert ran("-c", program) == (0, "caf\\xe9\n", b"")
 
 
-@pytest.mark.parametrize("locale", [ASCII, {}])
+@pytest.mark.parametrize("locale", [ASCII, {"PYTHONUTF8": "1"}])
 def test_a_path_that_is_not_utf8_in_this_locale_is_refused(tmp_path, locale):
     """The tokenizer and the weights are read by libraries in Rust, which would not find it, or write another."""
-    name = "mod\u00e8le".encode("utf-8" if locale else "latin-1")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (locale or {"PYTHONUTF8": "1"})
-    words: list[Any] = [sys.executable, ROOT / "lt_glue.py", "--task=rte", "--dry-run", b"--model=" + name]
-    found = subprocess.run(words, capture_output=True, env=environment, cwd=tmp_path)
-    assert found.returncode == 2
-    assert b"is not UTF-8 (the encoding of this locale is " in found.stderr
-    assert found.stderr.count(b"\n") == 1
-    folder = os.fsencode(tmp_path) + b"/" + name
+    name = "mod\u00e8le".encode("utf-8" if locale is ASCII else "latin-1")
+    folder, words = os.fsencode(tmp_path) + b"/" + name, [ROOT / "lt_glue.py", "--task=rte", "--dry-run"]
     os.mkdir(folder)
-    assert subprocess.run(words[:-1], capture_output=True, env=environment, cwd=folder).returncode == 2
+    for place, more in ((tmp_path, [b"--model=" + name]), (folder, [])):
+        code, _, complained = ran(*words, *more, locale=locale, cwd=place)
+        assert (code, complained.count(b"\n")) == (2, 1)
+        assert b"is not UTF-8 (the encoding of this locale is " in complained
 
 
 RUN_AND_EXPORT = """
 import pathlib, sys
 sys.path.append("scripts")
 import export
-from bert_tickets.cli import run_command
-from bert_tickets.methods.main import main
+from bert_tickets.cli import parse, run_command
+from bert_tickets.methods.main import run
 
-try:
-    main("glue", None)
-except SystemExit as end:
-    assert not end.code
-(run,) = pathlib.Path(sys.argv[-1]).iterdir()
-run_command(export.main, export.parse([str(run), f"{run}/exported"]))
+def main():
+    run(parse("glue", None))
+    (folder,) = pathlib.Path(sys.argv[-1]).iterdir()
+    export.main(export.parse([str(folder), f"{folder}/exported"]))
+
+run_command(main)
 """
 
 
 def test_a_run_in_a_locale_without_utf8_keeps_models_and_exports_them(commands, tmp_path):
     """The vocabulary and the texts hold other letters than ASCII's."""
     words = [*commands["lt_glue.py"], "--levels", "1", "--keep-models", "--output-dir", str(tmp_path)]
-    code, _, complained = ran("-c " + RUN_AND_EXPORT.strip(), *words, cwd=ROOT)
+    code, _, complained = ran("-c", RUN_AND_EXPORT, *words, cwd=ROOT)
     assert code == 0, complained
     (run,) = tmp_path.iterdir()
     for folder in ("level_00/model", "exported"):
@@ -294,13 +274,11 @@ def test_a_run_in_a_locale_without_utf8_keeps_models_and_exports_them(commands, 
 
 @pytest.mark.parametrize("absent", ["fcntl", "resource"])
 def test_windows_has_help_and_one_sentence(tmp_path, absent):
-    program = (
-        f"-c import sys, runpy; sys.modules['{absent}'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+    program = f"import sys, runpy; sys.modules['{absent}'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
     for script in ("lt_glue.py", "oneshot.py", "scripts/tables.py"):
-        code, said, _ = ran(program, str(ROOT / script), "--help")
+        code, said, _ = ran("-c", program, ROOT / script, "--help")
         assert (code, said[:6]) == (0, "usage:")
     for words in (["lt_glue.py", "--task=rte"], ["oneshot.py", "--rate=0.5", "--output=m"], ["scripts/tables.py", "runs"]):
-        code, _, complained = ran(program, str(ROOT / words[0]), *words[1:], cwd=tmp_path)
+        code, _, complained = ran("-c", program, ROOT / words[0], *words[1:], cwd=tmp_path)
         assert (code, complained.count(b"\n")) == (2, 1)
         assert b"needs Linux or macOS" in complained

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from bert_tickets.cli import parse
+from bert_tickets.config import kind_of
 from bert_tickets.methods.main import run as run_config
 from bert_tickets.runs.directory import run_dir
 
@@ -56,6 +57,19 @@ def train(script: str, words: list[Any]) -> Path:
     cfg = parse(KINDS[script], None, [str(word) for word in words])
     run_config(cfg)
     return run_dir(cfg)
+
+
+def script_of(task: str) -> str:
+    """The script that trains a task."""
+    return next(script for script, kind in KINDS.items() if kind == kind_of(task))
+
+
+class Exported(NamedTuple):
+    """A run, and its newest level as exported folders."""
+
+    run: Path
+    trained: Path
+    untrained: Path
 
 
 class Runs:

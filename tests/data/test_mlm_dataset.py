@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import OTHERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import OTHERS
 from small_hub import write_shards
 from transformers import AutoTokenizer
 

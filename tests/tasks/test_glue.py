@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import sentence
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentences import sentence
 from small_hub import write_glue
 from test_metrics import put_evaluate
 
