@@ -83,9 +83,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _token(value: str | dict[str, Any]) -> AddedToken:
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
-    return AddedToken(**{key: field for key, field in value.items() if key != "__type"} | {"special": True})
+    fields = value if isinstance(value, dict) else {"content": value}
+    return AddedToken(**{key: field for key, field in fields.items() if key != "__type"} | {"special": True})
 
 
 def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], config: Any) -> dict[str, str]:

@@ -212,7 +212,7 @@ def test_a_vocabulary_with_blank_lines_or_a_flag_as_a_number_is_read(bert_dir, t
     ours = load_bert(str(with_vocabulary(bert_dir, tmp_path / "m", content, **lower)), "classifier", "pretrained", 0)[1]
     for text in ("The GOOD film [SEP] café", "a naïve plot"):
         assert ours(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert len(ours) == len(tokenizer)
+    assert ours.get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_the_class_of_the_tokenizer_may_be_in_config_json(bert_dir, tmp_path):
 
 
 @pytest.mark.parametrize("named", ["<E>", {"content": "<E>", "lstrip": False, "__type": "AddedToken"}])
-def test_special_tokens_of_old_files_are_found_as_they_are_written(bert_dir, tmp_path, named):
+def test_special_tokens_of_old_files_are_found_as_they_are_written(bert_dir, tmp_path, capfd, named):
     """One that is a line of the vocabulary, and one whose id is in added_tokens.json, which only lower case finds."""
     folder = with_vocabulary(bert_dir, tmp_path / "m", "{}\n<E>\n", additional_special_tokens=[named])
     size = len((folder / "vocab.txt").read_text().split())
@@ -255,6 +255,7 @@ def test_special_tokens_of_old_files_are_found_as_they_are_written(bert_dir, tmp
     good = ours.convert_tokens_to_ids("good")
     assert ours("<E> good <F>", add_special_tokens=False)["input_ids"] == [size - 1, good, size]
     assert size - 1 not in ours("<e> good")["input_ids"]
+    assert "__type" not in "".join(capfd.readouterr())  # the library prints fields that it does not know
 
 
 def test_a_cased_vocabulary_that_is_lower_cased_is_said(bert_dir, tmp_path, capsys):
