@@ -12,22 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from transformers import BertTokenizer, PreTrainedTokenizerFast
+from tokenizers.implementations import BertWordPieceTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
 
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-SETTINGS = ("model_max_length", "truncation_side", "padding_side")
+KEPT = ("model_max_length", "truncation_side", "padding_side")
+FLAGS = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
+BERT: dict[str, dict[str, Any]] = {  # the rules of transformers' BertTokenizer besides its flags
+    "model": {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+    "normalizer": {"type": "BertNormalizer", "clean_text": True},
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+}
 
 
 class OwnTokenizer(PreTrainedTokenizerFast):
     """transformers' interface to a tokenizer. It encodes as that one does, and saves its file unchanged."""
 
-    def __init__(self, tokenizer: Tokenizer, files: Mapping[str, bytes], settings: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer, files: Mapping[str, str], settings: Mapping[str, Any]) -> None:
         super().__init__(tokenizer_object=tokenizer, **settings)
         self._tokenizer = tokenizer  # transformers' copy also makes special tokens of words such as "[CLS]" in a text
         self.files = dict(files)
@@ -35,7 +39,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
     def save_pretrained(self, save_directory: Any, **_: Any) -> tuple[str, ...]:
         """Write tokenizer.json and tokenizer_config.json, which transformers 4 and 5 open."""
         for file, content in self.files.items():
-            Path(save_directory, file).write_bytes(content)
+            Path(save_directory, file).write_bytes(content.encode())
         return tuple(self.files)
 
 
@@ -45,146 +49,103 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
     Raises `UserError` for files that are damaged or missing, ids beyond the model's vocabulary, and a tokenizer that does not
     put [CLS] and [SEP] around texts.
     """
-    own, settings, vocabulary = folder / "tokenizer.json", _settings(folder), folder / "vocab.txt"
+    file = next((folder / file for file in ("tokenizer.json", "vocab.txt") if (folder / file).is_file()), None)
+    if file is None:
+        raise UserError(f"cannot load a BERT checkpoint from {name}: it has neither tokenizer.json nor vocab.txt")
     try:
-        if own.is_file():
-            content = own.read_bytes()
-            tokenizer = Tokenizer.from_str(content.decode())
-        elif vocabulary.is_file():
-            tokenizer = _from_vocabulary(vocabulary, name, settings)
-            content = tokenizer.to_str(pretty=True).encode()
-        else:
-            raise UserError(f"cannot load a BERT checkpoint from {name}: it has neither tokenizer.json nor vocab.txt")
+        settings = _settings(folder)
+        content = file.read_bytes().decode() if file.suffix == ".json" else _from_vocabulary(file, settings)
+        tokenizer = Tokenizer.from_str(content)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        special = _special_tokens(tokenizer, name, settings, config)
+        kept = {key: settings[key] for key in KEPT if settings.get(key) is not None} | special
+        kept["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # of BERT
+        saved = json.dumps(_class(tokenizer, settings) | kept, indent=2, ensure_ascii=False) + "\n"
+        own = OwnTokenizer(tokenizer, {"tokenizer.json": content, "tokenizer_config.json": saved}, kept)
+        own("a")  # fails for settings that no call can use
     except UserError:
         raise
     except Exception as error:
-        path = own if own.is_file() else vocabulary
-        raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: {path.name}: {cause(error)}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    special = _special_tokens(tokenizer, name, settings, config.type_vocab_size)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name} has token ids up to {largest} ({tokenizer.id_to_token(largest)!r}), and the model's "
-            f"vocab_size is {config.vocab_size}: no match"
-        )
-    kept = {key: settings[key] for key in SETTINGS if settings.get(key) is not None} | special
-    kept["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # of BERT
-    saved = json.dumps(_saved_settings(tokenizer, kept), indent=2, ensure_ascii=False) + "\n"
-    return OwnTokenizer(tokenizer, {"tokenizer.json": content, "tokenizer_config.json": saved.encode()}, kept)
+        what = f"{file.name}, or a setting beside it"
+        raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: {what}: {cause(error)}") from None
+    return own
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json, with the special tokens of special_tokens_map.json where it has none."""
-    values: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / file).is_file():
-            found = read_json(folder / file)
-            if not isinstance(found, dict):
-                raise UserError(f"{folder / file} is not a JSON object")
-            values |= found
-    for key in SPECIAL:
-        if isinstance(values.get(key), dict):
-            values[key] = values[key].get("content")
-    return values
+    """Read tokenizer_config.json and special_tokens_map.json. The class of the tokenizer may be in config.json."""
+    files = [folder / file for file in ("config.json", "tokenizer_config.json", "special_tokens_map.json")]
+    model, own, special = (read_json(file) if file.is_file() else {} for file in files)
+    kind = own.get("tokenizer_class") or model.get("tokenizer_class") or "BertTokenizer"
+    found = own | special | {"tokenizer_class": kind.removesuffix("Fast")}
+    found["additional_special_tokens"] = [_token(value) for value in found.get("additional_special_tokens") or []]
+    return found | {key: _token(found.get(key) or default) for key, default in SPECIAL.items()}
 
 
-def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], types: int) -> dict[str, str]:
+def _token(value: str | dict[str, Any]) -> AddedToken:
+    fields = value if isinstance(value, dict) else {"content": value}
+    return AddedToken(**{key: field for key, field in fields.items() if key != "__type"} | {"special": True})
+
+
+def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], config: Any) -> dict[str, str]:
     """Return the special tokens that are in the vocabulary. [CLS] and [SEP] are those that the tokenizer puts around texts."""
-    try:
-        one, pair = tokenizer.encode("a"), tokenizer.encode("a", "b")
-        a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", "b"))
-    except Exception as error:
-        raise UserError(f"the tokenizer of {name} cannot encode a word: {cause(error)}") from None
-    cls, sep = one.ids[:1], one.ids[-1:]
-    if one.ids != [*cls, *a, *sep] or pair.ids != [*cls, *a, *sep, *b, *sep] or cls == sep:
-        raise UserError(f"the tokenizer of {name} does not put [CLS] and [SEP] around texts, as BERT's does")
-    expected = [0] * (len(a) + 2) + [1] * (len(b) + 1)
-    if any(one.type_ids) or (pair.type_ids != expected and (types > 1 or any(pair.type_ids))):
+    texts = "a", "ꙮ"  # hardly a vocabulary has the second one
+    one, pair = tokenizer.encode(texts[0]), tokenizer.encode(*texts)
+    a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+    cls, sep = (one.tokens[:1] + one.tokens[-1:]) or ("", "")
+    ids = [tokenizer.token_to_id(cls), *a, tokenizer.token_to_id(sep)]
+    types = [*one.type_ids, *pair.type_ids] == [0] * len(ids) * 2 + [1] * (len(b) + 1)
+    if cls == sep or (one.ids, pair.ids) != (ids, [*ids, *b, ids[-1]]) or (config.type_vocab_size > 1 and not types):
         raise UserError(
-            f"the tokenizer of {name} gives the texts of a pair the types {pair.type_ids}, not 0 and 1 as BERT's does"
+            f"the tokenizer of {name} does not put [CLS] and [SEP] around texts, with types 0 and 1 in a pair, as BERT's does: "
+            f"of {texts} it makes {pair.tokens}, with types {pair.type_ids}"
         )
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    if unknown is not None and tokenizer.token_to_id(unknown) is None:
-        raise UserError(f"the tokenizer of {name} has no {unknown} in its vocabulary, its token for unknown words")
-    named = {key: settings.get(key) or default for key, default in SPECIAL.items()}
-    named |= {"unk_token": unknown or named["unk_token"], "cls_token": one.tokens[0], "sep_token": one.tokens[-1]}
+    largest, token = max((number, token) for token, number in tokenizer.get_vocab().items())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {name} has the id {largest} ({token!r}), and vocab_size is {config.vocab_size}: no match"
+        )
+    named = {key: str(settings[key]) for key in SPECIAL} | {"cls_token": cls, "sep_token": sep}
+    named["unk_token"] = getattr(tokenizer.model, "unk_token", None) or named["unk_token"]
     return {key: token for key, token in named.items() if tokenizer.token_to_id(token) is not None}
 
 
-def _saved_settings(tokenizer: Tokenizer, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer_config.json. It names BERT's class if that makes the same tokenizer, else the class of any tokenizer."""
-    added = {
-        str(number): {key: getattr(token, key) for key in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
-        for number, token in tokenizer.get_added_tokens_decoder().items()
-    }
-    saved = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(kept) | {"added_tokens_decoder": added}
-    model, normalizer = tokenizer.model, tokenizer.normalizer
-    if (
-        isinstance(model, WordPiece)
-        and (model.continuing_subword_prefix, model.max_input_chars_per_word) == ("##", 100)
-        and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
-        and isinstance(normalizer, BertNormalizer)
-        and normalizer.clean_text
-    ):
-        saved |= {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": normalizer.lowercase,
-            "strip_accents": normalizer.strip_accents,
-            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
-        }
-    return saved
+def _class(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class that opens the saved files, with its flags: BERT's if it makes the same tokenizer, else that of any."""
+    rules = json.loads(tokenizer.to_str())
+    same = all(BERT[part].items() <= (rules[part] or {}).items() for part in BERT) and tokenizer.encode("a", "a").type_ids[-1]
+    bert = same and settings["tokenizer_class"] == "BertTokenizer"
+    flags = {key: rules["normalizer"][rule] for key, rule in FLAGS.items() if rule in (rules["normalizer"] or {})}
+    return {"tokenizer_class": "BertTokenizer" if bert else "PreTrainedTokenizerFast"} | flags
 
 
-# ---- vocab.txt ----
-
-
-def _from_vocabulary(path: Path, name: str, settings: Mapping[str, Any]) -> Tokenizer:
+def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> str:
     """Make BERT's tokenizer with the vocabulary of a file. Warns if its normalizer alters entries, so that they never occur."""
-    kind = settings.get("tokenizer_class") or "BertTokenizer"
-    if kind not in ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"):
-        raise UserError(f"the tokenizer of {name} is a {kind}, and it has no tokenizer.json: save it as one")
-    words = path.read_text(encoding="utf-8-sig").split("\n")
-    while words and not words[-1]:  # blank lines at the end are no tokens
-        words.pop()
-    vocabulary = {word: number for number, word in enumerate(words)}
-    special = {key: settings.get(key) or default for key, default in SPECIAL.items()}
-    for key in ("unk_token", "cls_token", "sep_token"):
-        if special[key] not in vocabulary:
-            raise UserError(f"{path} has no line {special[key]}, the tokenizer's {key}")
-    tokenizer = BertTokenizer(
-        vocab=vocabulary,
-        **{key: _flag(path.parent / "tokenizer_config.json", settings, key, default) for key, default in FLAGS.items()},
-        **{key: token if token in vocabulary else None for key, token in special.items()},
-    ).backend_tokenizer
-    for number, token in sorted(_added(path.parent, settings).items()):
+    if settings["tokenizer_class"] != "BertTokenizer" or settings.get("do_basic_tokenize") is False:
+        rules = {key: settings[key] for key in ("tokenizer_class", "do_basic_tokenize") if key in settings}
+        raise UserError(f"{path} is not for BERT's own rules ({json.dumps(rules)}): save the tokenizer as tokenizer.json")
+    options: dict[str, Any] = {key: settings[key] for key in SPECIAL}
+    for key, rule in FLAGS.items():
+        if (value := settings.get(key)) not in (None, 0, 1):
+            raise UserError(f'{path.parent}: the tokenizer\'s "{key}" is {json.dumps(value)}, not true or false')
+        options |= {} if value is None else {rule: bool(value)}
+    words = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")  # blank lines at the end are no tokens
+    tokenizer = BertWordPieceTokenizer({word: number for number, word in enumerate(words)}, **options)
+    special = {str(token): token for token in [options[key] for key in SPECIAL] + settings["additional_special_tokens"]}
+    tokenizer.add_tokens([token for text, token in special.items() if tokenizer.token_to_id(text) is not None])
+    added = {int(number): AddedToken(**token) for number, token in (settings.get("added_tokens_decoder") or {}).items()}
+    if not added and (path.parent / "added_tokens.json").is_file():
+        numbers = read_json(path.parent / "added_tokens.json")
+        added = {number: special.get(text, AddedToken(text)) for text, number in numbers.items()}
+    for number, token in sorted(added.items()):
         tokenizer.add_tokens([token])
-        if tokenizer.token_to_id(token.content) != number:
-            raise UserError(f"{path} has {len(words)} lines, and the added token {token.content!r} has the id {number}: no match")
-    words = [word.removeprefix("##") for word in words if word not in special.values() and not word.startswith("[unused")]
-    altered = [word for word in words if tokenizer.normalizer.normalize_str(word).strip() != word.strip()]
-    if altered:
+        if tokenizer.token_to_id(str(token)) != number:
+            raise UserError(f"{path} has {len(words)} lines, and the added token {str(token)!r} has the id {number}: no match")
+    whole = {str(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    words = [word.removeprefix("##") for word in words if word not in whole and not word.startswith("[unused")]
+    if altered := [word for word in words if tokenizer.normalize(word).strip() != word.strip()]:
         print(
             f"{path}: {len(altered)} of {len(words)} entries cannot occur, such as {altered[0]!r}: the tokenizer alters them. Is "
             'the vocabulary cased? Then set "do_lower_case": false in tokenizer_config.json'
         )
-    return tokenizer
-
-
-FLAGS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
-
-
-def _flag(path: Path, settings: Mapping[str, Any], key: str, default: bool | None) -> bool | None:
-    value = settings.get(key)
-    if value is not None and (isinstance(value, str) or value not in (0, 1)):
-        raise UserError(f'{path}: "{key}" is {json.dumps(value)}, not true or false')
-    return default if value is None else bool(value)
-
-
-def _added(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Return the tokens by id that are added to the vocabulary."""
-    found = {int(number): AddedToken(**token) for number, token in settings.get("added_tokens_decoder", {}).items()}
-    if not found and (folder / "added_tokens.json").is_file():
-        found = {number: AddedToken(token) for token, number in read_json(folder / "added_tokens.json").items()}
-    return found
+    return tokenizer.to_str(pretty=True)

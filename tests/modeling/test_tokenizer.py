@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bert_tickets.bench.tiny_bert import SPECIAL, save_bert
 from bert_tickets.config import build
@@ -166,6 +166,33 @@ def test_a_saved_tokenizer_is_the_same_and_opens_in_transformers(tmp_path, longe
         assert (made["input_ids"], made["token_type_ids"]) == ([own.ids], [own.type_ids])
 
 
+@pytest.mark.parametrize(
+    "post",
+    [
+        processors.BertProcessing(("[SEP]", 3), ("[CLS]", 999)),  # ids of another vocabulary
+        processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", [("[CLS]", 2), ("[SEP]", 3)]),  # types 0
+    ],
+)
+def test_what_is_not_as_berts_tokenizer_does_it_is_refused(tmp_path, post):
+    tokenizer = cased_tokenizer(WORDS)
+    tokenizer.post_processor = post
+    save_cased(tmp_path / "cased", tokenizer)
+    with pytest.raises(UserError, match=r"does not put \[CLS\] and \[SEP\] around texts, with types 0 and 1"):
+        load_bert(str(tmp_path / "cased"), "classifier", "pretrained", 0)
+
+
+def test_with_one_token_type_a_saved_tokenizer_keeps_it(tmp_path):
+    tokenizer = cased_tokenizer(WORDS)
+    tokenizer.model.max_input_chars_per_word = 100
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", [("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    load_tokenizer(tmp_path, "x", SimpleNamespace(vocab_size=100, type_vocab_size=1)).save_pretrained(tmp_path)
+    assert not any(PreTrainedTokenizerFast.from_pretrained(tmp_path)("a", "b")["token_type_ids"])
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 # ---- vocab.txt alone ----
 
 
@@ -185,7 +212,7 @@ def test_a_vocabulary_with_blank_lines_or_a_flag_as_a_number_is_read(bert_dir, t
     ours = load_bert(str(with_vocabulary(bert_dir, tmp_path / "m", content, **lower)), "classifier", "pretrained", 0)[1]
     for text in ("The GOOD film [SEP] café", "a naïve plot"):
         assert ours(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert len(ours) == len(tokenizer)
+    assert ours.get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(
@@ -193,13 +220,42 @@ def test_a_vocabulary_with_blank_lines_or_a_flag_as_a_number_is_read(bert_dir, t
     [
         ("{}\n", {"do_lower_case": "no"}, '"do_lower_case" is "no", not true or false'),
         ("{}\nmore\n", {}, "'more'.*no match"),
-        ("{}\n", {"cls_token": "<s>"}, r"vocab\.txt has no line <s>"),
-        ("{}\n", {"tokenizer_class": "BertJapaneseTokenizer"}, "is a BertJapaneseTokenizer"),
+        ("{}\n", {"cls_token": "<s>"}, r"vocab\.txt.*cls_token not found in the vocabulary"),
+        ("{}\n", {"unk_token": "<unk>"}, r"vocab\.txt.*Missing \[UNK\] token"),
+        (
+            "{}\n",
+            {"tokenizer_class": "BertJapaneseTokenizer"},
+            r"vocab\.txt is not for .*BertJapaneseTokenizer.*save the tokenizer",
+        ),
+        ("{}\n", {"do_basic_tokenize": False}, '"do_basic_tokenize": false'),
+        ("{}\n", {"truncation_side": "up"}, "a setting beside it: .*Truncation side"),
+        ("{}\n", {"model_max_length": "512"}, "a setting beside it: TypeError"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_names_the_line_or_the_key(bert_dir, tmp_path, content, settings, message):
     with pytest.raises(UserError, match=message):
         load_bert(str(with_vocabulary(bert_dir, tmp_path / "m", content, **settings)), "classifier", "pretrained", 0)
+
+
+def test_the_class_of_the_tokenizer_may_be_in_config_json(bert_dir, tmp_path):
+    model = with_vocabulary(bert_dir, tmp_path / "m", "{}\n")
+    config = json.loads((model / "config.json").read_text()) | {"tokenizer_class": "BertJapaneseTokenizer"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="BertJapaneseTokenizer"):
+        load_bert(str(model), "classifier", "pretrained", 0)
+
+
+@pytest.mark.parametrize("named", ["<E>", {"content": "<E>", "lstrip": False, "__type": "AddedToken"}])
+def test_special_tokens_of_old_files_are_found_as_they_are_written(bert_dir, tmp_path, capfd, named):
+    """One that is a line of the vocabulary, and one whose id is in added_tokens.json, which only lower case finds."""
+    folder = with_vocabulary(bert_dir, tmp_path / "m", "{}\n<E>\n", additional_special_tokens=[named])
+    size = len((folder / "vocab.txt").read_text().split())
+    (folder / "added_tokens.json").write_text(json.dumps({"<f>": size}))
+    ours = load_tokenizer(folder, "m", SimpleNamespace(vocab_size=size + 1, type_vocab_size=2))
+    good = ours.convert_tokens_to_ids("good")
+    assert ours("<E> good <F>", add_special_tokens=False)["input_ids"] == [size - 1, good, size]
+    assert size - 1 not in ours("<e> good")["input_ids"]
+    assert "__type" not in "".join(capfd.readouterr())  # the library prints fields that it does not know
 
 
 def test_a_cased_vocabulary_that_is_lower_cased_is_said(bert_dir, tmp_path, capsys):
