@@ -28,6 +28,17 @@ BERT: dict[str, dict[str, Any]] = {  # the rules of transformers' BertTokenizer 
 }
 
 
+# What a vocab.txt by itself is for. Other values of these settings are of tokenizers with more rules.
+PLAIN = {
+    "tokenizer_class": "BertTokenizer",
+    "do_basic_tokenize": True,
+    "word_tokenizer_type": "basic",
+    "subword_tokenizer_type": "wordpiece",
+    "never_split": [],
+    "auto_map": {},
+}
+
+
 class OwnTokenizer(PreTrainedTokenizerFast):
     """transformers' interface to a tokenizer. It encodes as that one does, and saves its file unchanged."""
 
@@ -54,16 +65,23 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
         raise UserError(f"cannot load a BERT checkpoint from {name}: it has neither tokenizer.json nor vocab.txt")
     try:
         settings = _settings(folder)
-        content = file.read_bytes().decode() if file.suffix == ".json" else _from_vocabulary(file, settings)
+        content = file.read_text(encoding="utf-8-sig") if file.suffix == ".json" else _from_vocabulary(file, settings)
         tokenizer = Tokenizer.from_str(content)
+        side = (tokenizer.truncation or {}).get("direction")
         tokenizer.no_truncation()
         tokenizer.no_padding()
         special = _special_tokens(tokenizer, name, settings, config)
-        kept = {key: settings[key] for key in KEPT if settings.get(key) is not None} | special
+        kept = (
+            {"truncation_side": side or "right"} | {key: settings[key] for key in KEPT if settings.get(key) is not None} | special
+        )
         kept["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # of BERT
-        saved = json.dumps(_class(tokenizer, settings) | kept, indent=2, ensure_ascii=False) + "\n"
+        saved = json.dumps(_class(tokenizer, settings, special) | kept, indent=2, ensure_ascii=False) + "\n"
         own = OwnTokenizer(tokenizer, {"tokenizer.json": content, "tokenizer_config.json": saved}, kept)
         own("a")  # fails for settings that no call can use
+        whole = {str(token) for token in [*tokenizer.get_added_tokens_decoder().values(), *map(settings.get, SPECIAL)]}
+        tokens = [*_added(folder, settings).values(), *settings["additional_special_tokens"]]
+        if split := sorted({str(token) for token in tokens} - whole):
+            print(f"{name}: {', '.join(split)} are added tokens by its settings, and not in its {file.name}: they are split")
     except UserError:
         raise
     except Exception as error:
@@ -78,13 +96,22 @@ def _settings(folder: Path) -> dict[str, Any]:
     model, own, special = (read_json(file) if file.is_file() else {} for file in files)
     kind = own.get("tokenizer_class") or model.get("tokenizer_class") or "BertTokenizer"
     found = own | special | {"tokenizer_class": kind.removesuffix("Fast")}
-    found["additional_special_tokens"] = [_token(value) for value in found.get("additional_special_tokens") or []]
+    extra = found.get("additional_special_tokens") or found.get("extra_special_tokens") or []
+    found["additional_special_tokens"] = [_token(value) for value in (extra.values() if isinstance(extra, dict) else extra)]
     return found | {key: _token(found.get(key) or default) for key, default in SPECIAL.items()}
 
 
+def _added(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """Return the tokens that are added to the vocabulary, by id."""
+    found = {int(number): _token(token) for number, token in (settings.get("added_tokens_decoder") or {}).items()}
+    if not found and (folder / "added_tokens.json").is_file():
+        found = {number: AddedToken(text) for text, number in read_json(folder / "added_tokens.json").items()}
+    return found
+
+
 def _token(value: str | dict[str, Any]) -> AddedToken:
-    fields = value if isinstance(value, dict) else {"content": value}
-    return AddedToken(**{key: field for key, field in fields.items() if key != "__type"} | {"special": True})
+    fields: dict[str, Any] = value if isinstance(value, dict) else {"content": value}
+    return AddedToken(**{"special": True} | {key: field for key, field in fields.items() if key != "__type"})
 
 
 def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], config: Any) -> dict[str, str]:
@@ -110,19 +137,19 @@ def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any]
     return {key: token for key, token in named.items() if tokenizer.token_to_id(token) is not None}
 
 
-def _class(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _class(tokenizer: Tokenizer, settings: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
     """Return the class that opens the saved files, with its flags: BERT's if it makes the same tokenizer, else that of any."""
     rules = json.loads(tokenizer.to_str())
     same = all(BERT[part].items() <= (rules[part] or {}).items() for part in BERT) and tokenizer.encode("a", "a").type_ids[-1]
-    bert = same and settings["tokenizer_class"] == "BertTokenizer"
-    flags = {key: rules["normalizer"][rule] for key, rule in FLAGS.items() if rule in (rules["normalizer"] or {})}
+    bert = same and settings["tokenizer_class"] == "BertTokenizer" and special.keys() == SPECIAL.keys()
+    known = (rules["normalizer"] or {}) | (rules["pre_tokenizer"] or {})
+    flags = {key: known[rule] for key, rule in (FLAGS | {"add_prefix_space": "add_prefix_space"}).items() if rule in known}
     return {"tokenizer_class": "BertTokenizer" if bert else "PreTrainedTokenizerFast"} | flags
 
 
 def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> str:
     """Make BERT's tokenizer with the vocabulary of a file. Warns if its normalizer alters entries, so that they never occur."""
-    if settings["tokenizer_class"] != "BertTokenizer" or settings.get("do_basic_tokenize") is False:
-        rules = {key: settings[key] for key in ("tokenizer_class", "do_basic_tokenize") if key in settings}
+    if rules := {key: settings[key] for key, value in PLAIN.items() if settings.get(key) not in (None, value)}:
         raise UserError(f"{path} is not for BERT's own rules ({json.dumps(rules)}): save the tokenizer as tokenizer.json")
     options: dict[str, Any] = {key: settings[key] for key in SPECIAL}
     for key, rule in FLAGS.items():
@@ -133,12 +160,8 @@ def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> str:
     tokenizer = BertWordPieceTokenizer({word: number for number, word in enumerate(words)}, **options)
     special = {str(token): token for token in [options[key] for key in SPECIAL] + settings["additional_special_tokens"]}
     tokenizer.add_tokens([token for text, token in special.items() if tokenizer.token_to_id(text) is not None])
-    added = {int(number): AddedToken(**token) for number, token in (settings.get("added_tokens_decoder") or {}).items()}
-    if not added and (path.parent / "added_tokens.json").is_file():
-        numbers = read_json(path.parent / "added_tokens.json")
-        added = {number: special.get(text, AddedToken(text)) for text, number in numbers.items()}
-    for number, token in sorted(added.items()):
-        tokenizer.add_tokens([token])
+    for number, token in sorted(_added(path.parent, settings).items()):
+        tokenizer.add_tokens([special.get(str(token), token)])
         if tokenizer.token_to_id(str(token)) != number:
             raise UserError(f"{path} has {len(words)} lines, and the added token {str(token)!r} has the id {number}: no match")
     whole = {str(token) for token in tokenizer.get_added_tokens_decoder().values()}

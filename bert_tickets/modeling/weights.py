@@ -58,8 +58,11 @@ NESTED = ("state_dict", "model_state_dict", "model", "module")  # where a traini
 
 def read_config(folder: Path, name: str, labels: int) -> BertConfig:
     """Read the configuration of the checkpoint `name`, for a head of `labels` labels. Raises `UserError` unless it is a BERT."""
-    if broken := sorted(path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and not path.exists()):
-        raise UserError(f"{broken[0]} is a link to a file that does not exist")
+    for entry in sorted(path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)):
+        if not entry.exists():
+            raise UserError(f"{entry} is a link to a file that does not exist")
+        if entry.is_file() and entry.stat().st_size < 1000 and entry.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(f"{entry} is a pointer of Git LFS, not the file itself: run git lfs pull")
     if adapters := sorted(path.name for path in folder.glob("adapter_[cm]*")):
         raise UserError(f"{name} has an adapter ({', '.join(adapters)}): merge it into the weights first, or remove its files")
     path = next((folder / file for file in CONFIGS if (folder / file).is_file()), None)
@@ -132,7 +135,6 @@ def read_pooler(path: Path, config: BertConfig) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file of weights; those in a training's file from its entry for them, which is said."""
     try:
-        start = path.open("rb").read(64)
         found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         nested = next((key for key in NESTED if isinstance(found.get(key), Mapping)), None)
         if nested:
@@ -143,10 +145,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         why = cause(error)
         if isinstance(error, FileNotFoundError):
             why = "there is no such file"
-        elif not start:
+        elif not path.stat().st_size:
             why = "it is empty"
-        elif start.startswith(b"version https://git-lfs"):
-            why = "it is a pointer of Git LFS, not the file itself: run git lfs pull"
         elif path.suffix != ".safetensors":
             why = "it is damaged, or holds more than tensors, whose code is not run: save the model's state_dict() instead"
         raise UserError(f"cannot load a BERT checkpoint from the folder {path.parent}: {path.name}: {why}") from None

@@ -107,6 +107,10 @@ def test_a_checkpoint_without_a_pooler_gets_a_random_one(model, capsys):
     assert "has no pooler" in capsys.readouterr().out
     assert torch.equal(first.bert.pooler.dense.weight, second.bert.pooler.dense.weight)
     assert 0.05 < first.bert.pooler.dense.weight.std() < 0.15
+    pooler = {f"bert.{key}": weights[key] for key in weights if "pooler" in key}
+    words = "bert.embeddings.word_embeddings.weight"
+    save_file(pooler | {words: torch.zeros(3)}, model / POOLER, FORMAT)
+    assert torch.equal(load(model).get_parameter(words), first.get_parameter(words))
     save_file({"bert.pooler.dense.weight": weights["pooler.dense.weight"]}, model / POOLER, FORMAT)
     with pytest.raises(UserError, match=rf"{POOLER} lacks bert\.pooler\.dense\.bias"):
         load(model)
@@ -139,6 +143,46 @@ def test_names_that_may_be_of_another_network_are_a_users_error(model, places, m
         load(model)
 
 
+def test_weights_with_masks_of_torch_prune_are_multiplied_and_said(model, tmp_path, capsys):
+    weights = load_file(model / "model.safetensors")
+    mask = torch.rand(weights[LAST].shape) < 0.5
+    pruned = {key: w for key, w in weights.items() if key != LAST} | {f"{LAST}_orig": weights[LAST]}
+    save_file(pruned | {f"{LAST}_mask": mask.float()}, model / "model.safetensors", FORMAT)
+    assert torch.equal(load(model).get_parameter(f"bert.{LAST}"), weights[LAST] * mask)
+    assert f"as torch.nn.utils.prune keeps them ({LAST}_orig)" in capsys.readouterr().out
+    save_file(pruned, model / "model.safetensors", FORMAT)
+    with pytest.raises(UserError, match=rf"has {LAST}_orig without its {LAST}_mask"):
+        load(model)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
+def test_the_file_of_a_training_and_sparse_tensors_are_read(model, bert_dir, capsys, key):
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    weights[LAST] = weights[LAST].to_sparse()
+    torch.save({"epoch": 3, "optimizer": {"x": torch.ones(2)}, key: weights}, model / "pytorch_model.bin")
+    assert sha256_of(encoder_weights(load(model))) == sha256_of(encoder_weights(load(bert_dir)))
+    assert f"pytorch_model.bin is the file of a training: its '{key}' is read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
+        ("tokenizer.json", None, "a link to a file that does not exist"),
+        ("pooler.safetensors", None, "a link to a file that does not exist"),
+        ("model.safetensors", "", "it is empty"),
+        ("adapter_model.bin", "", r"has an adapter \(adapter_model.bin\): merge"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say_are_named(model, file, content, message):
+    (model / file).unlink(missing_ok=True)
+    (model / file).write_text(content) if content is not None else (model / file).symlink_to(model / "purged")
+    (model / "train_adapter_notes.md").touch()  # no adapter
+    with pytest.raises(UserError, match=rf"{file}.*{message}" if content != "" or file[0] == "m" else message):
+        load(model)
+
+
 def test_of_two_files_of_weights_the_one_that_is_read_is_said(model, bert_dir, capsys):
     weights = load_file(model / "model.safetensors")
     torch.save({key: tensor + 1 for key, tensor in weights.items()}, model / "pytorch_model.bin")
@@ -154,9 +198,8 @@ def test_weights_that_would_change_the_network_are_refused_and_others_said(model
     save_file(weights | {"encoder.layer.0.adapter.down.weight": torch.ones(2)}, model / "model.safetensors", FORMAT)
     with pytest.raises(UserError, match=r"has bert\.encoder\.layer\.0\.adapter\.down\.weight, which the BERT"):
         load(model)
-    save_file(weights, model / "model.safetensors", FORMAT)
-    (model / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"has an adapter \(adapter_config.json\): merge"):
+    save_file(weights | {f"{LAST.removesuffix('weight')}lora_A.weight": torch.ones(2)}, model / "model.safetensors", FORMAT)
+    with pytest.raises(UserError, match=r"has adapters of PEFT .*merge_and_unload"):
         load(model)
 
 
@@ -225,6 +268,12 @@ def test_a_head_that_is_partly_there_or_of_another_size_is_said_exactly(with_hea
     assert "its decoder, of shape (7, 32), is not taken: the word embeddings are" in said
 
 
+def test_of_two_biases_the_one_that_fits_is_taken(with_head, capsys):
+    predictions, _ = with_head(**{"decoder.bias": torch.ones(7)})
+    assert (predictions.bias == 0.5).all()
+    assert not capsys.readouterr().out
+
+
 def test_a_decoder_that_config_unties_and_the_weights_lack_is_drawn_and_said(with_head, capsys):
     predictions, tied = with_head(False, **{key.removeprefix("cls.predictions."): None for key in mlm_head()})
     assert not tied
@@ -241,6 +290,9 @@ def test_a_decoder_that_config_unties_and_the_weights_lack_is_drawn_and_said(wit
         ({"vocab_size": 50}, {}, "no match"),
         ({"is_decoder": True}, {}, "or a decoder"),
         ({"model_type": "roberta"}, {}, "of type roberta"),
+        ({"num_attention_heads": 3}, {}, r"config\.json: .*not a multiple of the number of attention heads"),
+        ({"hidden_act": "geluu"}, {}, r"config\.json: .*geluu"),
+        ({"hidden_dropout_prob": 1.0}, {}, r"config\.json: .*hidden_dropout_prob is 1.0, not a probability below 1"),
         ({}, {"post_processor": None}, r"\[CLS\] and \[SEP\]"),
     ],
 )
@@ -282,6 +334,14 @@ def test_flags_left_in_config_json_change_nothing(model, bert_dir, tmp_path, fla
 def test_fields_that_make_another_network_of_it_are_named(model, key, value):
     edit_json(model / "config.json", **{key: value})
     with pytest.raises(UserError, match=rf'config\.json: "{key}" is '):
+        load(model)
+
+
+def test_sizes_that_config_json_lacks_are_named(model):
+    """The library would take BERT-base's."""
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({key: x for key, x in values.items() if key != "num_hidden_layers"}))
+    with pytest.raises(UserError, match=r"config\.json has no num_hidden_layers"):
         load(model)
 
 
@@ -344,7 +404,7 @@ def test_pickled_weights_are_read_and_their_code_is_not_run(model, bert_dir, tmp
 
 
 @pytest.mark.parametrize("model_type", ["bert", "evil"])
-def test_a_checkpoints_own_code_is_not_run_and_nobody_is_asked(model, tmp_path, monkeypatch, model_type):
+def test_a_checkpoints_own_code_is_not_run_and_nobody_is_asked(model, tmp_path, monkeypatch, capsys, model_type):
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
     (model / "evil.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\n")
@@ -353,6 +413,7 @@ def test_a_checkpoints_own_code_is_not_run_and_nobody_is_asked(model, tmp_path, 
     edit_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
     if model_type == "bert":
         load(model)
+        assert "names code of its own (auto_map), which is not run" in capsys.readouterr().out
     else:
         with pytest.raises(UserError, match="of type evil"):
             load(model)

@@ -121,9 +121,9 @@ def save_cased(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "tokenizer_config.json").unlink()
 
 
-def cased_tokenizer(words: list[str]) -> Tokenizer:
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=30))
+def cased_tokenizer(words: list[str], special: list[str] = SPECIAL, longest: int = 30) -> Tokenizer:
+    vocabulary = {word: number for number, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=longest))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(lowercase=False), pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return tokenizer
@@ -193,6 +193,46 @@ def test_with_one_token_type_a_saved_tokenizer_keeps_it(tmp_path):
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+def test_what_settings_say_otherwise_than_tokenizer_json_is_said(bert_dir, tmp_path, capsys):
+    model = Path(shutil.copytree(bert_dir, tmp_path / "m"))
+    (model / "added_tokens.json").write_text(json.dumps({"<x>": 200}))
+    content = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(f"\ufeff{content}", encoding="utf-8")
+    (model / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["[E]", "[SEP]"]}))
+    tokenizer = load_bert(str(model), "classifier", "pretrained", 0)[1]
+    assert "<x>, [E] are added tokens by its settings, and not in its tokenizer.json: they are split" in capsys.readouterr().out
+    assert tokenizer.files["tokenizer.json"] == content  # without the byte order mark
+
+
+def test_the_side_at_which_tokenizer_json_truncates_is_kept(bert_dir, tmp_path):
+    model, cut = Path(shutil.copytree(bert_dir, tmp_path / "m")), Tokenizer.from_file(str(bert_dir / "tokenizer.json"))
+    cut.enable_truncation(4, direction="left")
+    cut.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text("{}")
+    tokenizer = load_bert(str(model), "classifier", "pretrained", 0)[1]
+    text = "a good film"
+    assert tokenizer(text, truncation=True, max_length=4)["input_ids"] == cut.encode(text).ids
+    assert len(tokenizer(text)["input_ids"]) == 5
+
+
+@pytest.mark.parametrize("change", ["no mask", "spaces"])
+def test_what_berts_class_would_change_is_saved_with_another_class(tmp_path, change):
+    """It adds [MASK] with an id beyond the vocabulary, and transformers 4 changes add_prefix_space unless it is given."""
+    tokenizer = cased_tokenizer(WORDS, SPECIAL[:4] if change == "no mask" else SPECIAL, longest=100)
+    if change == "spaces":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path, "m", SimpleNamespace(vocab_size=tokenizer.get_vocab_size(), type_vocab_size=2))
+    saved = json.loads(ours.files["tokenizer_config.json"])
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert saved.get("add_prefix_space") == (True if change == "spaces" else None)
+    (tmp_path / "saved").mkdir()
+    ours.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert len(again) == tokenizer.get_vocab_size()
+    assert again("film Good")["input_ids"] == ours("film Good")["input_ids"]
+
+
 # ---- vocab.txt alone ----
 
 
@@ -228,6 +268,8 @@ def test_a_vocabulary_with_blank_lines_or_a_flag_as_a_number_is_read(bert_dir, t
             r"vocab\.txt is not for .*BertJapaneseTokenizer.*save the tokenizer",
         ),
         ("{}\n", {"do_basic_tokenize": False}, '"do_basic_tokenize": false'),
+        ("{}\n", {"never_split": ["x"], "do_basic_tokenize": True}, '"never_split": '),
+        ("{}\n", {"word_tokenizer_type": "mecab", "subword_tokenizer_type": "wordpiece"}, '"word_tokenizer_type": "mecab"'),
         ("{}\n", {"truncation_side": "up"}, "a setting beside it: .*Truncation side"),
         ("{}\n", {"model_max_length": "512"}, "a setting beside it: TypeError"),
     ],
