@@ -9,22 +9,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from bert_tickets.errors import Damaged
+from bert_tickets.errors import Damaged, UserError, cause
 from bert_tickets.files import file_sha256, read_checksummed, write_checksummed
 
 PREFIX = "sha256:"
 SMALL = 2**20  # bytes; hashing them takes no longer than the cache
 SETTLED = 2.0  # seconds since a file's last change; within them it may change again without another time
-CHECKPOINT = re.compile(  # the files of a checkpoint's folder that are read
-    r"(config|bert_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|vocab\.txt|pooler\.safetensors"
-    r"|(model|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?"
-)
+# The files of a checkpoint's folder that are read: the first of each of these, and all of the others.
+CONFIGS = ("config.json", "bert_config.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "vocab.txt")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+POOLER = "pooler.safetensors"  # beside a model whose class has none, such as BertForQuestionAnswering
 
 
 def fingerprint(value: str) -> str:
@@ -35,7 +36,27 @@ def fingerprint(value: str) -> str:
         return PREFIX + _sha256(path)
     if not path.is_dir():
         return value
-    return of_files({entry.name: entry for entry in path.iterdir() if CHECKPOINT.fullmatch(entry.name)}) or str(path.resolve())
+    return of_files({file.name: file for file in checkpoint_files(path)}) or str(path.resolve())
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's folder that are read. Raises `UserError` for an index of weights that is damaged."""
+    found = [next(filter(Path.is_file, map(folder.joinpath, names)), None) for names in (CONFIGS, WEIGHTS, TOKENIZERS)]
+    files = [path for path in (*found, *map(folder.joinpath, (*SETTINGS, POOLER))) if path and path.is_file()]
+    return files + [folder / shard for path in files if path.name in WEIGHTS and path.suffix == ".json" for shard in shards(path)]
+
+
+def shards(index: Path) -> list[str]:
+    """Return the names of the files that an index of weights lists. Raises `UserError`."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{index} is damaged: it has no weight_map of names of files beside it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{index} is damaged: {cause(error)}") from None
+    return names
 
 
 def of_init(init: str) -> str:

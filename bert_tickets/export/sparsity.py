@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bert_tickets.content import POOLER, WEIGHTS
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
-from bert_tickets.modeling.checkpoint import POOLER, WEIGHTS
 from bert_tickets.modeling.parameters import ENCODER, PRUNABLE
 from bert_tickets.modeling.weights import POOLER_WEIGHTS, read_config, read_pooler, read_weights
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from bert_tickets.errors import UserError, cause
+from bert_tickets.content import CONFIGS, POOLER, SETTINGS, TOKENIZERS, WEIGHTS, shards
+from bert_tickets.errors import UserError
 from bert_tickets.hub import Repository
-
-POOLER = "pooler.safetensors"  # beside a model whose class has none, such as BertForQuestionAnswering
-CONFIGS = ("config.json", "bert_config.json")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZERS = ("tokenizer.json", "vocab.txt")
-OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json")
 
 
 def resolve(name: str) -> Path:
@@ -31,7 +25,7 @@ def resolve(name: str) -> Path:
     config, weights, _ = (_fetch_first(name, files) for files in (CONFIGS, WEIGHTS, TOKENIZERS))
     for shard in shards(weights) if weights.suffix == ".json" else []:
         _model(name).fetch(shard)
-    for file in OTHERS:
+    for file in (*SETTINGS, "adapter_config.json"):
         _model(name).fetch(file, needed=False)
     return config.parent
 
@@ -42,16 +36,6 @@ def find_pooler(name: str) -> Path | None:
     if folder.is_dir():
         return folder / POOLER if (folder / POOLER).is_file() else None
     return _model(name).fetch(POOLER)
-
-
-def shards(index: Path) -> list[str]:
-    """Return the names of the files that an index of weights lists."""
-    try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{index} is damaged: it has no weight_map of file names") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{index} is damaged: {cause(error)}") from None
 
 
 def _model(name: str) -> Repository:

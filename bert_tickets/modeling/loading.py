@@ -15,10 +15,11 @@ from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSeque
 from transformers.initialization import no_init_weights
 from transformers.models.bert.modeling_bert import BertPooler
 
+from bert_tickets.content import POOLER
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import write_tensors
 from bert_tickets.modeling.bert import Net
-from bert_tickets.modeling.checkpoint import POOLER, find_pooler, resolve
+from bert_tickets.modeling.checkpoint import find_pooler, resolve
 from bert_tickets.modeling.dropout import replace_dropout
 from bert_tickets.modeling.parameters import DECODER, ENCODER, WORD_EMBEDDINGS, encoder_weights, head_weights
 from bert_tickets.modeling.tokenizer import OwnTokenizer, load_tokenizer

@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from bert_tickets.content import CHECKPOINT
+from bert_tickets.content import CONFIGS, POOLER, SETTINGS, TOKENIZERS, WEIGHTS, shards
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
-from bert_tickets.modeling.checkpoint import CONFIGS, WEIGHTS, shards
 from bert_tickets.modeling.parameters import ENCODER
 
 SIZES = (
@@ -58,11 +57,8 @@ NESTED = ("state_dict", "model_state_dict", "model", "module")  # where a traini
 
 def read_config(folder: Path, name: str, labels: int) -> BertConfig:
     """Read the configuration of the checkpoint `name`, for a head of `labels` labels. Raises `UserError` unless it is a BERT."""
-    for entry in sorted(path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)):
-        if not entry.exists():
-            raise UserError(f"{entry} is a link to a file that does not exist")
-        if entry.is_file() and entry.stat().st_size < 1000 and entry.read_bytes().startswith(b"version https://git-lfs"):
-            raise UserError(f"{entry} is a pointer of Git LFS, not the file itself: run git lfs pull")
+    for file in (*CONFIGS, *WEIGHTS, *TOKENIZERS, *SETTINGS, POOLER):
+        _check_file(folder / file)
     if adapters := sorted(path.name for path in folder.glob("adapter_[cm]*")):
         raise UserError(f"{name} has an adapter ({', '.join(adapters)}): merge it into the weights first, or remove its files")
     path = next((folder / file for file in CONFIGS if (folder / file).is_file()), None)
@@ -95,6 +91,14 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
     except Exception as error:
         raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: {path.name}: {cause(error)}") from None
     return config
+
+
+def _check_file(path: Path) -> None:
+    """Raise `UserError` for a link without a file, and for a pointer of Git LFS."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to a file that does not exist")
+    if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
 
 
 def _empty(config: BertConfig) -> BertModel:
@@ -134,6 +138,7 @@ def read_pooler(path: Path, config: BertConfig) -> dict[str, Tensor]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file of weights; those in a training's file from its entry for them, which is said."""
+    _check_file(path)
     try:
         found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         nested = next((key for key in NESTED if isinstance(found.get(key), Mapping)), None)

@@ -22,13 +22,8 @@ FORMAT = 3  # of the run directory; no other is read
 
 
 def run_dir(cfg: Config) -> Path:
-    """Return the directory of a configuration's run. Equal configurations on equal files have the same one.
-
-    A run of an earlier version, which named folders by their paths, keeps its name.
-    """
-    place = Path(cfg.output_dir)
-    now, earlier = place / run_name(cfg), place / run_name(cfg, by_path=True)
-    return earlier if earlier.is_dir() and not now.is_dir() else now
+    """Return the directory of a configuration's run. Equal configurations on equal files have the same one."""
+    return Path(cfg.output_dir) / run_name(cfg)
 
 
 def level_dir(run: Path, level: int) -> Path:

@@ -13,28 +13,25 @@ from bert_tickets.content import fingerprint, of_files, of_init
 from bert_tickets.data import glue_files, squad_files, text_source
 
 
-def run_name(cfg: Config, *, by_path: bool = False) -> str:
+def run_name(cfg: Config) -> str:
     """Return `<task>-<method>-s<seed>-<hash>`. Two runs have the same name only if their settings are the same."""
     method = cfg.method if cfg.protocol == "paper" else f"{cfg.method}-{cfg.protocol}"
-    named = {"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol, **differences(cfg, by_path=by_path)}
+    named = {"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol, **differences(cfg)}
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
     return f"{cfg.task}-{method}-s{cfg.train.seed}-{digest[:8]}"
 
 
-def differences(cfg: Config, *, by_path: bool = False) -> dict[str, Any]:
+def differences(cfg: Config) -> dict[str, Any]:
     """Return the settings that affect the result and differ from the preset of method, task and protocol.
 
-    Files and folders are their fingerprints; names on the hub are as they are. With `by_path` folders are absolute paths.
+    Files and folders are their fingerprints; names on the hub are as they are.
     """
     fields, values = fields_of(cfg.method), flat(cfg)
     named = {"task": cfg.task, "method": cfg.method, "protocol": cfg.protocol}
     required = {name: values[name] for name, f in fields.items() if f.default is dataclasses.MISSING and name != "task"}
     preset = flat(from_flat(preset_values(cfg.method, cfg.kind, cfg.protocol) | named | required))
-    if not by_path:
-        values |= _by_content(cfg)
+    values |= _by_content(cfg)
     changed = {name: value for name, value in values.items() if value != preset[name]} | {name: values[name] for name in required}
-    if by_path:
-        changed |= _by_path(changed)
     return {name: value for name, value in changed.items() if fields[name].metadata["affects_result"]}
 
 
@@ -54,13 +51,6 @@ def data_files(task: str, folder: Path) -> dict[str, Path]:
         return glue_files.files_of(folder, glue_files.ROWS[task])
     files = squad_files.FILES if task == "squad" else text_source.FILES
     return {split: folder / file for split, file in files.items()}
-
-
-def _by_path(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings as earlier versions did: of folders the absolute path."""
-    paths = {name: Path(values[name]) for name in ("mask", "init", "data_dir", "model") if values.get(name) is not None}
-    files = {name: fingerprint(str(path)) for name, path in paths.items() if path.is_file()}
-    return files | {name: str(path.resolve()) for name, path in paths.items() if path.is_dir()}
 
 
 def with_absolute_folders(cfg: Config) -> dict[str, Any]:

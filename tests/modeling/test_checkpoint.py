@@ -14,8 +14,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from bert_tickets.content import POOLER
 from bert_tickets.errors import UserError
-from bert_tickets.modeling.checkpoint import POOLER, resolve
+from bert_tickets.modeling.checkpoint import resolve
 from bert_tickets.modeling.loading import load_bert
 
 NAME, COMMIT = "some/bert", "0123456789" * 4

@@ -13,12 +13,12 @@ import torch
 from conftest import Touch
 from safetensors.torch import load_file, save_file
 
+from bert_tickets.content import POOLER
 from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
 from bert_tickets.files import sha256_of
 from bert_tickets.modeling.bert import classify
-from bert_tickets.modeling.checkpoint import POOLER
 from bert_tickets.modeling.loading import load_bert, save_model
 from bert_tickets.modeling.parameters import encoder_weights, prunable
 

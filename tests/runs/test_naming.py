@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,11 +13,10 @@ from trainrun import Killed, contents, dying, train
 
 import oneshot
 import perturb_weight
-from bert_tickets.cli import parse
 from bert_tickets.config import build, flat, from_flat
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_checksummed, write_checksummed
-from bert_tickets.runs.directory import events, run_dir
+from bert_tickets.runs.directory import events
 from bert_tickets.runs.naming import differences, run_name
 from bert_tickets.training.step import Step
 
@@ -94,7 +94,23 @@ def test_a_checkpoint_counts_by_the_files_that_are_read(bert_dir, tmp_path):
         (copy / file).write_bytes(content[:-1] + b" ")
         assert name(model=str(copy)) != same, file
         (copy / file).write_bytes(content)
+    (copy / "bert_config.json").write_text("{}")  # is not read beside a config.json, nor this one beside a tokenizer.json
+    (copy / "vocab.txt").write_text("a")
+    (copy / "model-backup.safetensors").write_text("a")
     assert name(model=str(copy)) == same
+
+
+def test_a_checkpoint_counts_by_all_files_of_its_index(bert_dir, tmp_path):
+    copy = shutil.copytree(bert_dir, tmp_path / "copy")
+    (copy / "model.safetensors").rename(copy / "bert_part_1.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "bert_part_1.safetensors"}}))
+    before = name(model=str(copy))
+    (copy / "bert_part_1.safetensors").write_bytes(b"other weights")
+    assert name(model=str(copy)) != before
+    for names in ({"x": "../elsewhere"}, {"x": 1}):
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(UserError, match=r"index\.json is damaged: it has no weight_map of names of files beside it"):
+            name(model=str(copy))
 
 
 def test_a_folder_by_the_name_of_the_default_model_is_that_folder(bert_dir, tmp_path, monkeypatch):
@@ -137,20 +153,6 @@ def test_a_folder_without_files_to_read_counts_by_its_path(tmp_path, monkeypatch
     assert (
         name(task="mlm", data_dir="wikimedia/wikipedia") == name(task="mlm", data_dir="wikimedia/wikipedia") != name(task="mlm")
     )
-
-
-def test_a_run_of_an_earlier_version_is_found_by_its_paths(bert_dir, glue_dir, tmp_path):
-    assert run_name(build({"task": "rte", "data_dir": "/", "model": "/usr"}), by_path=True) == "rte-imp-s57-4bcdf3b4"
-    given = {"task": "rte", "model": str(bert_dir), "data_dir": str(glue_dir), "output_dir": str(tmp_path)}
-    cfg = build(given)
-    now, earlier = tmp_path / run_name(cfg), tmp_path / run_name(cfg, by_path=True)
-    assert run_dir(cfg) == now != earlier
-    earlier.mkdir()
-    assert run_dir(cfg) == earlier
-    copied = build(given | {"data_dir": str(shutil.copytree(glue_dir, tmp_path / "copy"))})
-    assert run_dir(copied) == now
-    now.mkdir()
-    assert run_dir(cfg) == run_dir(copied) == now
 
 
 # ---- another path at every start ----
@@ -215,13 +217,10 @@ def test_other_data_under_one_path_are_another_run(scratch, tmp_path):
     second = train("lt_glue.py", words)
     assert first != second
     assert contents(first) == before
-    first.rename(tmp_path / "moved")
-    earlier = tmp_path / "runs" / run_name(parse("glue", None, list(map(str, words))), by_path=True)
     shutil.rmtree(second)
-    shutil.copytree(tmp_path / "moved", earlier)  # of an earlier version, for which both have one name
-    about = read_checksummed(earlier / "run.json")
-    write_checksummed(earlier / "run.json", about | {"run": earlier.name})
-    for level in earlier.glob("level_*"):
+    shutil.copytree(first, second)  # even if both had one name
+    write_checksummed(second / "run.json", read_checksummed(second / "run.json") | {"run": second.name})
+    for level in second.glob("level_*"):
         shutil.rmtree(level)
     with pytest.raises(UserError, match=r"was started with train .* would mix two runs"):
         train("lt_glue.py", words)
