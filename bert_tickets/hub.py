@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from bert_tickets.errors import UserError, cause, innermost
 
-DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOTDIR, errno.EEXIST}
+DISK = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}  # others are the network's too, which has no file names
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Repository:
         """Its folder in the hub's cache."""
         return Path(constants.HF_HUB_CACHE) / f"{self.kind}s--{self.name.replace('/', '--')}"
 
+    def main(self) -> str:
+        """Return the revision that is `main` in the cache, or else `main`."""
+        path = self.cache / "refs" / "main"
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else "main"
+
     def fetch(self, file: str, revision: str | None = None, *, needed: bool = True) -> Path | None:
         """Return the path of a file in the cache; None if the repository does not have it. Raises `UserError`.
 
@@ -45,15 +50,15 @@ class Repository:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         from huggingface_hub.utils import enable_progress_bars
 
-        main = self.cache / "refs" / "main"
-        revision = revision or (main.read_text(encoding="utf-8") if main.is_file() else "main")
+        revision = revision or self.main()
         path = try_to_load_from_cache(self.name, file, repo_type=self.kind, revision=revision)
         if path is None:
             if (constants.HF_HUB_OFFLINE and not needed) or self._lacks(file, revision):
                 return None
             if not constants.HF_HUB_OFFLINE and needed:
                 print(f"downloading {file} of {self.name}", flush=True)
-            enable_progress_bars()  # `load_bert` disables those of transformers
+            if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+                enable_progress_bars()  # `load_bert` disables those of transformers
             try:
                 path = ask(hf_hub_download, self.name, file, repo_type=self.kind, revision=revision)
             except Exception as error:

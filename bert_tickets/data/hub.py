@@ -39,9 +39,13 @@ class Dataset:
 
 
 def find_dataset(source: Repository, config: str, splits: Sequence[str]) -> Dataset:
-    """Find the newest revision in the cache that has the first file of each split, else the hub's. Raises `UserError`."""
+    """Find the cache's revision that has the first file of each split: its `main`, else the newest; or else the hub's `main`.
+
+    Raises `UserError`.
+    """
     try:
-        for folder in sorted(source.cache.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        main, folders = source.main(), source.cache.glob("snapshots/*")
+        for folder in sorted(folders, key=lambda path: (path.name == main, path.stat().st_mtime), reverse=True):
             files = _files([f"{config}/{path.name}" for path in folder.glob(f"{config}/*") if path.exists()], config, splits)
             if all(files.values()):
                 return Dataset(source, folder.name, files)

@@ -36,10 +36,9 @@ class Text:
 
 def find_texts(data_dir: str | None) -> dict[str, Text]:
     """Find the training and validation texts: `en.train` and `en.valid` of a folder, or those of a data set on the hub."""
-    source = WIKITEXT if data_dir is None else data_dir
-    if source in HUB and not Path(source).is_dir():
-        return hub_texts(source)
-    return {split: file_text(Path(source) / file) for split, file in FILES.items()}
+    if data_dir is None or (data_dir in HUB and not Path(data_dir).is_dir()):
+        return hub_texts(data_dir or WIKITEXT)
+    return {split: file_text(Path(data_dir) / file) for split, file in FILES.items()}
 
 
 def file_text(path: Path) -> Text:
@@ -55,6 +54,8 @@ def _read_file(path: Path, stamp: tuple[int, int]) -> Iterator[str]:
     with path.open("rb") as raw, TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         try:
             while more := file.read(PIECE):
+                if "\0" in more:
+                    raise UserError(f"{path} has characters 0, as UTF-16 read as UTF-8 has: save it as UTF-8")
                 text = rest + more
                 cut = 1 + max(text.rfind("\n"), text.rfind(" ")) or len(text)  # a word of this length may be cut anywhere
                 rest = text[cut:]

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 import sys
 import types
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_the_newest_revision_with_all_splits_is_read_in_order(hub_cache):
     assert [text for (column,) in found(2).columns("train", ["text"]) for text in column] == [f"new train {i}" for i in range(7)]
 
 
+def test_main_of_the_cache_is_read_though_others_are_newer(hub_cache):
+    for revision, age in (("older", 9), ("main's", 5), ("newer", 1)):
+        snapshot(hub_cache, revision, age, train=1)
+    main = hub_cache / "datasets--owner--texts/refs/main"
+    main.parent.mkdir()
+    main.write_text("main's")
+    assert found().revision == "main's"
+
+
 def test_a_folder_of_the_data_sets_name_has_no_effect(hub_cache, tmp_path, monkeypatch):
     snapshot(hub_cache, "good", train=1)
     write_shards(tmp_path / NAME / CONFIG, "train", {"text": ["another"]})
@@ -160,6 +170,8 @@ def failing(error: BaseException):
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), r"from the hub: .*Connection refused\nThree"),
         (socket.gaierror(-2, "Name or service not known"), r"from the hub: .*not known\nThree"),
         (EOFError("peer closed connection"), r"cannot read .* from the hub: EOFError: peer closed"),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER]"), r"from the hub: .*WRONG_VERSION_NUMBER.*\nThree"),  # 1 is EPERM, too
+        (PermissionError(errno.EACCES, "Permission denied"), r"from the hub: .*denied\nThree"),  # of a firewall
         (OSError(errno.ENOSPC, "No space left on device"), r"cannot keep .* in HF_HOME, /.*No space left.*Set HF_HOME"),
         (PermissionError(errno.EACCES, "Permission denied", "/hf/hub"), r"cannot keep .* in HF_HOME, /.*denied: '/hf/hub'"),
     ],

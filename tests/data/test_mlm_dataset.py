@@ -202,6 +202,7 @@ def test_memory_stays_flat_however_long_the_text(cache, tokenizer, tmp_path, mon
         (b"\xef\xbb\xbf \n\n \t\n", "is empty"),
         (b"the film is good", "has 4 tokens, and a block of --max-length 12 takes 10"),
         (("the café " * 9000 + "é").encode()[:-1], "not UTF-8 text: byte 90000 is 0xc3"),
+        (("the film is good " * 99).encode("utf-16-le"), "characters 0, as UTF-16 read as UTF-8 has"),
         (b"\xef\xbb\xbf" + b"the " * 50000 + b"\xff", "not UTF-8 text: byte 200003 is 0xff"),
     ],
     ids=["empty", "short", "torn", "late"],
@@ -233,7 +234,7 @@ def put_in(hub_cache: Path, name: str, revision: str, splits: dict[str, list[str
         write_shards(folder, split, {"text": rows}, shards)
 
 
-def test_wikitext_is_read_once_for_each_revision(cache, hub_cache, tokenizer, tmp_path):
+def test_wikitext_is_read_once_for_each_revision(cache, hub_cache, tokenizer, tmp_path, monkeypatch):
     text = words(3000)
     rows = [line + "\n" for line in text.split("\n")]
     assert len(rows) > 2 * ROWS
@@ -242,6 +243,10 @@ def test_wikitext_is_read_once_for_each_revision(cache, hub_cache, tokenizer, tm
     assert found["train"].tolist() == stream_of(written(tmp_path / "t", text), tokenizer)
     assert found["validation"].tolist() == stream_of(written(tmp_path / "v", "".join(rows[::-1])), tokenizer)
     read_tokens(replace(find_texts(None)["train"], read=None), tokenizer)
+    (tmp_path / WIKITEXT).mkdir(parents=True)
+    written(tmp_path / WIKITEXT / "en.train", "another")  # a folder of this name counts only if it is given
+    monkeypatch.chdir(tmp_path)
+    assert find_texts(None)["train"].name == f"{WIKITEXT} (train)"
     shutil.rmtree(hub_cache / "datasets--Salesforce--wikitext")
     put_in(hub_cache, WIKITEXT, "4567", {"train": ["the film"], "validation": ["a"]})
     assert len(read_tokens(find_texts(None)["train"], tokenizer)[0]) == 2
