@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import io
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -92,7 +93,10 @@ def hyphens(argv: Sequence[str] | None = None) -> list[str]:
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words.append(name.replace("_", "-") + equals + os.path.expanduser(value))
+        path = os.path.expanduser(value)
+        if path.startswith("~"):
+            Parser().error(f"{path}: there is no user of this name, or no home folder")
+        words.append(name.replace("_", "-") + equals + path)
     return words
 
 
@@ -128,11 +132,16 @@ def _types(method: str) -> dict[str, Any]:
 def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     """Run a script's `main` and exit: 2 with a message for a `UserError` or `OSError`, 75 if another process holds the run
     directory, 128 + signal if stopped."""
+    for stream in ("stdout", "stderr"):  # some daemons start programs without them
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # otherwise a locale without UTF-8 raises an error
     code, message = 0, ""
     try:
         _check_system()
+        if is_torchrun():
+            stop_with_torchrun()
         keep_freed_memory()
         main(*arguments)
         sys.stdout.flush()
@@ -145,7 +154,7 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     except BrokenPipeError:  # `... | head` has ended
         code = 141
     except OSError as error:
-        code, message = 2, f"error: {error}. Complete files are intact; the same command can be given again."
+        code, message = 2, f"error: {error}. Complete files are intact: when this is mended, give the same command again."
     if message:
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)
@@ -160,10 +169,10 @@ def _check_system() -> None:
     """Raise `UserError` on Windows, and if the locale reads a path otherwise than as UTF-8, as the libraries in Rust do."""
     if not all(map(importlib.util.find_spec, ("fcntl", "resource"))):
         raise UserError("bert_tickets needs Linux or macOS: this Python has no fcntl or no resource. On Windows, use WSL.")
-    for path in (*sys.argv, os.getcwd()):
+    for path in (*sys.argv, os.getcwd(), *(os.environ.get(name, "") for name in ("HF_HOME", "HF_HUB_CACHE"))):
         if os.fsencode(path) != path.encode("utf-8", "surrogatepass"):
             known = f"the encoding of this locale is {sys.getfilesystemencoding()}"
-            raise UserError(f"{path!a} is not UTF-8 ({known}): export PYTHONUTF8=1, or use names in ASCII")
+            raise UserError(f"{path!a} is not UTF-8 ({known}): export PYTHONUTF8=1 if the name is, or use names in ASCII")
 
 
 def is_torchrun() -> bool:
@@ -174,6 +183,12 @@ def is_torchrun() -> bool:
 def is_launched() -> bool:
     """Return whether torchrun started this process as one of several. (Some clusters set WORLD_SIZE for every program.)"""
     return is_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def stop_with_torchrun() -> None:
+    """Get SIGTERM when torchrun dies, by SIGUSR1 for example, without stopping its processes. Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def keep_freed_memory() -> None:

@@ -86,7 +86,7 @@ def test_other_spellings_of_a_flag_or_a_task_are_accepted():
     assert underscored.output_dir == "a_b/c-d"  # values stay as they are
 
 
-@pytest.mark.parametrize("path", ["~", "~/a_b", "nobody~/x", "./~/x", "~no-such-user/x"])
+@pytest.mark.parametrize("path", ["~", "~/a_b", "nobody~/x", "./~/x"])
 def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(monkeypatch, path):
     """Also behind `=` and in quotes, where a shell does not replace it."""
     monkeypatch.setenv("HOME", "/home/of/me")
@@ -99,6 +99,20 @@ def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(monkeypatch, pa
     assert (args.model, args.init, args.output) == (full, full, full)
     compared = compare.parse([path, f"{path}/x", f"--csv={path}"])
     assert (compared.masks, compared.csv) == ([Path(full), Path(full, "x")], Path(full))
+
+
+def test_a_home_folder_that_does_not_exist_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("glue", None, ["--task", "rte", "--output-dir=~no-such-user/x"])
+    assert stop.value.code == 2
+    assert "~no-such-user/x: there is no user of this name" in capsys.readouterr().err
+
+
+def test_a_script_runs_without_a_standard_output():
+    """As some daemons start programs."""
+    program = "from bert_tickets.cli import run_command; import sys; run_command(lambda: print('a', file=sys.stdout))"
+    closed = subprocess.run(["bash", "-c", f'{sys.executable} -c "{program}" >&- 2>&-'], cwd=ROOT, check=False)
+    assert closed.returncode == 0
 
 
 # ---- mistakes ----
@@ -177,7 +191,7 @@ def test_dry_run_prints_the_plan_and_makes_no_directory(tmp_path, monkeypatch, c
 
 # ---- exit codes ----
 
-INTACT = ". Complete files are intact; the same command can be given again.\n"
+INTACT = ". Complete files are intact: when this is mended, give the same command again.\n"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +237,8 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a loca
 
 def ran(*words: Any, locale: dict[str, str] = ASCII, **options: Any) -> tuple[int, str, bytes]:
     """Run Python with these words; returns its exit code, stdout and stderr."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | locale
+    environment = {**os.environb, b"OMP_NUM_THREADS": b"1", b"PYTHONPATH": os.fsencode(ROOT)}
+    environment |= {os.fsencode(key): os.fsencode(value) for key, value in locale.items()}
     found = subprocess.run([sys.executable, *words], capture_output=True, env=environment, **options)
     return found.returncode, found.stdout.decode("ascii"), found.stderr
 
@@ -243,6 +258,7 @@ def test_a_path_that_is_not_utf8_in_this_locale_is_refused(tmp_path, locale):
         code, _, complained = ran(*words, *more, locale=locale, cwd=place)
         assert (code, complained.count(b"\n")) == (2, 1)
         assert b"is not UTF-8 (the encoding of this locale is " in complained
+    assert ran(*words, locale=locale | {"HF_HOME": os.fsdecode(name)}, cwd=tmp_path)[0] == 2
 
 
 RUN_AND_EXPORT = """

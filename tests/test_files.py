@@ -1,5 +1,6 @@
 """Files that are written atomically, and that are found to be damaged."""
 
+import errno
 import json
 import os
 import socket
@@ -49,6 +50,15 @@ def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path, error):
         fail()
     assert (tmp_path / "new" / "t").read_bytes() == b"old"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t"]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    def fill() -> None:
+        with writing(tmp_path / "t"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 't'}'"):
+        fill()
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -60,6 +60,18 @@ def test_another_thread_has_none():
     assert seen == [before]
 
 
+def test_a_process_gets_sigterm_when_its_torchrun_is_killed():
+    """From its first moments: while it loads or waits for the others, nothing else would end it."""
+    waits = "import time; time.sleep(60)"
+    child = f"from bert_tickets.cli import run_command; run_command(lambda: (print('up', flush=True), exec('{waits}')))"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); {waits}"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "1"}
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    assert process.communicate(timeout=30) == ("", None)  # the pipe is closed: the child ended
+
+
 @pytest.mark.parametrize("forwarded", [False, True])
 def test_a_warning_to_torchrun_saves_once_and_stops_all_processes(commands, tmp_path, forwarded):
     """SIGUSR1 kills torchrun, unless PET_SIGNALS_TO_HANDLE says that it forwards it."""

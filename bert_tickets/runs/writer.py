@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from bert_tickets.cli import is_torchrun
 from bert_tickets.config import Config
 from bert_tickets.errors import Damaged, Diverged, Stopped, UserError
 from bert_tickets.files import append_line, locked, read_facts, write, write_checksummed, write_tensors, writing_folder
@@ -50,7 +49,6 @@ class Run:
         self.done = 0  # finished levels
         self.stop_signal: int | None = None
         self._signalled_at = 0.0
-        self._parent = os.getppid()
         self.saves_on_stop = False  # a level is in progress: `checkpoint.Checkpoint` stops it
 
     # ---- entering and leaving ----
@@ -88,8 +86,8 @@ class Run:
 
     @property
     def should_stop(self) -> bool:
-        """Whether a signal arrived, or torchrun died (by SIGUSR1, for example) without stopping its processes."""
-        return self.stop_signal is not None or (is_torchrun() and os.getppid() != self._parent)
+        """Whether a signal arrived."""
+        return self.stop_signal is not None
 
     def _on_signal(self, number: int) -> None:
         before, self.stop_signal = self.stop_signal, number
@@ -98,7 +96,9 @@ class Run:
             return  # from torchrun, which forwards a signal that each process has received already
         self._signalled_at = time.monotonic()
         if not self.saves_on_stop or again:
-            raise Stopped(f"stopped; finished levels are in {self.dir}, and the same command resumes", 128 + number)
+            kept = any(self.dir.glob("level_*"))
+            place = f"finished levels are in {self.dir}, and the same command resumes" if kept else "no level was finished"
+            raise Stopped(f"stopped; {place}", 128 + number)
         if before is None:
             with contextlib.suppress(OSError):  # the terminal may be closed. `print` is not reentrant
                 os.write(2, b"\nstopping after this step or evaluation; a second Ctrl-C or SIGTERM stops at once\n")
