@@ -158,7 +158,7 @@ def wrong_index(folder: Path) -> None:
         (with_code, "my-bert: pytorch_model.bin: "),
         (damaged, "my-bert: model.safetensors: "),
         (bad_index, "model.safetensors.index.json is damaged: "),
-        (wrong_index, "it has no weight_map of file names"),
+        (wrong_index, "it has no weight_map of names of files"),
         (without_weights, "and no weights (model.safetensors or pytorch_model.bin)"),
     ],
 )

@@ -163,6 +163,10 @@ def test_the_file_of_a_training_and_sparse_tensors_are_read(model, bert_dir, cap
     torch.save({"epoch": 3, "optimizer": {"x": torch.ones(2)}, key: weights}, model / "pytorch_model.bin")
     assert sha256_of(encoder_weights(load(model))) == sha256_of(encoder_weights(load(bert_dir)))
     assert f"pytorch_model.bin is the file of a training: its '{key}' is read" in capsys.readouterr().out
+    weights[LAST] = torch.empty(32, 64, device="meta")  # without values
+    torch.save(weights, model / "pytorch_model.bin")
+    with pytest.raises(UserError, match=f"lacks bert.{LAST}"):
+        load(model)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +270,11 @@ def test_a_head_that_is_partly_there_or_of_another_size_is_said_exactly(with_hea
     assert f"lacks part of its head for masked language modelling: cls.predictions.bias, {TRANSFORM} are drawn" in said
     assert "cls.predictions.bias does not fit (torch.float32 of shape (7,), not (" in said
     assert "its decoder, of shape (7, 32), is not taken: the word embeddings are" in said
+
+
+def test_a_head_that_is_not_finite_is_refused(with_head):
+    with pytest.raises(UserError, match=rf"{TRANSFORM} of .* is not finite"):
+        with_head(**{"transform.dense.weight": torch.full((32, 32), torch.nan)})
 
 
 def test_of_two_biases_the_one_that_fits_is_taken(with_head, capsys):
