@@ -207,6 +207,14 @@ def test_an_overloaded_hub_is_asked_again_and_a_refusal_is_final(hub_cache, onli
     assert len(asked) == calls
 
 
+def test_a_repository_without_the_files_is_named(hub_cache, online, monkeypatch):
+    file = types.SimpleNamespace(rfilename=f"{CONFIG}/train.jsonl")
+    about = types.SimpleNamespace(sha=REVISION, siblings=[file])
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: about)
+    with pytest.raises(UserError, match=rf"{NAME} on the hub has no files {CONFIG}/train-\*\.parquet: give a folder"):
+        found()
+
+
 def test_a_broken_pyarrow_is_not_blamed_on_the_hub(hub_cache, monkeypatch):
     snapshot(hub_cache, "good", train=1)
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it fails

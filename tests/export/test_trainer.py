@@ -238,14 +238,18 @@ def test_the_example_of_the_readme_works(ticket, tmp_path, monkeypatch):
 # ---- refusals ----
 
 
-def test_what_moves_pruned_weights_is_an_error(ticket, tmp_path):
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [(1e-3, "weights that the mask prunes are not zero any more, such as in bert"), (torch.nan, "the training diverged")],
+)
+def test_what_moves_pruned_weights_is_an_error(ticket, tmp_path, noise, message):
     class Noise(TrainerCallback):
         def on_optimizer_step(self, *_, model, **__) -> None:
-            model.bert.pooler.dense.weight.data.add_(1e-3)
+            model.bert.pooler.dense.weight.data.add_(noise)
 
     model, _, mask = load_ticket(ticket)
     trainer = trainer_of(model, tmp_path, TicketCallback(mask), Noise())
-    with pytest.raises(UserError, match="weights that the mask prunes are not zero any more, such as in bert"):
+    with pytest.raises(UserError, match=message):
         trainer.train()
     assert trainer.state.global_step == 1
 
