@@ -42,6 +42,13 @@ case " $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS " in
   *" --method"* | *" --mask"*) fail "a sweep chooses --method and --mask itself" ;;
   *" --schedule"*) fail "a sweep uses --schedule linear: each level prunes STEP percent of the original weights" ;;
 esac
+if [ "$PWD" != "$here" ]; then # the commands run in the repository
+  eval "words=($FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS)"
+  [[ $OUTPUT = runs || $OUTPUT = /* ]] || fail "OUTPUT=$OUTPUT: give an absolute path, or start the sweep in $here"
+  for word in "$MODEL" "${words[@]}"; do
+    [[ ${word#--*=} = /* || ! -e ${word#--*=} ]] || fail "${word#--*=}: give an absolute path, or start the sweep in $here"
+  done
+fi
 if ! $dry_run; then # report a mistake in the variables now, not after days of training
   bash "$0" --dry-run > /dev/null 2>&1 || exec bash "$0" --dry-run > /dev/null
 fi

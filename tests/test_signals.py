@@ -94,5 +94,6 @@ def test_a_warning_to_torchrun_saves_once_and_stops_all_processes(commands, tmp_
     assert torchrun.wait(60) == (1 if forwarded else -signal.SIGUSR1)
     wait_for(lambda: not list(tmp_path.glob("runs/*/lock.holder")))
     assert list(tmp_path.glob("runs/*/checkpoint.safetensors"))
+    wait_for(lambda: "the same command resumes" in (tmp_path / "said").read_text())
     time.sleep(0.5)
     assert (tmp_path / "said").read_text().count("the same command resumes") == 1

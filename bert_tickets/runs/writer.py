@@ -96,9 +96,9 @@ class Run:
             return  # from torchrun, which forwards a signal that each process has received already
         self._signalled_at = time.monotonic()
         if not self.saves_on_stop or again:
-            kept = any(self.dir.glob("level_*"))
-            place = f"finished levels are in {self.dir}, and the same command resumes" if kept else "no level was finished"
-            raise Stopped(f"stopped; {place}", 128 + number)
+            saved = any(self.dir.glob("level_*")) or (self.dir / CHECKPOINT).exists()
+            what = f"all that was saved is in {self.dir}, and the same command resumes" if saved else "nothing was saved yet"
+            raise Stopped(f"stopped; {what}", 128 + number)
         if before is None:
             with contextlib.suppress(OSError):  # the terminal may be closed. `print` is not reentrant
                 os.write(2, b"\nstopping after this step or evaluation; a second Ctrl-C or SIGTERM stops at once\n")

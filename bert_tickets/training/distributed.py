@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bert_tickets.cli import is_launched
-from bert_tickets.errors import UserError
+from bert_tickets.errors import UserError, first_line
 
 T = TypeVar("T")
+START = timedelta(minutes=2)  # to find torchrun, which started before its processes
 TIMEOUT = timedelta(days=2)  # processes wait while one tokenizes a corpus; if one dies, torchrun ends all
 
 
@@ -140,12 +141,17 @@ def joined(device: str) -> Iterator[ProcessGroup]:
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-    rank, stdout = dist.get_rank(), sys.stdout
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=START))
+    except dist.DistError as error:
+        raise UserError(f"cannot reach torchrun; has it ended? {first_line(error)}") from None
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    stdout = sys.stdout
     try:
         with open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere:
             sys.stdout = stdout if rank == 0 else nowhere
-            yield ProcessGroup(rank, dist.get_world_size(), local, dist.new_group(backend="gloo", timeout=TIMEOUT))
+            yield ProcessGroup(rank, size, local, dist.new_group(backend="gloo", timeout=TIMEOUT))
     finally:
         sys.stdout = stdout
         dist.destroy_process_group()

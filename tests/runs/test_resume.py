@@ -135,7 +135,7 @@ def test_signals_save_and_stop(runs, expected, monkeypatch, names):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_the_same_signal_again_stops_at_once(runs, monkeypatch, name):
     monkeypatch.setattr(Step, "__call__", dying(Step.__call__, 9, by=kill_self(name, name)))
-    with pytest.raises(Stopped, match=r"^stopped; finished levels are in runs/"):
+    with pytest.raises(Stopped, match=r"^stopped; all that was saved is in runs/"):
         runs("run")
 
 
@@ -173,7 +173,7 @@ def test_a_run_in_another_thread_works_without_signals(runs, expected):
 def test_a_signal_before_the_first_level_stops_at_once(runs, expected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "prepare", dying(preparing.prepare, 1, by=lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        with pytest.raises(Stopped, match=r"^stopped; no level was finished$"):
+        with pytest.raises(Stopped, match=r"^stopped; nothing was saved yet$"):
             runs("run")
     assert list((runs.place / "run" / "runs").iterdir()) == []  # nothing was begun
     assert runs("run") == expected

@@ -49,6 +49,16 @@ def flag(words: list[str], name: str) -> str | None:
     return words[words.index(name) + 1] if name in words else None
 
 
+def test_from_another_folder_its_relative_paths_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for variables in ({"MODEL": "data"}, {"FLAGS": "--data-dir=data"}, {"GLUE_FLAGS": "--data-dir 'data'"}, {"OUTPUT": "out"}):
+        found = sweep("table2", "--dry-run", **variables)
+        assert found.returncode == 2
+        assert f"give an absolute path, or start the sweep in {ROOT}" in found.stderr
+    assert printed("table2", TASKS="rte", SEEDS="1", PYTHON=stub(tmp_path), OUTPUT=str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_line_is_a_job_of_its_own_after_those_that_it_needs(name, monkeypatch):
     monkeypatch.chdir(ROOT)

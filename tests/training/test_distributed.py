@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,18 @@ def test_a_gpu_by_number_is_refused_under_torchrun(monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--device cuda:1: under torchrun each process has its own GPU"), joined("cuda:1"):
+        pass
+
+
+def test_a_process_whose_torchrun_ended_before_ends_too(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (names | {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("bert_tickets.training.distributed.START", timedelta(seconds=1))
+    with pytest.raises(UserError, match="cannot reach torchrun; has it ended"), joined("cpu"):
         pass
 
 
