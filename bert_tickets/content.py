@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,10 +39,15 @@ def fingerprint(value: str) -> str:
     return of_files({file.name: file for file in checkpoint_files(path)}) or str(path.resolve())
 
 
+def first_file(folder: Path, names: Iterable[str]) -> Path | None:
+    """Return the first file of these names that a folder has."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the files of a checkpoint's folder that are read. Raises `UserError` for an index of weights that is damaged."""
-    found = [next(filter(Path.is_file, map(folder.joinpath, names)), None) for names in (CONFIGS, WEIGHTS, TOKENIZERS)]
-    files = [path for path in (*found, *map(folder.joinpath, (*SETTINGS, POOLER))) if path and path.is_file()]
+    groups = (CONFIGS, WEIGHTS, TOKENIZERS, *([name] for name in (*SETTINGS, POOLER)))
+    files = [path for names in groups if (path := first_file(folder, names))]
     return files + [folder / shard for path in files if path.name in WEIGHTS and path.suffix == ".json" for shard in shards(path)]
 
 

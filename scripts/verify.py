@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 
 from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.content import WEIGHTS, first_file
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.runs.directory import events, level_dir, read_run, results
@@ -61,9 +62,7 @@ def is_run(place: Path) -> bool:
 
 def has_weights(place: Path) -> bool:
     """Return whether a place is a Hugging Face folder."""
-    from bert_tickets.export.sparsity import weight_file
-
-    return not is_run(place) and weight_file(place) is not None
+    return not is_run(place) and first_file(place, WEIGHTS) is not None
 
 
 def find_runs(place: Path) -> list[Path]:
@@ -92,8 +91,8 @@ def verify_weights(folder: Path, mask_file: Path | None) -> bool:
 
     own = folder / "mask.safetensors"
     path = mask_file or (own if own.is_file() else None)
-    counts, files = folder_zeros(folder, None if path is None else Mask.load(path))
-    print(f"{folder}, read from {', '.join(files)}", *sparsity_lines(counts), sep="\n  ")
+    counts = folder_zeros(folder, None if path is None else Mask.load(path))
+    print(folder, *sparsity_lines(counts), sep="\n  ")
     found = list(misfits(counts))
     fits = not any(bad for _, bad in found)
     if path is not None:

@@ -39,7 +39,7 @@ def load_ticket(folder: str | Path, head: type | None = None, **options: Any) ->
                 f"{folder} has no {name}: it is not an exported ticket. python scripts/export.py RUN DIR writes one. With a mask "
                 "from elsewhere, load the model by transformers, and give TicketCallback(Mask.load(FILE)) to its Trainer"
             )
-    mask, (weights, _) = Mask.load(folder / MASK), folder_weights(folder)
+    mask, weights = Mask.load(folder / MASK), folder_weights(folder)
     try:
         config, others = transformers.AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
         own = "BertForSequenceClassification" if "num_labels" in options else (config.architectures or ["BertModel"])[0]

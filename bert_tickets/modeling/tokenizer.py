@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from bert_tickets.content import TOKENIZERS, first_file
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
 
@@ -60,7 +61,7 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
     Raises `UserError` for files that are damaged or missing, ids beyond the model's vocabulary, and a tokenizer that does not
     put [CLS] and [SEP] around texts.
     """
-    file = next((folder / file for file in ("tokenizer.json", "vocab.txt") if (folder / file).is_file()), None)
+    file = first_file(folder, TOKENIZERS)
     if file is None:
         raise UserError(f"cannot load a BERT checkpoint from {name}: it has neither tokenizer.json nor vocab.txt")
     try:
