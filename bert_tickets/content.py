@@ -81,11 +81,11 @@ def brief(value: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    size, *_ = version = _version(path)
+    size, *_ = version = version_of(path)
     return file_sha256(path) if size < SMALL else _cached(path.resolve(), *version)
 
 
-def _version(path: Path) -> tuple[int, int, int]:
+def version_of(path: Path) -> tuple[int, int, int]:
     """The size and the times of change. `cp -p` and the like keep the first time, but not the second."""
     about = path.stat()
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns
@@ -101,7 +101,7 @@ def _cached(path: Path, *version: int) -> str:
     with suppress(OSError, Damaged, KeyError):
         return read_checksummed(row)["sha256"]
     sha256 = file_sha256(path)
-    if _version(path) == version and time.time() - version[-1] / 1e9 > SETTLED:
+    if version_of(path) == version and time.time() - version[-1] / 1e9 > SETTLED:
         with suppress(OSError):  # an unwritable cache only costs time
             write_checksummed(row, {**key, "sha256": sha256})
     return sha256

@@ -91,23 +91,14 @@ class Corpus:
         return float(-(frequencies * np.log(frequencies)).sum())
 
 
-def load_corpus(
-    text: Text,
-    tokenizer: Any,
-    length: int,
-    limit: int | None = None,
-    device: torch.device | str = "cpu",
-    augment_batch: Augment | None = None,
-) -> Corpus:
+def load_corpus(text: Text, tokenizer: Any, length: int, limit: int | None = None, **options: Any) -> Corpus:
     """Tokenize a text into blocks, or its first `limit` ones. Raises `UserError` for an unreadable or too short text."""
     inner = length - 2
     stream, sha256 = read_tokens(text, tokenizer, None if limit is None else limit * inner)
     if len(stream) < inner:
-        raise UserError(
-            f"{text.name} has {len(stream)} tokens, and a block of --max-length {length} takes {inner} beside [CLS] and [SEP]: "
-            "give more text, or a smaller --max-length"
-        )
-    return Corpus(stream, sha256, (tokenizer.cls_token_id, tokenizer.sep_token_id), length, device, augment_batch)
+        few = f"{len(stream)} tokens, fewer than the {inner} of a block of --max-length {length}"
+        raise UserError(f"{text.name} has {few}: give more text, or a smaller --max-length")
+    return Corpus(stream, sha256, (tokenizer.cls_token_id, tokenizer.sep_token_id), length, **options)
 
 
 def read_tokens(text: Text, tokenizer: Any, most: int | None = None) -> tuple[np.ndarray, str]:

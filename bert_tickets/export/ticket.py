@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bert_tickets.config import Config, from_flat
-from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
-from bert_tickets.runs.directory import level_dir, levels_done, read_run
+from bert_tickets.runs.directory import find_level, level_dir, read_run
 from bert_tickets.runs.integrity import check_level, read_mask
 
 
@@ -52,12 +51,7 @@ def read_ticket(run: Path, level: int | None = None, model: str | None = None) -
 
     `model` is the base model, if it was moved since the run. Raises `UserError` for a level that is missing or damaged.
     """
-    about, done = read_run(run), levels_done(run)
-    if not done:
-        raise UserError(f"{run} has no finished level yet")
-    if level is not None and not 0 <= level < done:
-        raise UserError(f"{run} has no finished level {level}; its levels are 0 to {done - 1}")
-    level = done - 1 if level is None else level
+    about, level = read_run(run), find_level(run, level)
     result, mask, cfg = check_level(run, level), read_mask(run, level), from_flat(about["config"])
     if model is None:
         earlier = about["differs_from_preset"].get("model", "")  # versions that named folders by their paths have it here
