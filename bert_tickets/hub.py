@@ -95,7 +95,9 @@ class Repository:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
         why = cause(error)
-        if is_of_disk(error):
+        root = innermost(error)
+        of_file = isinstance(root, OSError) and (root.errno in DISK or root.filename is not None)
+        if of_file or "(os error 28)" in str(root):  # of the client's part in Rust: no space
             home = f"HF_HOME, {constants.HF_HOME}"
             return UserError(f"cannot keep {what} in {home}: {why}. Set HF_HOME to a folder that can be written and has space")
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
@@ -133,14 +135,6 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
                 raise
         time.sleep(wait)
     return call(*arguments, **options)
-
-
-def is_of_disk(error: BaseException) -> bool:
-    """Return whether an error of the hub's client is of HF_HOME's disk: no permission, no space, no such place."""
-    root = innermost(error)
-    if "(os error 28)" in str(root):  # of the client's part in Rust
-        return True
-    return isinstance(root, OSError) and (root.errno in DISK or root.filename is not None)
 
 
 def _digest(path: Path, algorithm: str, prefix: bytes) -> str:

@@ -48,10 +48,8 @@ def _write_trained(ticket: Ticket, folder: Path) -> None:
         shutil.copytree(kept, folder, dirs_exist_ok=True)
         return
     if not weights.is_file():
-        raise UserError(
-            f"{ticket.folder} has no trained weights: a run keeps those of its newest level only. Leave out --level; or give "
-            "--untrained; or repeat the run with --keep-models and another --output-dir"
-        )
+        ways = "Leave out --level; or give --untrained; or repeat the run with --keep-models and another --output-dir"
+        raise UserError(f"{ticket.folder} has no trained weights: a run keeps those of its newest level only. {ways}")
     with contextlib.redirect_stdout(io.StringIO()):  # messages about random weights, which are all replaced
         net, tokenizer = _load_base(ticket, "pretrained")
     set_parameters(net, check_weights(ticket.run, ticket.level), weights)
@@ -68,10 +66,8 @@ def _write_untrained(ticket: Ticket, folder: Path) -> None:
         set_parameters(net, read_own(ticket.rewind_file, ticket.run), ticket.rewind_file)
     ticket.mask.apply(dict(net.named_parameters()))
     if sha256_of(encoder_weights(net)) != ticket.result["init_sha256"]:
-        raise UserError(
-            f"{ticket.folder} started from weights that the run no longer has (init_sha256): those of the previous level, or a "
-            "missing rewind.safetensors. Leave out --untrained"
-        )
+        gone = "those of the previous level, or a missing rewind.safetensors. Leave out --untrained"
+        raise UserError(f"{ticket.folder} started from weights that the run no longer has (init_sha256): {gone}")
     save_model(net, tokenizer, folder)
 
 

@@ -35,10 +35,9 @@ def load_ticket(folder: str | Path, head: type | None = None, **options: Any) ->
         raise UserError(f"{folder} is a run; export one of its tickets: python scripts/export.py {folder} DIR")
     for name in ("config.json", MASK):
         if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has no {name}: it is not an exported ticket. python scripts/export.py RUN DIR writes one. With a mask "
-                "from elsewhere, load the model by transformers, and give TicketCallback(Mask.load(FILE)) to its Trainer"
-            )
+            other = "With a mask from elsewhere, load the model by transformers, and use TicketCallback(Mask.load(FILE))"
+            how = f"python scripts/export.py RUN DIR writes one. {other}"
+            raise UserError(f"{folder} has no {name}: it is not an exported ticket. {how}")
     mask, weights = Mask.load(folder / MASK), folder_weights(folder)
     try:
         config, others = transformers.AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
@@ -143,7 +142,5 @@ def _check_untied(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     names = Counter(map(id, (p for _, p in model.named_parameters(remove_duplicate=False))))
     for name, p in params.items():
         if names[id(p)] > 1:
-            raise UserError(
-                f"{name} is tied to another tensor of the model, which the mask would prune too: untie it before training "
-                "(an exported ticket for masked language modelling is untied)"
-            )
+            why = "which the mask would prune too: untie it before training, as exported tickets for --task mlm are"
+            raise UserError(f"{name} is tied to another tensor of the model, {why}")

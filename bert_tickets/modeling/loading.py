@@ -141,24 +141,20 @@ def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[st
 
 
 def save_model(net: Net, tokenizer: Any, folder: Path) -> None:
-    """Save a network and its tokenizer as a Hugging Face folder. Raises `OSError` if the disk is full."""
-    try:
-        save_plain(net, folder)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the libraries, written in Rust, raise other types for a full disk
-        raise OSError(f"cannot write {folder}: {cause(error)}") from error
-
-
-def save_plain(net: Net, folder: Path) -> None:
-    """Save a network so that transformers' own class opens it; the pooler in a separate file if that class has none."""
+    """Save a network and its tokenizer so that transformers' own classes open them; the pooler in a file of its own if its class
+    has none. Raises `OSError` if the disk is full."""
     weights = net.state_dict()
     if DECODER_BIAS in weights and not net.config.tie_word_embeddings:  # transformers saves shared tensors only if it ties them
         weights[DECODER_BIAS] = weights[DECODER_BIAS].clone()
-    if not isinstance(net, HEADS["classifier"]):
-        write_tensors(folder / POOLER, {name: weights.pop(name) for name in list(weights) if name.startswith("bert.pooler.")})
-    net.save_pretrained(folder, state_dict=weights)
-    for file in folder.glob("model*.safetensors"):  # the library makes it readable by its owner only
-        shutil.copymode(folder / "config.json", file)
+    try:
+        if not isinstance(net, HEADS["classifier"]):
+            write_tensors(folder / POOLER, {name: weights.pop(name) for name in sorted(POOLER_WEIGHTS)})
+        net.save_pretrained(folder, state_dict=weights)
+        for file in folder.glob("model*.safetensors"):  # the library makes it readable by its owner only
+            shutil.copymode(folder / "config.json", file)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the libraries, written in Rust, raise other types for a full disk
+        raise OSError(f"cannot write {folder}: {cause(error)}") from error
 
 
 @torch.no_grad()

@@ -54,8 +54,8 @@ def read_run(run: Path) -> dict[str, Any]:
     if not (run / "run.json").is_file():
         raise Damaged(f"{run} is not a run directory: it has no run.json")
     about = read_checksummed(run / "run.json")
-    if about.get("format") != FORMAT:
-        raise UserError(f"{run} has format {about.get('format')}, not this version's {FORMAT}: give another --output-dir")
+    if (found := about.get("format")) != FORMAT:
+        raise UserError(f"{run} has format {found}, and this version reads format {FORMAT}: give another --output-dir")
     return about
 
 

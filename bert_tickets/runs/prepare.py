@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bert_tickets.config import Config, MethodSettings
+from bert_tickets.config import Config
 from bert_tickets.content import fingerprint
 from bert_tickets.data.batches import Batches, Store
 from bert_tickets.errors import UserError
@@ -56,23 +56,21 @@ def prepare(task: Task, run: Run) -> Session:
 
 
 def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:
-    """Load the network and its tokenizer. If the mask covers the word embeddings, untie the MLM decoder from them."""
+    """Load the network and its tokenizer. If the masks cover the word embeddings, untie the MLM decoder from them.
+
+    Raises `UserError` for a given mask that does not fit the network.
+    """
     net, tokenizer = task.load_net(cfg)
     limit = net.config.max_position_embeddings
     if cfg.max_length > limit:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
-    if WORD_EMBEDDINGS in _covered(net, cfg.settings) and cfg.task == "mlm":
+    covered: Collection[str] = prunable(net, cfg.settings.prunable)
+    if cfg.settings.mask is not None:
+        covered = mask = Mask.load(cfg.settings.mask)
+        mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
+    if WORD_EMBEDDINGS in covered and cfg.task == "mlm":
         untie_decoder(net)
     return net, tokenizer
-
-
-def _covered(net: Net, settings: MethodSettings) -> Collection[str]:
-    """The parameters that the run's masks cover. Raises `UserError` for a given mask that does not fit the network."""
-    if settings.mask is None:
-        return prunable(net, settings.prunable).keys()
-    mask = Mask.load(settings.mask)
-    mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
-    return mask.keys()
 
 
 def _fingerprint(

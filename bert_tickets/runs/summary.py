@@ -54,16 +54,10 @@ def level_lines(run: Path) -> Iterator[str]:
         rows = [["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"]]
         for line in lines:
             level, value, star = line["level"], line["metrics"][metric], "*" * bool(line["warnings"])
-            rows.append(
-                [
-                    str(level),
-                    f"{line['sparsity']:.1%}",
-                    *(_number(line["metrics"].get(name)) + star for name in names),
-                    f"{value - dense:+.4f}" if dense is not None and value is not None else "-",
-                    _number(line.get("mask_distance")),
-                    f"{spent[level]:.1f}" if level in spent else "-",
-                ]
-            )
+            row = [str(level), f"{line['sparsity']:.1%}", *(_number(line["metrics"].get(name)) + star for name in names)]
+            row.append(f"{value - dense:+.4f}" if dense is not None and value is not None else "-")
+            row += [_number(line.get("mask_distance")), f"{spent[level]:.1f}" if level in spent else "-"]
+            rows.append(row)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
