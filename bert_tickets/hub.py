@@ -43,8 +43,7 @@ class Repository:
     def fetch(self, file: str, revision: str | None = None, *, needed: bool = True) -> Path | None:
         """Return the path of a file in the cache; None if the repository does not have it. Raises `UserError`.
 
-        Without a revision, it is that of the cache's `main`. Offline, a file that is not needed counts as missing if it is not
-        in the cache.
+        Offline, a file that is not needed counts as missing if it is not in the cache.
         """
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -94,8 +93,7 @@ class Repository:
         """Return the error of a request to the hub: its true cause, and what to do."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        why = cause(error)
-        root = innermost(error)
+        why, root = cause(error), innermost(error)
         of_file = isinstance(root, OSError) and (root.errno in DISK or root.filename is not None)
         if of_file or "(os error 28)" in str(root):  # of the client's part in Rust: no space
             home = f"HF_HOME, {constants.HF_HOME}"

@@ -96,10 +96,7 @@ def find_mask(place: Path, level: int | None) -> Path:
 
 
 def labels(paths: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name each mask by its task (or file), and by its method, seed and level where masks differ in them.
-
-    Equal names are replaced by numbered ones, with the folder of the level or the file.
-    """
+    """Name each mask by its task or file, and by its method, seed and level where they differ; numbered, if names are equal."""
     names = [str(info.get("task", path.stem)) for path, info in zip(paths, infos, strict=True)]
     for key in ("method", "seed", "level"):
         values = [info.get(key) for info in infos]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -108,14 +109,12 @@ def read_tokens(text: Text, tokenizer: Any, most: int | None = None) -> tuple[np
     """
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     path = cache_path("corpus-{}.tokens", tokenizer, text.key, most)
-    try:
-        expected = read_checksummed(path.with_suffix(".json"))["sha256"]
-        sound = file_sha256(path) == expected
-    except (Damaged, OSError):
-        sound = False
-    if not sound:
-        expected = _write(path, text, tokenizer, most, dtype)
-    return np.memmap(path, dtype, "r"), expected
+    with suppress(Damaged, OSError):
+        sha256 = read_checksummed(path.with_suffix(".json"))["sha256"]
+        if file_sha256(path) == sha256:
+            return np.memmap(path, dtype, "r"), sha256
+    sha256 = _write(path, text, tokenizer, most, dtype)
+    return np.memmap(path, dtype, "r"), sha256
 
 
 def _write(path: Path, text: Text, tokenizer: Any, most: int | None, dtype: np.dtype) -> str:

@@ -57,13 +57,11 @@ def _write_trained(ticket: Ticket, folder: Path) -> None:
 
 
 def _write_untrained(ticket: Ticket, folder: Path) -> None:
-    """Write the network that a level's training started from, m * theta with its head.
-
-    Raises `UserError` unless the encoder matches `init_sha256` of the level's metrics.json.
-    """
+    """Write the network that a level's training started from, m * theta with its head, checked by its `init_sha256`."""
     net, tokenizer = _load_base(ticket, ticket.cfg.init)
-    if ticket.rewind_file:
-        set_parameters(net, read_own(ticket.rewind_file, ticket.run), ticket.rewind_file)
+    rewound = ticket.run / "rewind.safetensors"
+    if ticket.level > 0 and rewound.is_file():
+        set_parameters(net, read_own(rewound, ticket.run), rewound)
     ticket.mask.apply(dict(net.named_parameters()))
     if sha256_of(encoder_weights(net)) != ticket.result["init_sha256"]:
         gone = "those of the previous level, or a missing rewind.safetensors. Leave out --untrained"

@@ -49,10 +49,7 @@ def model_card(ticket: Ticket, name: str, *, untrained: bool) -> ModelCard:
 
 
 def card_data(ticket: Ticket, *, untrained: bool) -> ModelCardData:
-    """Build the metadata, without local models and data.
-
-    Metrics on a part of the evaluation set (--limit-eval) and of untrained weights are left out.
-    """
+    """Build the metadata, without local models and data, and metrics of untrained weights or on a part of the set."""
     cfg, kind, data = ticket.cfg, KINDS[ticket.cfg.kind], hub_data(ticket.cfg)
     metrics = {name: value for name, value in ticket.result["metrics"].items() if value is not None and not untrained}
     splits = list(ticket.about["fingerprint"]["evaluation"])  # MNLI has two

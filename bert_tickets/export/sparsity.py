@@ -78,10 +78,7 @@ def misfits(counts: Mapping[str, Zeros]) -> Iterator[tuple[str, bool]]:
 
 
 def covered(tensors: Mapping[str, Tensor], mask: Mask, what: str) -> dict[str, Tensor]:
-    """Return the tensors that a mask covers, by the mask's names; without a pooler if the network has none.
-
-    Raises `UserError`, naming `what`, if another tensor is missing or has another shape.
-    """
+    """Return the tensors of `what` that a mask covers, by its names; a pooler may lack. Raises `UserError` if they do not fit."""
     known = tensors if mask.keys() <= tensors.keys() else berts_names(tensors, what)
     part = Mask({name: kept for name, kept in mask.items() if name in known or not name.startswith(f"{ENCODER}pooler.")})
     part.check_fits(known, what, partly=True)
@@ -94,10 +91,7 @@ def folder_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def folder_zeros(folder: Path, mask: Mask | None = None) -> dict[str, Zeros]:
-    """Count the zeros of the tensors that `mask` covers, or else of the six matrices of every layer and the pooler's.
-
-    Raises `UserError` as `folder_weights` does, and if the mask is of other shapes.
-    """
+    """Count the zeros of the tensors that `mask` covers, or else of the six matrices of every layer and the pooler's."""
     found = folder_weights(folder)
     if mask is not None:
         return count_zeros(covered(found, mask, str(folder)), mask)

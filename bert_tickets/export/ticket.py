@@ -30,12 +30,6 @@ class Ticket:
         return level_dir(self.run, self.level)
 
     @property
-    def rewind_file(self) -> Path | None:
-        """The weights of the rewinding step, if the level started from them and not from the initial weights."""
-        path = self.run / "rewind.safetensors"
-        return path if self.level > 0 and path.is_file() else None
-
-    @property
     def is_local(self) -> bool:
         """Whether the base model is a folder of this machine."""
         return Path(self.model).is_absolute()

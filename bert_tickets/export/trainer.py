@@ -113,11 +113,11 @@ class TicketCallback(transformers.TrainerCallback):
             name = next(iter(filled))
             if not self._params(model)[name].isfinite().all():
                 raise UserError(f"{name} is not finite: the training diverged")
-            raise UserError(
-                f"{sum(filled.values()):,} weights that the mask prunes are not zero any more, such as in {name}: the optimizer "
-                "moves weights without a gradient, or another callback changed them (a second TicketCallback takes the place of "
-                "the first), or this one was added during the training"
+            what = f"{sum(filled.values()):,} weights that the mask prunes are not zero any more, such as in {name}"
+            why = (
+                "the optimizer moves weights without a gradient, this callback was added during the training, or another changed"
             )
+            raise UserError(f"{what}: {why} them (a second TicketCallback replaces the first)")
 
 
 def _take_hooks(model: nn.Module) -> list[RemovableHandle]:

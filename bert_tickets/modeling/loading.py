@@ -22,15 +22,7 @@ from bert_tickets.modeling.checkpoint import resolve
 from bert_tickets.modeling.dropout import replace_dropout
 from bert_tickets.modeling.parameters import DECODER, ENCODER, WORD_EMBEDDINGS, encoder_weights, head_weights
 from bert_tickets.modeling.tokenizer import OwnTokenizer, load_tokenizer
-from bert_tickets.modeling.weights import (
-    FLOATS,
-    POOLER_WEIGHTS,
-    check_finite,
-    check_tensors,
-    read_config,
-    read_file,
-    read_weights,
-)
+from bert_tickets.modeling.weights import FLOATS, POOLER_WEIGHTS, check_tensors, read_config, read_file, read_weights
 from bert_tickets.seeds import seeded
 
 Head = Literal["classifier", "qa", "mlm"]
@@ -50,11 +42,8 @@ def _with_pooler(kind: type) -> type:
     return Pooled
 
 
-HEADS = {
-    "classifier": BertForSequenceClassification,
-    "qa": _with_pooler(BertForQuestionAnswering),
-    "mlm": _with_pooler(BertForMaskedLM),
-}
+HEADS = {"classifier": BertForSequenceClassification}
+HEADS |= {"qa": _with_pooler(BertForQuestionAnswering), "mlm": _with_pooler(BertForMaskedLM)}
 
 
 def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> tuple[Net, OwnTokenizer]:
@@ -125,7 +114,7 @@ def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[st
         found = [weights[other] for other in ((DECODER_BIAS, BIAS) if key == BIAS else (key,)) if other in weights]
         fitting = [tensor for tensor in found if tensor.shape == parameter.shape and tensor.dtype in FLOATS]
         if fitting:
-            check_finite(key, fitting[0], name)
+            check_tensors({key: fitting[0]}, {key: parameter.shape}, name)
             parameter.copy_(fitting[0])
         elif found:
             said.append(f"{key} does not fit ({found[0].dtype} of shape {tuple(found[0].shape)}, not {tuple(parameter.shape)})")
@@ -141,8 +130,7 @@ def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[st
 
 
 def save_model(net: Net, tokenizer: Any, folder: Path) -> None:
-    """Save a network and its tokenizer so that transformers' own classes open them; the pooler in a file of its own if its class
-    has none. Raises `OSError` if the disk is full."""
+    """Save a network and its tokenizer for transformers' own classes; a pooler that they lack is in a file of its own."""
     weights = net.state_dict()
     if DECODER_BIAS in weights and not net.config.tie_word_embeddings:  # transformers saves shared tensors only if it ties them
         weights[DECODER_BIAS] = weights[DECODER_BIAS].clone()

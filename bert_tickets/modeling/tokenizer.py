@@ -48,11 +48,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 
 def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
-    """Read the tokenizer in the folder of the checkpoint `name`, and check that it fits BERT and its configuration.
-
-    Raises `UserError` for files that are damaged or missing, ids beyond the model's vocabulary, and a tokenizer that does not
-    put [CLS] and [SEP] around texts.
-    """
+    """Read the tokenizer in the folder of the checkpoint `name`. Raises `UserError` unless it is sound, and fits its BERT."""
     file = first_file(folder, TOKENIZERS)
     if file is None:
         raise UserError(f"cannot load a BERT checkpoint from {name}: it has neither tokenizer.json nor vocab.txt")

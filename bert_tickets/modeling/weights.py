@@ -86,10 +86,9 @@ def _shapes(config: BertConfig) -> dict[str, torch.Size]:
 
 
 def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tensor]:
-    """Read the weights of the checkpoint `name`, by the names of a BERT with a head. Says which file is read if there are two.
+    """Read the weights of the checkpoint `name`, by the names of a BERT with a head.
 
-    The encoder is checked to be whole, and of the configuration's shapes. Its pooler may be in a file of its own, or missing.
-    Raises `UserError`.
+    Raises `UserError` unless its encoder is whole and has the configuration's shapes. Its pooler may be beside it, or missing.
     """
     found = [file for file in WEIGHTS if (folder / file).is_file()]
     if not found:
@@ -168,20 +167,12 @@ def check_tensors(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
             raise UserError(f"{key} of {source} is {tensor.dtype}, not floating-point: a quantized model cannot be pruned")
         if tensor.shape != shape:
             raise UserError(f"{key} of {source} has another shape than in the model: {tuple(tensor.shape)}, not {tuple(shape)}")
-        check_finite(key, tensor, source)
-
-
-def check_finite(key: str, tensor: Tensor, source: object) -> None:
-    """Raise `UserError` unless all values of a tensor are finite."""
-    if not tensor.isfinite().all():
-        raise UserError(f"{key} of {source} is not finite: the file is damaged, or its training diverged")
+        if not tensor.isfinite().all():
+            raise UserError(f"{key} of {source} is not finite: the file is damaged, or its training diverged")
 
 
 def berts_names(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Rename tensors as in a BERT with a head, `bert.encoder...`: without what a wrapper or a class around it puts in front.
-
-    Raises `UserError` unless there is exactly one BERT.
-    """
+    """Rename tensors as in a BERT with a head, without prefixes of wrappers. Raises `UserError` unless there is one BERT."""
     old = {WRAPPER.sub("", key): key for key in weights}
     if len(old) != len(weights):
         raise UserError(f"{name} has some weights twice, of which one is inside a wrapper of torch")

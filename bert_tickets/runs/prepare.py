@@ -56,10 +56,7 @@ def prepare(task: Task, run: Run) -> Session:
 
 
 def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:
-    """Load the network and its tokenizer. If the masks cover the word embeddings, untie the MLM decoder from them.
-
-    Raises `UserError` for a given mask that does not fit the network.
-    """
+    """Load the network and its tokenizer. If masks cover the word embeddings, untie the MLM decoder. Raises `UserError`."""
     net, tokenizer = task.load_net(cfg)
     limit = net.config.max_position_embeddings
     if cfg.max_length > limit:
