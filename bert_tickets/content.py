@@ -56,11 +56,9 @@ def shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if any(Path(name).name != name for name in names):
-            raise TypeError
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{index} is damaged: it has no weight_map of names of files beside it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{index} is damaged: {cause(error)}") from None
+            raise ValueError(f"they are {names}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{index} is damaged: it has no weight_map of names of files beside it ({cause(error)})") from None
     return names
 
 

@@ -60,8 +60,9 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     tokenizer = load_tokenizer(folder, name, config)
     weights = read_weights(folder, name, config)
     keep = head == "mlm" and init != "random"
-    if keep and _has_own_decoder(weights):
-        config.tie_word_embeddings = False
+    decoder, words = weights.get(DECODER), weights[WORD_EMBEDDINGS]
+    if keep and decoder is not None and decoder.shape == words.shape and not torch.equal(decoder, words):
+        config.tie_word_embeddings = False  # otherwise transformers overwrites the decoder
     net = _build(head, config)
     net.bert.pooler.requires_grad_(head == "classifier")
     new = _set_mlm_head(net, weights, name) if keep else list(head_weights(net))
@@ -98,12 +99,6 @@ def _set_encoder(net: Net, weights: Mapping[str, Tensor]) -> None:
     for key, parameter in encoder_weights(net).items():
         if key in weights:
             parameter.copy_(weights[key])
-
-
-def _has_own_decoder(weights: Mapping[str, Tensor]) -> bool:
-    """Return whether a checkpoint's MLM decoder is not its word embeddings. transformers overwrites it if config.json ties it."""
-    decoder, words = weights.get(DECODER), weights[WORD_EMBEDDINGS]
-    return decoder is not None and decoder.shape == words.shape and not torch.equal(decoder, words)
 
 
 @torch.no_grad()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bert_tickets.config import Config
 from bert_tickets.content import fingerprint
-from bert_tickets.data.batches import Batches, Store
+from bert_tickets.data.batches import Batches
 from bert_tickets.errors import UserError
 from bert_tickets.files import has_facts, read_facts, read_tensors, sha256_of
 from bert_tickets.masking.mask import Mask
@@ -39,7 +37,17 @@ def prepare(task: Task, run: Run) -> Session:
         raise UserError(f"--batch-size {cfg.train.batch_size} cannot be divided into {parts} parts")
     net, tokenizer = _load_net(task, cfg)
     train_set, evals = group.main_first(lambda: task.load_data(cfg, tokenizer, device))
-    run.describe(_fingerprint(cfg, net, device, precision, train_set, evals))
+    fingerprints = {  # they must not change when a run is resumed
+        "device": device.type,
+        "precision": precision,
+        "model": sha256_of(encoder_weights(net)),
+        "init": _init_facts(cfg.init),
+        "head": sha256_of(head_weights(net)),
+        "architecture": {key: value for key, value in net.config.to_dict().items() if key in ARCHITECTURE},
+        "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
+        "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},
+    }
+    run.describe(fingerprints)
     batches = Batches(
         train_set,
         cfg.train.batch_size,
@@ -68,22 +76,6 @@ def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:
     if WORD_EMBEDDINGS in covered and cfg.task == "mlm":
         untie_decoder(net)
     return net, tokenizer
-
-
-def _fingerprint(
-    cfg: Config, net: Net, device: torch.device, precision: str, train_set: Store, evals: Mapping[str, Store]
-) -> dict[str, Any]:
-    """Return the fingerprints in run.json, which must not change when a run is resumed."""
-    return {
-        "device": device.type,
-        "precision": precision,
-        "model": sha256_of(encoder_weights(net)),
-        "init": _init_facts(cfg.init),
-        "head": sha256_of(head_weights(net)),
-        "architecture": {key: value for key, value in net.config.to_dict().items() if key in ARCHITECTURE},
-        "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
-        "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},
-    }
 
 
 def _init_facts(init: str) -> dict[str, Any] | None:

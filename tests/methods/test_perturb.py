@@ -159,7 +159,7 @@ def test_equal_commands_write_equal_bytes_and_leave_the_checkpoint(bert_dir, tmp
         (["--noise", "nan"], "must be above 0"),
         (["--noise", "1e300"], "is not finite with noise"),
         (["--shuffle", "layers", "--seed", "-1"], "must be from 0"),
-        (["--shuffle", "layers", "--model", "nowhere"], "cannot load a BERT checkpoint"),
+        (["--shuffle", "layers", "--model", "nowhere"], "there is no folder nowhere; cannot read config.json"),
         (["--shuffle", "layers", "--output", "MODEL/model.safetensors"], "must be outside the checkpoint"),
     ],
 )
