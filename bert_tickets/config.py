@@ -47,7 +47,7 @@ class Training:
     graphs: Literal["auto", "on", "off"] = flag("CUDA graphs; auto: run eagerly where a capture fails", "auto")
     seed: int = flag("seed of the head, the order of the examples, dropout and random weights", 57)
     log_every: int = flag("log the loss every N steps", 50)
-    save_minutes: float = flag("write a checkpoint every X minutes; SIGKILL loses the work since", 10.0, affects_result=False)
+    save_minutes: float = flag("save every X minutes; SIGKILL or a power cut lose the work since", 10.0, affects_result=False)
     save_steps: int | None = flag("also write a checkpoint every N steps", None, affects_result=False)
 
 

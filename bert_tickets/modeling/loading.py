@@ -116,7 +116,8 @@ def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[st
         if not fitting and key in head:  # a decoder that is not in it is the word embeddings
             drawn.append(key)
     if drawn:
-        said.insert(0, f"lacks {', '.join(drawn)} of a head for masked language modelling: drawn at random (biases 0)")
+        part = ", ".join(drawn) if len(drawn) < len(head) else "all"
+        said.insert(0, f"lacks {part} of a head for masked language modelling: drawn at random (biases 0)")
     if DECODER in head.keys() - {*drawn}:
         said.append("its decoder is untied, not the word embeddings")
     if said:
