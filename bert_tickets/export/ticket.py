@@ -41,10 +41,7 @@ class Ticket:
 
 
 def read_ticket(run: Path, level: int | None = None, model: str | None = None) -> Ticket:
-    """Read a finished level of a run directory (the newest unless `level` is given), and verify its metrics and mask.
-
-    `model` is the base model, if it was moved since the run. Raises `UserError` for a level that is missing or damaged.
-    """
+    """Read and verify a finished level of a run (default: the newest). `model` is the base model, if moved. Raises `UserError`."""
     about, level = read_run(run), find_level(run, level)
     result, mask, cfg = check_level(run, level), read_mask(run, level), from_flat(about["config"])
     if model is None:

@@ -29,10 +29,9 @@ def print_finished(cfg: Config) -> bool:
     if not (run / "run.json").exists():
         return False
     check_run(run)
-    if not is_finished(cfg):
-        return False
-    print_levels(run, cfg)
-    return True
+    if finished := is_finished(cfg):
+        print_levels(run, cfg)
+    return finished
 
 
 def print_levels(run: Path, cfg: Config) -> None:
@@ -45,8 +44,7 @@ def print_levels(run: Path, cfg: Config) -> None:
 
 
 def level_lines(run: Path) -> Iterator[str]:
-    """Format a table of the finished levels (sparsity, metrics, difference to the dense level, mask distance, seconds), then
-    their warnings, and the reason if the next level diverged."""
+    """Format a table of the finished levels, then their warnings, and the reason if the next level diverged."""
     lines, spent = results(run), seconds(run)
     if lines:
         metric, names = lines[0]["metric"], list(lines[0]["metrics"])
