@@ -41,7 +41,7 @@ class Ticket:
 
 
 def read_ticket(run: Path, level: int | None = None, model: str | None = None) -> Ticket:
-    """Read and verify a finished level of a run (default: the newest). `model` is the base model, if moved. Raises `UserError`."""
+    """Read and verify a finished level of a run (or its newest). `model` is the base model, if moved; raises `UserError`."""
     about, level = read_run(run), find_level(run, level)
     result, mask, cfg = check_level(run, level), read_mask(run, level), from_flat(about["config"])
     if model is None:
