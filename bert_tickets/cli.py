@@ -140,8 +140,7 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     code, message = 0, ""
     try:
         _check_system()
-        if is_torchrun():
-            stop_with_torchrun()
+        stop_with_torchrun()
         keep_freed_memory()
         main(*arguments)
         sys.stdout.flush()
@@ -175,20 +174,16 @@ def _check_system() -> None:
             raise UserError(f"{path!a} is not UTF-8 ({known}): export PYTHONUTF8=1 if the name is, or use names in ASCII")
 
 
-def is_torchrun() -> bool:
-    """Return whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def is_launched() -> bool:
     """Return whether torchrun started this process as one of several. (Some clusters set WORLD_SIZE for every program.)"""
-    return is_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def stop_with_torchrun() -> None:
     """Get SIGTERM when torchrun dies, by SIGUSR1 for example, without stopping its processes. Linux only."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def keep_freed_memory() -> None:
@@ -204,6 +199,6 @@ def keep_freed_memory() -> None:
     if limited or any(name.startswith("MALLOC_") for name in os.environ):
         return
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)  # large blocks are on the heap too
-        mallopt(trim_threshold, -1)  # the heap never shrinks
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)  # large blocks are on the heap too
+        libc.mallopt(trim_threshold, -1)  # the heap never shrinks

@@ -19,11 +19,8 @@ import bert_tickets
 from bert_tickets.errors import UserError
 
 # The kinds of tasks, one for each training script, and their tasks.
-TASKS = {
-    "glue": ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"),
-    "squad": ("squad",),
-    "mlm": ("mlm",),
-}
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+TASKS = {"glue": GLUE, "squad": ("squad",), "mlm": ("mlm",)}
 Prunable = Literal["matrices", "matrices+embeddings", "matrices+biases", "heads", "neurons"]  # modeling.parameters.PRUNABLE
 MAX_QUESTION = 64  # tokens of a SQuAD question, as in the released code
 
@@ -50,11 +47,7 @@ class Training:
     graphs: Literal["auto", "on", "off"] = flag("CUDA graphs; auto: run eagerly where a capture fails", "auto")
     seed: int = flag("seed of the head, the order of the examples, dropout and random weights", 57)
     log_every: int = flag("log the loss every N steps", 50)
-    save_minutes: float = flag(
-        "write a checkpoint every X minutes; SIGKILL, lack of memory or a power cut lose the work since",
-        10.0,
-        affects_result=False,
-    )
+    save_minutes: float = flag("save every X minutes; SIGKILL or a power cut lose the work since", 10.0, affects_result=False)
     save_steps: int | None = flag("also write a checkpoint every N steps", None, affects_result=False)
 
 

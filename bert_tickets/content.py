@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,10 +39,15 @@ def fingerprint(value: str) -> str:
     return of_files({file.name: file for file in checkpoint_files(path)}) or str(path.resolve())
 
 
+def first_file(folder: Path, names: Iterable[str]) -> Path | None:
+    """Return the first file of these names that a folder has."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the files of a checkpoint's folder that are read. Raises `UserError` for an index of weights that is damaged."""
-    found = [next(filter(Path.is_file, map(folder.joinpath, names)), None) for names in (CONFIGS, WEIGHTS, TOKENIZERS)]
-    files = [path for path in (*found, *map(folder.joinpath, (*SETTINGS, POOLER))) if path and path.is_file()]
+    groups = (CONFIGS, WEIGHTS, TOKENIZERS, *([name] for name in (*SETTINGS, POOLER)))
+    files = [path for names in groups if (path := first_file(folder, names))]
     return files + [folder / shard for path in files if path.name in WEIGHTS and path.suffix == ".json" for shard in shards(path)]
 
 
@@ -51,11 +56,9 @@ def shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if any(Path(name).name != name for name in names):
-            raise TypeError
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{index} is damaged: it has no weight_map of names of files beside it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{index} is damaged: {cause(error)}") from None
+            raise ValueError(f"they are {names}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{index} is damaged: it has no weight_map of names of files beside it ({cause(error)})") from None
     return names
 
 
@@ -76,11 +79,11 @@ def brief(value: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    size, *_ = version = _version(path)
+    size, *_ = version = version_of(path)
     return file_sha256(path) if size < SMALL else _cached(path.resolve(), *version)
 
 
-def _version(path: Path) -> tuple[int, int, int]:
+def version_of(path: Path) -> tuple[int, int, int]:
     """The size and the times of change. `cp -p` and the like keep the first time, but not the second."""
     about = path.stat()
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns
@@ -96,7 +99,7 @@ def _cached(path: Path, *version: int) -> str:
     with suppress(OSError, Damaged, KeyError):
         return read_checksummed(row)["sha256"]
     sha256 = file_sha256(path)
-    if _version(path) == version and time.time() - version[-1] / 1e9 > SETTLED:
+    if version_of(path) == version and time.time() - version[-1] / 1e9 > SETTLED:
         with suppress(OSError):  # an unwritable cache only costs time
             write_checksummed(row, {**key, "sha256": sha256})
     return sha256

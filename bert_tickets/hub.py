@@ -43,8 +43,7 @@ class Repository:
     def fetch(self, file: str, revision: str | None = None, *, needed: bool = True) -> Path | None:
         """Return the path of a file in the cache; None if the repository does not have it. Raises `UserError`.
 
-        Without a revision, it is that of the cache's `main`. Offline, a file that is not needed counts as missing if it is not
-        in the cache.
+        Offline, a file that is not needed counts as missing if it is not in the cache.
         """
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -94,8 +93,9 @@ class Repository:
         """Return the error of a request to the hub: its true cause, and what to do."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        why = cause(error)
-        if is_of_disk(error):
+        why, root = cause(error), innermost(error)
+        of_file = isinstance(root, OSError) and (root.errno in DISK or root.filename is not None)
+        if of_file or "(os error 28)" in str(root):  # of the client's part in Rust: no space
             home = f"HF_HOME, {constants.HF_HOME}"
             return UserError(f"cannot keep {what} in {home}: {why}. Set HF_HOME to a folder that can be written and has space")
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
@@ -133,14 +133,6 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
                 raise
         time.sleep(wait)
     return call(*arguments, **options)
-
-
-def is_of_disk(error: BaseException) -> bool:
-    """Return whether an error of the hub's client is of HF_HOME's disk: no permission, no space, no such place."""
-    root = innermost(error)
-    if "(os error 28)" in str(root):  # of the client's part in Rust
-        return True
-    return isinstance(root, OSError) and (root.errno in DISK or root.filename is not None)
 
 
 def _digest(path: Path, algorithm: str, prefix: bytes) -> str:

@@ -22,7 +22,7 @@ from bert_tickets.files import write
 from bert_tickets.masking.similarity import MEASURES, overlap, tensor_counts, with_totals
 from bert_tickets.report.formats import markdown_grid
 from bert_tickets.report.pictures import draw_heat_map, picture_file
-from bert_tickets.runs.directory import level_dir, levels_done
+from bert_tickets.runs.directory import find_level, level_dir
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,9 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--level", type=int, metavar="N", help="the level of run directories (default: the newest)")
     parser.add_argument("--by", choices=("layer", "kind"), help="compare two masks also by layer, or by kind of matrix")
     parser.add_argument("--output", type=picture_file, metavar="FILE", help="draw a heat map: .png, .svg or .pdf")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write the pairs, or with --by the layers and kinds, in full precision"
-    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the pairs, or with --by the parts, in full precision")
     args = parser.parse_args(hyphens(argv))
     if len(args.masks) < 2:
         parser.error("give at least two masks")
@@ -94,19 +92,11 @@ def find_mask(place: Path, level: int | None) -> Path:
     """Return the mask file of a run directory (of `level`, or the newest), of a level's folder, or the file itself."""
     if not is_run(place):
         return place / FILE if place.is_dir() else place
-    done = levels_done(place)
-    if not done:
-        raise UserError(f"{place} holds no mask: give mask files, run directories, or folders of a level")
-    if level is not None and not 0 <= level < done:
-        raise UserError(f"{place} has no level {level}; its levels are 0 to {done - 1}")
-    return level_dir(place, done - 1 if level is None else level) / FILE
+    return level_dir(place, find_level(place, level)) / FILE
 
 
 def labels(paths: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name each mask by its task (or file), and by its method, seed and level where masks differ in them.
-
-    Equal names are replaced by numbered ones, with the folder of the level or the file.
-    """
+    """Name each mask by its task or file, and by its method, seed and level where they differ; numbered, if names are equal."""
     names = [str(info.get("task", path.stem)) for path, info in zip(paths, infos, strict=True)]
     for key in ("method", "seed", "level"):
         values = [info.get(key) for info in infos]

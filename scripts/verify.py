@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 
 from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.content import WEIGHTS, first_file
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.runs.directory import events, level_dir, read_run, results
@@ -36,22 +37,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    folders = [place for place in args.places if has_weights(place)]
+    folders = [place for place in args.places if not is_run(place) and first_file(place, WEIGHTS)]
     runs = [run for place in args.places if place not in folders for run in find_runs(place)]
     if not (runs or folders):
-        raise UserError(
-            f"no run directory in {', '.join(map(str, args.places))}, and no weights (model.safetensors or pytorch_model.bin)"
-        )
+        where = ", ".join(map(str, args.places))
+        raise UserError(f"no run directory in {where}, and no weights (model.safetensors or pytorch_model.bin)")
     if runs and args.mask:
         raise UserError(f"--mask is for Hugging Face folders; {runs[0]} is a run, and has its own masks")
-    bad = {
-        "damaged": [run for run in runs if not verify(run)],
-        "do not fit the mask": [folder for folder in folders if not verify_weights(folder, args.mask)],
-    }
-    for what, places in bad.items():
+    damaged = [run for run in runs if not verify(run)]
+    unfit = [folder for folder in folders if not verify_weights(folder, args.mask)]
+    for what, places in (("damaged", damaged), ("do not fit the mask", unfit)):
         if places:
             print(f"{what}: {', '.join(map(str, places))}", file=sys.stderr)
-    if any(bad.values()):
+    if damaged or unfit:
         sys.exit(1)
 
 
@@ -59,18 +57,9 @@ def is_run(place: Path) -> bool:
     return (place / "run.json").is_file() or level_dir(place, 0).is_dir()
 
 
-def has_weights(place: Path) -> bool:
-    """Return whether a place is a Hugging Face folder."""
-    from bert_tickets.export.sparsity import weight_file
-
-    return not is_run(place) and weight_file(place) is not None
-
-
 def find_runs(place: Path) -> list[Path]:
     """Return the place if it is a run directory (it has a run.json or a level), else all run directories in it."""
-    if is_run(place):
-        return [place]
-    return sorted(path.parent for path in place.glob("**/run.json"))
+    return [place] if is_run(place) else sorted(path.parent for path in place.glob("**/run.json"))
 
 
 def verify(run: Path) -> bool:
@@ -92,8 +81,8 @@ def verify_weights(folder: Path, mask_file: Path | None) -> bool:
 
     own = folder / "mask.safetensors"
     path = mask_file or (own if own.is_file() else None)
-    counts, files = folder_zeros(folder, None if path is None else Mask.load(path))
-    print(f"{folder}, read from {', '.join(files)}", *sparsity_lines(counts), sep="\n  ")
+    counts = folder_zeros(folder, None if path is None else Mask.load(path))
+    print(folder, *sparsity_lines(counts), sep="\n  ")
     found = list(misfits(counts))
     fits = not any(bad for _, bad in found)
     if path is not None:

@@ -46,7 +46,7 @@ def losses(task: Task, cfg: Config, *, packed: bool) -> list[float]:
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     step = Step(lambda batch: loss(net, batch), params, cfg.train, mask, store.device)
     net.train()
-    return [step(batches[i], cfg.train.lr * (1 - i / STEPS)).item() for i in range(STEPS)]
+    return [step(batches.parts(i)[0], cfg.train.lr * (1 - i / STEPS)).item() for i in range(STEPS)]
 
 
 def glue_loss(net, batch) -> torch.Tensor:

@@ -141,11 +141,6 @@ class Batches:
         """The number of steps of an epoch."""
         return math.ceil(len(self.store) / self.batch_size)
 
-    def __getitem__(self, step: int) -> Batch:
-        """Return the batch of a step, if it has one part."""
-        (batch,) = self.parts(step)
-        return batch
-
     def parts(self, step: int) -> list[Batch]:
         """Return the parts of a step's batch that belong to this process."""
         epoch, place = divmod(step, self.per_epoch)

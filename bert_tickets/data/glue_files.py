@@ -10,8 +10,7 @@ from bert_tickets.data.hub import find_dataset
 from bert_tickets.errors import UserError
 from bert_tickets.hub import Repository
 
-LAYOUT = "a folder in GLUE's original layout (MNLI/train.tsv, MNLI/dev_matched.tsv, ...)"
-HUB = Repository("dataset", "nyu-mll/glue", f"--data-dir {LAYOUT}")
+HUB = Repository("dataset", "nyu-mll/glue", "--data-dir a folder in GLUE's layout (MNLI/train.tsv, MNLI/dev_matched.tsv, ...)")
 MAX_BROKEN = 0.01  # a file with a larger fraction of broken lines raises an error
 
 

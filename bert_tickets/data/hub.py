@@ -39,10 +39,7 @@ class Dataset:
 
 
 def find_dataset(source: Repository, config: str, splits: Sequence[str]) -> Dataset:
-    """Find the cache's revision that has the first file of each split: its `main`, else the newest; or else the hub's `main`.
-
-    Raises `UserError`.
-    """
+    """Find the cache's revision that has the first file of each split: its `main`, else the newest; or else the hub's `main`."""
     try:
         main, folders = source.main(), source.cache.glob("snapshots/*")
         for folder in sorted(folders, key=lambda path: (path.name == main, path.stat().st_mtime), reverse=True):

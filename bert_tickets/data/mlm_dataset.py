@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -91,23 +92,14 @@ class Corpus:
         return float(-(frequencies * np.log(frequencies)).sum())
 
 
-def load_corpus(
-    text: Text,
-    tokenizer: Any,
-    length: int,
-    limit: int | None = None,
-    device: torch.device | str = "cpu",
-    augment_batch: Augment | None = None,
-) -> Corpus:
+def load_corpus(text: Text, tokenizer: Any, length: int, limit: int | None = None, **options: Any) -> Corpus:
     """Tokenize a text into blocks, or its first `limit` ones. Raises `UserError` for an unreadable or too short text."""
     inner = length - 2
     stream, sha256 = read_tokens(text, tokenizer, None if limit is None else limit * inner)
     if len(stream) < inner:
-        raise UserError(
-            f"{text.name} has {len(stream)} tokens, and a block of --max-length {length} takes {inner} beside [CLS] and [SEP]: "
-            "give more text, or a smaller --max-length"
-        )
-    return Corpus(stream, sha256, (tokenizer.cls_token_id, tokenizer.sep_token_id), length, device, augment_batch)
+        few = f"{len(stream)} tokens, fewer than the {inner} of a block of --max-length {length}"
+        raise UserError(f"{text.name} has {few}: give more text, or a smaller --max-length")
+    return Corpus(stream, sha256, (tokenizer.cls_token_id, tokenizer.sep_token_id), length, **options)
 
 
 def read_tokens(text: Text, tokenizer: Any, most: int | None = None) -> tuple[np.ndarray, str]:
@@ -117,14 +109,12 @@ def read_tokens(text: Text, tokenizer: Any, most: int | None = None) -> tuple[np
     """
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     path = cache_path("corpus-{}.tokens", tokenizer, text.key, most)
-    try:
-        expected = read_checksummed(path.with_suffix(".json"))["sha256"]
-        sound = file_sha256(path) == expected
-    except (Damaged, OSError):
-        sound = False
-    if not sound:
-        expected = _write(path, text, tokenizer, most, dtype)
-    return np.memmap(path, dtype, "r"), expected
+    with suppress(Damaged, OSError):
+        sha256 = read_checksummed(path.with_suffix(".json"))["sha256"]
+        if file_sha256(path) == sha256:
+            return np.memmap(path, dtype, "r"), sha256
+    sha256 = _write(path, text, tokenizer, most, dtype)
+    return np.memmap(path, dtype, "r"), sha256
 
 
 def _write(path: Path, text: Text, tokenizer: Any, most: int | None, dtype: np.dtype) -> str:

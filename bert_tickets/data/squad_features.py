@@ -20,6 +20,7 @@ from bert_tickets.data.token_cache import Arrays, cached, encode_in_chunks
 
 SPECIAL = 3  # [CLS] and two [SEP]
 N_BEST, MAX_ANSWER = 20, 30  # candidate starts and ends of a window; tokens of an answer; as in the released code
+Texts = Sequence[str]
 VERSION = 1  # of the cached arrays
 
 
@@ -74,12 +75,7 @@ def _tokens(windows: Sequence[Window]) -> Arrays:
 
 
 def train_windows(
-    tokenizer: Any,
-    questions: Sequence[str],
-    contexts: Sequence[str],
-    answers: Sequence[tuple[str, int]],
-    max_length: int,
-    doc_stride: int,
+    tokenizer: Any, questions: Texts, contexts: Texts, answers: Sequence[tuple[str, int]], max_length: int, doc_stride: int
 ) -> Arrays:
     """Make the training windows, or read them from the cache. An answer is a text and its first character in the context.
 
@@ -108,7 +104,7 @@ def train_windows(
     return cached(tokenizer, [questions, contexts, texts, starts], settings, make)
 
 
-def eval_windows(tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], max_length: int, doc_stride: int) -> Arrays:
+def eval_windows(tokenizer: Any, questions: Texts, contexts: Texts, max_length: int, doc_stride: int) -> Arrays:
     """Make the evaluation windows, or read them from the cache.
 
     Beside the tokens, the arrays are `question` [W], the index of the question; `chars` [N, 2], each token's character offsets

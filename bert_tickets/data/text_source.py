@@ -9,6 +9,7 @@ from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 
+from bert_tickets.content import version_of
 from bert_tickets.data.hub import Dataset, find_dataset
 from bert_tickets.errors import UserError
 from bert_tickets.files import file_sha256
@@ -45,11 +46,11 @@ def file_text(path: Path) -> Text:
     """Open a UTF-8 file with lines of any length. Reads it once for its hash. Raises `UserError` if it does not exist."""
     if not path.is_file():
         raise Repository("dataset", WIKITEXT, INSTEAD).unavailable(f"there is no text at {path}")
-    stamp = _stamp(path)
-    return Text(str(path), file_sha256(path), stamp[0], lambda: _read_file(path, stamp))
+    version = version_of(path)
+    return Text(str(path), file_sha256(path), version[0], partial(_read_file, path, version))
 
 
-def _read_file(path: Path, stamp: tuple[int, int]) -> Iterator[str]:
+def _read_file(path: Path, version: tuple[int, int, int]) -> Iterator[str]:
     rest = ""
     with path.open("rb") as raw, TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         try:
@@ -64,13 +65,8 @@ def _read_file(path: Path, stamp: tuple[int, int]) -> Iterator[str]:
             wrong = raw.tell() - len(error.object) + error.start
             raise UserError(f"{path} is not UTF-8 text: byte {wrong} is {error.object[error.start]:#04x}") from None
     yield rest
-    if _stamp(path) != stamp:
+    if version_of(path) != version:
         raise UserError(f"{path} changed while it was read; give the command again when it is complete")
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    about = path.stat()
-    return about.st_size, about.st_mtime_ns
 
 
 def hub_texts(name: str) -> dict[str, Text]:

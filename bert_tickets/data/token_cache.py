@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -75,10 +76,9 @@ def cached(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any]
         for text in column:
             sha.update(len(text.encode()).to_bytes(4, "little") + text.encode())
     path = cache_path("tokens-{}.safetensors", tokenizer, sha.hexdigest(), settings)
-    try:
+    with suppress(Damaged, OSError):
         return {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
-    except (Damaged, OSError):
-        arrays = make()
+    arrays = make()
     try:
         write_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()})
     except OSError as error:

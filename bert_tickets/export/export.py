@@ -48,10 +48,8 @@ def _write_trained(ticket: Ticket, folder: Path) -> None:
         shutil.copytree(kept, folder, dirs_exist_ok=True)
         return
     if not weights.is_file():
-        raise UserError(
-            f"{ticket.folder} has no trained weights: a run keeps those of its newest level only. Leave out --level; or give "
-            "--untrained; or repeat the run with --keep-models and another --output-dir"
-        )
+        ways = "Leave out --level; or give --untrained; or repeat the run with --keep-models and another --output-dir"
+        raise UserError(f"{ticket.folder} has no trained weights: a run keeps those of its newest level only. {ways}")
     with contextlib.redirect_stdout(io.StringIO()):  # messages about random weights, which are all replaced
         net, tokenizer = _load_base(ticket, "pretrained")
     set_parameters(net, check_weights(ticket.run, ticket.level), weights)
@@ -59,19 +57,15 @@ def _write_trained(ticket: Ticket, folder: Path) -> None:
 
 
 def _write_untrained(ticket: Ticket, folder: Path) -> None:
-    """Write the network that a level's training started from, m * theta with its head.
-
-    Raises `UserError` unless the encoder matches `init_sha256` of the level's metrics.json.
-    """
+    """Write the network that a level's training started from, m * theta with its head, checked by its `init_sha256`."""
     net, tokenizer = _load_base(ticket, ticket.cfg.init)
-    if ticket.rewind_file:
-        set_parameters(net, read_own(ticket.rewind_file, ticket.run), ticket.rewind_file)
+    rewound = ticket.run / "rewind.safetensors"
+    if ticket.level > 0 and rewound.is_file():
+        set_parameters(net, read_own(rewound, ticket.run), rewound)
     ticket.mask.apply(dict(net.named_parameters()))
     if sha256_of(encoder_weights(net)) != ticket.result["init_sha256"]:
-        raise UserError(
-            f"{ticket.folder} started from weights that the run no longer has (init_sha256): those of the previous level, or a "
-            "missing rewind.safetensors. Leave out --untrained"
-        )
+        gone = "those of the previous level, or a missing rewind.safetensors. Leave out --untrained"
+        raise UserError(f"{ticket.folder} started from weights that the run no longer has (init_sha256): {gone}")
     save_model(net, tokenizer, folder)
 
 

@@ -22,18 +22,15 @@ KINDS = {  # of tasks: the script, the class of transformers that opens the fold
     "squad": {"script": "lt_squad.py", "opener": "AutoModelForQuestionAnswering", "hub": "question-answering"},
     "mlm": {"script": "lt_pretrain.py", "opener": "AutoModelForMaskedLM", "hub": "fill-mask"},
 }
-HUB_METRICS = {  # the metrics that have another name on the hub
-    "accuracy_mm": "accuracy",
-    "matthews": "matthews_correlation",
-    "pearson": "pearsonr",
-    "spearman": "spearmanr",
-}
+# The metrics that have another name on the hub.
+HUB_METRICS = {"accuracy_mm": "accuracy", "matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 
 
 def model_card(ticket: Ticket, name: str, *, untrained: bool) -> ModelCard:
     """Render the card of a folder called `name`."""
     cfg = ticket.cfg
     method = importlib.import_module(f"bert_tickets.methods.{cfg.method}")
+    info = {key: without_folder(value) for key, value in sorted(ticket.mask.info.items())}
     return ModelCard.from_template(
         card_data=card_data(ticket, untrained=untrained),
         template_path=str(Path(__file__).with_name("model_card.md.jinja")),
@@ -45,19 +42,14 @@ def model_card(ticket: Ticket, name: str, *, untrained: bool) -> ModelCard:
         data=hub_data(cfg),
         method=(method.__doc__ or cfg.method).splitlines()[0],
         levels=cfg.settings.levels,
-        given={key: without_folder(value) for key, value in sorted(ticket.mask.info.items())}
-        if cfg.settings.mask is not None
-        else None,
+        given=info if cfg.settings.mask is not None else None,
         settings=settings(ticket),
         version=__version__,
     )
 
 
 def card_data(ticket: Ticket, *, untrained: bool) -> ModelCardData:
-    """Build the metadata, without local models and data.
-
-    Metrics on a part of the evaluation set (--limit-eval) and of untrained weights are left out.
-    """
+    """Build the metadata, without local models and data, and metrics of untrained weights or on a part of the set."""
     cfg, kind, data = ticket.cfg, KINDS[ticket.cfg.kind], hub_data(ticket.cfg)
     metrics = {name: value for name, value in ticket.result["metrics"].items() if value is not None and not untrained}
     splits = list(ticket.about["fingerprint"]["evaluation"])  # MNLI has two

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bert_tickets.config import Config, from_flat
-from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
-from bert_tickets.runs.directory import level_dir, levels_done, read_run
+from bert_tickets.runs.directory import find_level, level_dir, read_run
 from bert_tickets.runs.integrity import check_level, read_mask
 
 
@@ -31,12 +30,6 @@ class Ticket:
         return level_dir(self.run, self.level)
 
     @property
-    def rewind_file(self) -> Path | None:
-        """The weights of the rewinding step, if the level started from them and not from the initial weights."""
-        path = self.run / "rewind.safetensors"
-        return path if self.level > 0 and path.is_file() else None
-
-    @property
     def is_local(self) -> bool:
         """Whether the base model is a folder of this machine."""
         return Path(self.model).is_absolute()
@@ -48,16 +41,8 @@ class Ticket:
 
 
 def read_ticket(run: Path, level: int | None = None, model: str | None = None) -> Ticket:
-    """Read a finished level of a run directory (the newest unless `level` is given), and verify its metrics and mask.
-
-    `model` is the base model, if it was moved since the run. Raises `UserError` for a level that is missing or damaged.
-    """
-    about, done = read_run(run), levels_done(run)
-    if not done:
-        raise UserError(f"{run} has no finished level yet")
-    if level is not None and not 0 <= level < done:
-        raise UserError(f"{run} has no finished level {level}; its levels are 0 to {done - 1}")
-    level = done - 1 if level is None else level
+    """Read and verify a finished level of a run (or its newest). `model` is the base model, if moved; raises `UserError`."""
+    about, level = read_run(run), find_level(run, level)
     result, mask, cfg = check_level(run, level), read_mask(run, level), from_flat(about["config"])
     if model is None:
         earlier = about["differs_from_preset"].get("model", "")  # versions that named folders by their paths have it here

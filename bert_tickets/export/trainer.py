@@ -35,11 +35,10 @@ def load_ticket(folder: str | Path, head: type | None = None, **options: Any) ->
         raise UserError(f"{folder} is a run; export one of its tickets: python scripts/export.py {folder} DIR")
     for name in ("config.json", MASK):
         if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has no {name}: it is not an exported ticket. python scripts/export.py RUN DIR writes one. With a mask "
-                "from elsewhere, load the model by transformers, and give TicketCallback(Mask.load(FILE)) to its Trainer"
-            )
-    mask, (weights, _) = Mask.load(folder / MASK), folder_weights(folder)
+            other = "With a mask from elsewhere, load the model by transformers, and use TicketCallback(Mask.load(FILE))"
+            how = f"python scripts/export.py RUN DIR writes one. {other}"
+            raise UserError(f"{folder} has no {name}: it is not an exported ticket. {how}")
+    mask, weights = Mask.load(folder / MASK), folder_weights(folder)
     try:
         config, others = transformers.AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
         own = "BertForSequenceClassification" if "num_labels" in options else (config.architectures or ["BertModel"])[0]
@@ -114,11 +113,11 @@ class TicketCallback(transformers.TrainerCallback):
             name = next(iter(filled))
             if not self._params(model)[name].isfinite().all():
                 raise UserError(f"{name} is not finite: the training diverged")
-            raise UserError(
-                f"{sum(filled.values()):,} weights that the mask prunes are not zero any more, such as in {name}: the optimizer "
-                "moves weights without a gradient, or another callback changed them (a second TicketCallback takes the place of "
-                "the first), or this one was added during the training"
+            what = f"{sum(filled.values()):,} weights that the mask prunes are not zero any more, such as in {name}"
+            why = (
+                "the optimizer moves weights without a gradient, this callback was added during the training, or another changed"
             )
+            raise UserError(f"{what}: {why} them (a second TicketCallback replaces the first)")
 
 
 def _take_hooks(model: nn.Module) -> list[RemovableHandle]:
@@ -143,7 +142,5 @@ def _check_untied(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     names = Counter(map(id, (p for _, p in model.named_parameters(remove_duplicate=False))))
     for name, p in params.items():
         if names[id(p)] > 1:
-            raise UserError(
-                f"{name} is tied to another tensor of the model, which the mask would prune too: untie it before training "
-                "(an exported ticket for masked language modelling is untied)"
-            )
+            why = "which the mask would prune too: untie it before training, as exported tickets for --task mlm are"
+            raise UserError(f"{name} is tied to another tensor of the model, {why}")

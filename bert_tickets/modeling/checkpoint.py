@@ -11,10 +11,7 @@ from bert_tickets.hub import Repository
 
 
 def resolve(name: str) -> Path:
-    """Return the folder of a checkpoint: `name` itself, or a snapshot of the model `name` in the hub's cache.
-
-    Downloads the model's files that are not in the cache. Raises `UserError`.
-    """
+    """Return the folder of a checkpoint: `name` itself, or that of a model in the hub's cache, downloaded if it is not there."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
 from transformers.initialization import no_init_weights
@@ -19,11 +18,11 @@ from bert_tickets.content import POOLER
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import write_tensors
 from bert_tickets.modeling.bert import Net
-from bert_tickets.modeling.checkpoint import find_pooler, resolve
+from bert_tickets.modeling.checkpoint import resolve
 from bert_tickets.modeling.dropout import replace_dropout
 from bert_tickets.modeling.parameters import DECODER, ENCODER, WORD_EMBEDDINGS, encoder_weights, head_weights
 from bert_tickets.modeling.tokenizer import OwnTokenizer, load_tokenizer
-from bert_tickets.modeling.weights import FLOATS, POOLER_WEIGHTS, check_finite, read_config, read_pooler, read_weights
+from bert_tickets.modeling.weights import FLOATS, POOLER_WEIGHTS, check_tensors, read_config, read_file, read_weights
 from bert_tickets.seeds import seeded
 
 Head = Literal["classifier", "qa", "mlm"]
@@ -43,11 +42,8 @@ def _with_pooler(kind: type) -> type:
     return Pooled
 
 
-HEADS = {
-    "classifier": BertForSequenceClassification,
-    "qa": _with_pooler(BertForQuestionAnswering),
-    "mlm": _with_pooler(BertForMaskedLM),
-}
+HEADS = {"classifier": BertForSequenceClassification}
+HEADS |= {"qa": _with_pooler(BertForQuestionAnswering), "mlm": _with_pooler(BertForMaskedLM)}
 
 
 def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> tuple[Net, OwnTokenizer]:
@@ -64,20 +60,16 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     tokenizer = load_tokenizer(folder, name, config)
     weights = read_weights(folder, name, config)
     keep = head == "mlm" and init != "random"
-    if keep and _has_own_decoder(weights):
-        config.tie_word_embeddings = False
+    decoder, words = weights.get(DECODER), weights[WORD_EMBEDDINGS]
+    if keep and decoder is not None and decoder.shape == words.shape and not torch.equal(decoder, words):
+        config.tie_word_embeddings = False  # otherwise transformers overwrites the decoder
     net = _build(head, config)
     net.bert.pooler.requires_grad_(head == "classifier")
     new = _set_mlm_head(net, weights, name) if keep else list(head_weights(net))
     init_weights(net, seeded(seed, "head"), new)
     if unused := sorted(key for key in weights if not key.startswith((ENCODER, *HEAD_NAMES))):
         print(f"{name} has weights that are not used: {unused[0]}" + f" and {len(unused) - 1} more" * (len(unused) > 1))
-    if weights.keys() >= POOLER_WEIGHTS:
-        if (folder / POOLER).is_file():
-            print(f"{name} has a pooler among its weights: its {POOLER} is not read")
-    elif pooler := find_pooler(name):
-        weights |= read_pooler(pooler, config)
-    else:
+    if not weights.keys() >= POOLER_WEIGHTS:
         print(f"{name} has no pooler: its weights are drawn at random")
         init_weights(net, seeded(seed, "pooler"), sorted(POOLER_WEIGHTS))
     _set_encoder(net, weights)
@@ -109,60 +101,44 @@ def _set_encoder(net: Net, weights: Mapping[str, Tensor]) -> None:
             parameter.copy_(weights[key])
 
 
-def _has_own_decoder(weights: Mapping[str, Tensor]) -> bool:
-    """Return whether a checkpoint's MLM decoder is not its word embeddings. transformers overwrites it if config.json ties it."""
-    decoder, words = weights.get(DECODER), weights[WORD_EMBEDDINGS]
-    return decoder is not None and decoder.shape == words.shape and not torch.equal(decoder, words)
-
-
 @torch.no_grad()
 def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[str]:
     """Set the MLM head's weights, and say which are not the checkpoint's own. Returns those that are to be drawn."""
     head, drawn, said = head_weights(net), [], []
-    for key, parameter in head.items():
+    for key, parameter in (head | {DECODER: net.cls.predictions.decoder.weight}).items():
         found = [weights[other] for other in ((DECODER_BIAS, BIAS) if key == BIAS else (key,)) if other in weights]
         fitting = [tensor for tensor in found if tensor.shape == parameter.shape and tensor.dtype in FLOATS]
         if fitting:
-            check_finite(key, fitting[0], name)
+            check_tensors({key: fitting[0]}, {key: parameter.shape}, name)
             parameter.copy_(fitting[0])
-            continue
-        drawn.append(key)
-        if found:
+        elif found:
             said.append(f"{key} does not fit ({found[0].dtype} of shape {tuple(found[0].shape)}, not {tuple(parameter.shape)})")
-    taken = head.keys() - set(drawn)
-    if not taken:
-        decoder = ", and its decoder, which config.json does not tie to the word embeddings" if DECODER in drawn else ""
-        said.insert(0, f"has no head for masked language modelling: its transform is drawn at random{decoder}")
-    elif drawn:
-        said.insert(0, f"lacks part of its head for masked language modelling: {', '.join(drawn)} are drawn at random (biases 0)")
-    if DECODER in taken:
+        if not fitting and key in head:  # a decoder that is not in it is the word embeddings
+            drawn.append(key)
+    if drawn:
+        part = ", ".join(drawn) if len(drawn) < len(head) else "all"
+        said.insert(0, f"lacks {part} of a head for masked language modelling: drawn at random (biases 0)")
+    if DECODER in head.keys() - {*drawn}:
         said.append("its decoder is untied, not the word embeddings")
-    elif DECODER in weights and DECODER not in head and weights[DECODER].shape != weights[WORD_EMBEDDINGS].shape:
-        said.append(f"its decoder, of shape {tuple(weights[DECODER].shape)}, is not taken: the word embeddings are")
     if said:
         print(f"{name} {'; '.join(said)}" if drawn else f"{name}: {'; '.join(said)}")
     return drawn
 
 
 def save_model(net: Net, tokenizer: Any, folder: Path) -> None:
-    """Save a network and its tokenizer as a Hugging Face folder. Raises `OSError` if the disk is full."""
-    try:
-        save_plain(net, folder)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the libraries, written in Rust, raise other types for a full disk
-        raise OSError(f"cannot write {folder}: {cause(error)}") from error
-
-
-def save_plain(net: Net, folder: Path) -> None:
-    """Save a network so that transformers' own class opens it; the pooler in a separate file if that class has none."""
+    """Save a network and its tokenizer for transformers' own classes; a pooler that they lack is in a file of its own."""
     weights = net.state_dict()
     if DECODER_BIAS in weights and not net.config.tie_word_embeddings:  # transformers saves shared tensors only if it ties them
         weights[DECODER_BIAS] = weights[DECODER_BIAS].clone()
-    if not isinstance(net, HEADS["classifier"]):
-        write_tensors(folder / POOLER, {name: weights.pop(name) for name in list(weights) if name.startswith("bert.pooler.")})
-    net.save_pretrained(folder, state_dict=weights)
-    for file in folder.glob("model*.safetensors"):  # the library makes it readable by its owner only
-        shutil.copymode(folder / "config.json", file)
+    try:
+        if not isinstance(net, HEADS["classifier"]):
+            write_tensors(folder / POOLER, {name: weights.pop(name) for name in sorted(POOLER_WEIGHTS)})
+        net.save_pretrained(folder, state_dict=weights)
+        for file in folder.glob("model*.safetensors"):  # the library makes it readable by its owner only
+            shutil.copymode(folder / "config.json", file)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the libraries, written in Rust, raise other types for a full disk
+        raise OSError(f"cannot write {folder}: {cause(error)}") from error
 
 
 @torch.no_grad()
@@ -186,20 +162,13 @@ def load_encoder(net: Net, path: Path) -> None:
     """Overwrite the encoder's weights with those of a safetensors file; a head in the file is ignored."""
     if not path.is_file():
         raise UserError(f"--init {path}: no such file; give pretrained, random, or a safetensors file")
-    try:
-        weights = load_file(path)
-    except Exception as error:
-        raise UserError(f"{path} is damaged, or not a safetensors file: {cause(error)}") from None
-    encoder = encoder_weights(net)
+    weights, encoder = read_file(path), encoder_weights(net)
     known = {name: tensor for name, tensor in weights.items() if name in encoder}
     if more := sorted(name for name in weights.keys() - encoder.keys() if name.startswith(f"{ENCODER}encoder.")):
         raise UserError(f"{path} has {more[0]}, which the model does not have")
     if not known:
         raise UserError(f"{path} has none of the encoder's weights (such as {next(iter(encoder))})")
-    for name, tensor in known.items():
-        if tensor.shape != encoder[name].shape or not tensor.is_floating_point():
-            raise UserError(f"{name} is {tensor.dtype}{tuple(tensor.shape)} in {path}, not {tuple(encoder[name].shape)} floats")
-        check_finite(name, tensor, path)
+    check_tensors(known, {name: encoder[name].shape for name in known}, path)
     _set_encoder(net, known)
     if len(known) < len(encoder):
         print(f"{path} sets {len(known)} of the encoder's {len(encoder)} tensors; the others are unchanged")

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from bert_tickets.content import TOKENIZERS, first_file
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
 
@@ -26,17 +27,9 @@ BERT: dict[str, dict[str, Any]] = {  # the rules of transformers' BertTokenizer 
     "normalizer": {"type": "BertNormalizer", "clean_text": True},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
 }
-
-
 # What a vocab.txt by itself is for. Other values of these settings are of tokenizers with more rules.
-PLAIN = {
-    "tokenizer_class": "BertTokenizer",
-    "do_basic_tokenize": True,
-    "word_tokenizer_type": "basic",
-    "subword_tokenizer_type": "wordpiece",
-    "never_split": [],
-    "auto_map": {},
-}
+PLAIN = {"tokenizer_class": "BertTokenizer", "do_basic_tokenize": True, "word_tokenizer_type": "basic"}
+PLAIN |= {"subword_tokenizer_type": "wordpiece", "never_split": [], "auto_map": {}}
 
 
 class OwnTokenizer(PreTrainedTokenizerFast):
@@ -55,12 +48,8 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 
 def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
-    """Read the tokenizer in the folder of the checkpoint `name`, and check that it fits BERT and its configuration.
-
-    Raises `UserError` for files that are damaged or missing, ids beyond the model's vocabulary, and a tokenizer that does not
-    put [CLS] and [SEP] around texts.
-    """
-    file = next((folder / file for file in ("tokenizer.json", "vocab.txt") if (folder / file).is_file()), None)
+    """Read the tokenizer in the folder of the checkpoint `name`. Raises `UserError` unless it is sound, and fits its BERT."""
+    file = first_file(folder, TOKENIZERS)
     if file is None:
         raise UserError(f"cannot load a BERT checkpoint from {name}: it has neither tokenizer.json nor vocab.txt")
     try:
@@ -71,15 +60,14 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         special = _special_tokens(tokenizer, name, settings, config)
-        kept = (
-            {"truncation_side": side or "right"} | {key: settings[key] for key in KEPT if settings.get(key) is not None} | special
-        )
+        kept: dict[str, Any] = {"truncation_side": side or "right"}
+        kept |= {key: settings[key] for key in KEPT if settings.get(key) is not None} | special
         kept["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # of BERT
         saved = json.dumps(_class(tokenizer, settings, special) | kept, indent=2, ensure_ascii=False) + "\n"
         own = OwnTokenizer(tokenizer, {"tokenizer.json": content, "tokenizer_config.json": saved}, kept)
         own("a")  # fails for settings that no call can use
         whole = {str(token) for token in [*tokenizer.get_added_tokens_decoder().values(), *map(settings.get, SPECIAL)]}
-        tokens = [*_added(folder, settings).values(), *settings["additional_special_tokens"]]
+        tokens = [*settings["added_tokens_decoder"].values(), *settings["additional_special_tokens"]]
         if split := sorted({str(token) for token in tokens} - whole):
             print(f"{name}: {', '.join(split)} are added tokens by its settings, and not in its {file.name}: they are split")
     except UserError:
@@ -91,22 +79,18 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json and special_tokens_map.json. The class of the tokenizer may be in config.json."""
+    """Read the files of settings, with tokens as `AddedToken`s. The class of the tokenizer may be in config.json."""
     files = [folder / file for file in ("config.json", "tokenizer_config.json", "special_tokens_map.json")]
     model, own, special = (read_json(file) if file.is_file() else {} for file in files)
     kind = own.get("tokenizer_class") or model.get("tokenizer_class") or "BertTokenizer"
     found = own | special | {"tokenizer_class": kind.removesuffix("Fast")}
     extra = found.get("additional_special_tokens") or found.get("extra_special_tokens") or []
     found["additional_special_tokens"] = [_token(value) for value in (extra.values() if isinstance(extra, dict) else extra)]
+    added = {int(number): _token(token) for number, token in (found.get("added_tokens_decoder") or {}).items()}
+    if not added and (folder / "added_tokens.json").is_file():
+        added = {number: AddedToken(text) for text, number in read_json(folder / "added_tokens.json").items()}
+    found["added_tokens_decoder"] = added
     return found | {key: _token(found.get(key) or default) for key, default in SPECIAL.items()}
-
-
-def _added(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Return the tokens that are added to the vocabulary, by id."""
-    found = {int(number): _token(token) for number, token in (settings.get("added_tokens_decoder") or {}).items()}
-    if not found and (folder / "added_tokens.json").is_file():
-        found = {number: AddedToken(text) for text, number in read_json(folder / "added_tokens.json").items()}
-    return found
 
 
 def _token(value: str | dict[str, Any]) -> AddedToken:
@@ -129,9 +113,7 @@ def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any]
         )
     largest, token = max((number, token) for token, number in tokenizer.get_vocab().items())
     if largest >= config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name} has the id {largest} ({token!r}), and vocab_size is {config.vocab_size}: no match"
-        )
+        raise UserError(f"the tokenizer of {name} has the id {largest} ({token!r}), no match for vocab_size {config.vocab_size}")
     named = {key: str(settings[key]) for key in SPECIAL} | {"cls_token": cls, "sep_token": sep}
     named["unk_token"] = getattr(tokenizer.model, "unk_token", None) or named["unk_token"]
     return {key: token for key, token in named.items() if tokenizer.token_to_id(token) is not None}
@@ -160,7 +142,7 @@ def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> str:
     tokenizer = BertWordPieceTokenizer({word: number for number, word in enumerate(words)}, **options)
     special = {str(token): token for token in [options[key] for key in SPECIAL] + settings["additional_special_tokens"]}
     tokenizer.add_tokens([token for text, token in special.items() if tokenizer.token_to_id(text) is not None])
-    for number, token in sorted(_added(path.parent, settings).items()):
+    for number, token in sorted(settings["added_tokens_decoder"].items()):
         tokenizer.add_tokens([special.get(str(token), token)])
         if tokenizer.token_to_id(str(token)) != number:
             raise UserError(f"{path} has {len(words)} lines, and the added token {str(token)!r} has the id {number}: no match")

@@ -13,40 +13,20 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from bert_tickets.content import CONFIGS, POOLER, SETTINGS, TOKENIZERS, WEIGHTS, shards
+from bert_tickets.content import CONFIGS, POOLER, SETTINGS, TOKENIZERS, WEIGHTS, first_file, shards
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
+from bert_tickets.modeling.checkpoint import find_pooler
 from bert_tickets.modeling.parameters import ENCODER
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 # The fields of config.json that describe the network. All others, such as output_attentions, have their defaults.
-NETWORK = (
-    *SIZES,
-    *DROPOUT,
-    "hidden_act",
-    "type_vocab_size",
-    "initializer_range",
-    "layer_norm_eps",
-    "pad_token_id",
-    "tie_word_embeddings",
-)
+NETWORK: tuple[str, ...] = SIZES + DROPOUT
+NETWORK += ("hidden_act", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id", "tie_word_embeddings")
 # The fields that make another network of it, unless they have these values.
-FIXED = {
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "pruned_heads": {},
-    "position_embedding_type": "absolute",
-    "quantization_config": None,
-}
+FIXED = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
+FIXED |= {"position_embedding_type": "absolute", "quantization_config": None}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # How modules are named inside torch's wrappers: of several GPUs, of torch.compile, of FSDP, of recomputed activations.
 WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -61,7 +41,7 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
         _check_file(folder / file)
     if adapters := sorted(path.name for path in folder.glob("adapter_[cm]*")):
         raise UserError(f"{name} has an adapter ({', '.join(adapters)}): merge it into the weights first, or remove its files")
-    path = next((folder / file for file in CONFIGS if (folder / file).is_file()), None)
+    path = first_file(folder, CONFIGS)
     if path is None:
         raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: it has no config.json")
     values = read_json(path)
@@ -76,9 +56,7 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
         raise UserError(f"{path} is of a model of type {kind}; this package prunes BERT encoders")
     for key, default in FIXED.items():
         if values.get(key) and values[key] != default:
-            raise UserError(
-                f'{path}: "{key}" is {values[key]!r}: not a plain BERT encoder, or a decoder. This package prunes encoders'
-            )
+            raise UserError(f'{path}: "{key}" is {values[key]!r}: not a plain BERT, or a decoder; this package prunes encoders')
     if values.get("auto_map"):
         print(f"{path} names code of its own (auto_map), which is not run: the network is transformers' BERT")
     if missing := [key for key in SIZES if key not in values]:
@@ -87,7 +65,7 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
         config = BertConfig(num_labels=labels, **{key: values[key] for key in NETWORK if key in values})
         if wrong := [key for key in DROPOUT if not 0 <= (getattr(config, key) or 0) < 1]:
             raise ValueError(f"{wrong[0]} is {values[wrong[0]]!r}, not a probability below 1")
-        _empty(config)
+        _shapes(config)
     except Exception as error:
         raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: {path.name}: {cause(error)}") from None
     return config
@@ -101,46 +79,55 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
 
 
-def _empty(config: BertConfig) -> BertModel:
-    """Make the encoder of a configuration, without memory for its parameters."""
+def _shapes(config: BertConfig) -> dict[str, torch.Size]:
+    """Return the shapes of the encoder's parameters by a configuration, whose mistakes are the library's errors."""
     with torch.device("meta"):
-        return BertModel(config)
+        return {f"{ENCODER}{key}": parameter.shape for key, parameter in BertModel(config).named_parameters()}
 
 
 def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tensor]:
-    """Read the weights of the checkpoint `name`, by the names of a BERT with a head. Says which file is read if there are two.
+    """Read the weights of the checkpoint `name`, by the names of a BERT with a head.
 
-    The encoder is checked to be whole, but for its pooler, and of the configuration's shapes. Raises `UserError`.
+    Raises `UserError` unless its encoder is whole and has the configuration's shapes. Its pooler may be beside it, or missing.
     """
     found = [file for file in WEIGHTS if (folder / file).is_file()]
     if not found:
         others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size > 1 << 20)
-        more = f"; its large files are {', '.join(others)}" if others else ""
-        raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: it has none of {', '.join(WEIGHTS)}{more}")
+        large = f"; its large files are {', '.join(others)}" if others else ""
+        raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: it has none of {', '.join(WEIGHTS)}{large}")
     if len(found) > 1:
         newer = " (newer)" if (folder / found[1]).stat().st_mtime > (folder / found[0]).stat().st_mtime else ""
         print(f"{name} has two files of weights: {found[0]} is read, and {', '.join(found[1:])}{newer} is not")
     weights: dict[str, Tensor] = {}
     for file in shards(folder / found[0]) if found[0].endswith(".json") else found[:1]:
-        weights |= _read_file(folder / file)
-    weights = _berts_names(_multiply_masks(weights, name), name)
-    _check_encoder(weights, config, name)
+        weights |= read_file(folder / file)
+    if peft := next((key for key in weights if ".base_layer." in key or ".lora_" in key), None):
+        raise UserError(f"{name} has adapters of PEFT ({peft}): merge them into the weights first (merge_and_unload)")
+    if odd := [key for key in weights if WRAPPER.search(key) or (key.endswith(f".{WORDS}") and key != ENCODER + WORDS)]:
+        print(f"{name} names its weights {odd[0]} and the like: they are read as BERT's")
+    weights = berts_names(_multiply_masks(weights, name), name)
+    shapes = _shapes(config)
+    pooler = {key: shapes.pop(key) for key in POOLER_WEIGHTS}
+    check_tensors(weights, shapes, name)
+    if not pooler.keys().isdisjoint(weights):
+        check_tensors(weights, pooler, name)
+        if (folder / POOLER).is_file():
+            print(f"{name} has a pooler among its weights: its {POOLER} is not read")
+    elif path := find_pooler(name):
+        beside = read_file(path)
+        check_tensors(beside, pooler, path)
+        weights |= {key: beside[key] for key in pooler}
+    known = {*shapes, *pooler, *(f"{ENCODER}embeddings.{buffer}" for buffer in ("position_ids", "token_type_ids"))}
+    if more := sorted(key for key in weights.keys() - known if key.startswith(ENCODER)):
+        raise UserError(f"{name} has {more[0]}, which the BERT of its config.json does not have ({len(more)} tensors)")
     return weights
 
 
-def read_pooler(path: Path, config: BertConfig) -> dict[str, Tensor]:
-    """Read the pooler beside a model whose class has none. Raises `UserError`."""
-    weights = _read_file(path)
-    shapes = {f"{ENCODER}{key}": p.shape for key, p in _empty(config).named_parameters() if key.startswith("pooler.")}
-    _check_tensors(weights, shapes, str(path))
-    return {key: weights[key] for key in shapes}
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file of weights; those in a training's file from its entry for them, which is said."""
     _check_file(path)
     try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        found: Any = torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
         nested = next((key for key in NESTED if isinstance(found.get(key), Mapping)), None)
         if nested:
             print(f"{path} is the file of a training: its {nested!r} is read")
@@ -152,7 +139,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             why = "there is no such file"
         elif not path.stat().st_size:
             why = "it is empty"
-        elif path.suffix != ".safetensors":
+        elif path.suffix == ".bin":
             why = "it is damaged, or holds more than tensors, whose code is not run: save the model's state_dict() instead"
         raise UserError(f"cannot load a BERT checkpoint from the folder {path.parent}: {path.name}: {why}") from None
     return tensors
@@ -170,69 +157,40 @@ def _multiply_masks(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return weights
 
 
-def _check_encoder(weights: Mapping[str, Tensor], config: BertConfig, name: str) -> None:
-    """Raise `UserError` unless the encoder's tensors are all there, but for its pooler, and no others."""
-    shapes = {f"{ENCODER}{key}": p.shape for key, p in _empty(config).named_parameters()}
-    if POOLER_WEIGHTS.isdisjoint(weights):
-        shapes = {key: shape for key, shape in shapes.items() if key not in POOLER_WEIGHTS}
-    if peft := next((key for key in weights if ".base_layer." in key or ".lora_" in key), None):
-        raise UserError(f"{name} has adapters of PEFT ({peft}): merge them into the weights first (merge_and_unload)")
-    _check_tensors(weights, shapes, name)
-    known = {*shapes, *(f"{ENCODER}embeddings.{buffer}" for buffer in ("position_ids", "token_type_ids"))}
-    if more := sorted(key for key in weights.keys() - known if key.startswith(ENCODER)):
-        raise UserError(f"{name} has {more[0]}, which the BERT of its config.json does not have ({len(more)} tensors)")
-
-
-def _check_tensors(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], name: str) -> None:
+def check_tensors(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: object) -> None:
     """Raise `UserError` unless there are finite tensors of these shapes."""
     if missing := shapes.keys() - weights.keys():
-        raise UserError(f"{name} lacks {min(missing)} ({len(missing)} tensors of BERT's encoder)")
+        raise UserError(f"{source} lacks {min(missing)} ({len(missing)} tensors of BERT's encoder)")
     for key, shape in shapes.items():
         tensor = weights[key]
         if tensor.dtype not in FLOATS:
-            raise UserError(f"{key} of {name} is {tensor.dtype}, not floating-point: a quantized model cannot be pruned")
+            raise UserError(f"{key} of {source} is {tensor.dtype}, not floating-point: a quantized model cannot be pruned")
         if tensor.shape != shape:
-            raise UserError(
-                f"{key} of {name} has another shape than in its config.json: {tuple(tensor.shape)}, not {tuple(shape)}"
-            )
-        check_finite(key, tensor, name)
+            raise UserError(f"{key} of {source} has another shape than in the model: {tuple(tensor.shape)}, not {tuple(shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{key} of {source} is not finite: the file is damaged, or its training diverged")
 
 
-def check_finite(key: str, tensor: Tensor, source: object) -> None:
-    """Raise `UserError` unless all values of a tensor are finite."""
-    if not tensor.isfinite().all():
-        raise UserError(f"{key} of {source} is not finite: the file is damaged, or its training diverged")
-
-
-def _berts_names(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Rename weights as in a BERT with a head: without what a wrapper or a class around it puts in front, which is said."""
+def berts_names(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Rename tensors as in a BERT with a head, without prefixes of wrappers. Raises `UserError` unless there is one BERT."""
     old = {WRAPPER.sub("", key): key for key in weights}
     if len(old) != len(weights):
         raise UserError(f"{name} has some weights twice, of which one is inside a wrapper of torch")
-    places = [key.removesuffix(WORDS) for key in old if key == WORDS or key.endswith(f".{WORDS}")]
+    places = [key.removesuffix(WORDS) for key in old if f".{key}".endswith(f".{WORDS}")]
     if len(places) != 1:
-        several = (
-            f"has {len(places)} BERTs among its weights ({', '.join(places)})"
-            if places
-            else f"has no BERT among its weights (no {WORDS})"
-        )
-        raise UserError(f"{name} {several}: one is needed")
+        raise UserError(f"{name} has {len(places)} BERTs among its weights ({', '.join(places) or f'no {WORDS}'}): one is needed")
     place = places[0]  # of the encoder's weights
-    around = place.removesuffix(ENCODER) if f".{place}".endswith(f".{ENCODER}") else place
     kind = place.rstrip(".").rpartition(".")[2]
     if kind != "bert" and kind in CONFIG_MAPPING_NAMES:
         raise UserError(f"{name} has the weights of a {kind} model ({place}{WORDS}); this package prunes BERT encoders")
+    around = place.removesuffix(ENCODER) if kind == "bert" else place
     renamed: dict[str, Tensor] = {}
     for key, source in old.items():
-        inner = key.removeprefix(place) if key.startswith(place) else ""
-        if place != around or inner.startswith(("embeddings.", "encoder.", "pooler.")):
-            new = ENCODER + inner if inner else key.removeprefix(around)
-        else:
-            new = key.removeprefix(around)
+        inner = key.removeprefix(place)
+        in_encoder = key.startswith(place) and inner.startswith(("embeddings.", "encoder.", "pooler."))
+        new = ENCODER + inner if in_encoder else key.removeprefix(around)
         new = new.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if new in renamed:
             raise UserError(f"{name} has two weights that may be its {new}, one of them {source}")
         renamed[new] = weights[source]
-    if around or any(key != source for key, source in old.items()):
-        print(f"{name} names its weights {old[place + WORDS]} and the like: read as {ENCODER}{WORDS}")
     return renamed

@@ -39,15 +39,23 @@ def levels_done(run: Path) -> int:
     return done
 
 
+def find_level(run: Path, level: int | None) -> int:
+    """Return the number of a finished level, the newest unless `level` is given. Raises `UserError` if there is none."""
+    done = levels_done(run)
+    if not done:
+        raise UserError(f"{run} has no finished level")
+    if level is not None and not 0 <= level < done:
+        raise UserError(f"{run} has no finished level {level}; its levels are 0 to {done - 1}")
+    return done - 1 if level is None else level
+
+
 def read_run(run: Path) -> dict[str, Any]:
     """Read run.json. Raises `Damaged` if it is missing or damaged, `UserError` if it has another format."""
     if not (run / "run.json").is_file():
         raise Damaged(f"{run} is not a run directory: it has no run.json")
     about = read_checksummed(run / "run.json")
-    if about.get("format") != FORMAT:
-        raise UserError(
-            f"{run} has format {about.get('format')}, and this version reads format {FORMAT}: give another --output-dir"
-        )
+    if (found := about.get("format")) != FORMAT:
+        raise UserError(f"{run} has format {found}, and this version reads format {FORMAT}: give another --output-dir")
     return about
 
 

@@ -40,17 +40,14 @@ def _by_content(cfg: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"model": fingerprint(cfg.model), "init": of_init(cfg.init)}
     if cfg.settings.mask is not None:
         found["mask"] = fingerprint(cfg.settings.mask)
-    if cfg.data_dir is not None and Path(cfg.data_dir).is_dir():
-        found["data_dir"] = of_files(data_files(cfg.task, Path(cfg.data_dir))) or str(Path(cfg.data_dir).resolve())
+    if cfg.data_dir is not None and (folder := Path(cfg.data_dir)).is_dir():
+        if cfg.kind == "glue":
+            files = glue_files.files_of(folder, glue_files.ROWS[cfg.task])
+        else:
+            names = squad_files.FILES if cfg.kind == "squad" else text_source.FILES
+            files = {split: folder / file for split, file in names.items()}
+        found["data_dir"] = of_files(files) or str(folder.resolve())
     return found
-
-
-def data_files(task: str, folder: Path) -> dict[str, Path]:
-    """Return the files of a --data-dir that a task reads, by split. They need not exist."""
-    if task in glue_files.ROWS:
-        return glue_files.files_of(folder, glue_files.ROWS[task])
-    files = squad_files.FILES if task == "squad" else text_source.FILES
-    return {split: folder / file for split, file in files.items()}
 
 
 def with_absolute_folders(cfg: Config) -> dict[str, Any]:

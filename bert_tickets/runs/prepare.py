@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bert_tickets.config import Config, MethodSettings
+from bert_tickets.config import Config
 from bert_tickets.content import fingerprint
-from bert_tickets.data.batches import Batches, Store
+from bert_tickets.data.batches import Batches
 from bert_tickets.errors import UserError
 from bert_tickets.files import has_facts, read_facts, read_tensors, sha256_of
 from bert_tickets.masking.mask import Mask
@@ -39,7 +37,17 @@ def prepare(task: Task, run: Run) -> Session:
         raise UserError(f"--batch-size {cfg.train.batch_size} cannot be divided into {parts} parts")
     net, tokenizer = _load_net(task, cfg)
     train_set, evals = group.main_first(lambda: task.load_data(cfg, tokenizer, device))
-    run.describe(_fingerprint(cfg, net, device, precision, train_set, evals))
+    fingerprints = {  # they must not change when a run is resumed
+        "device": device.type,
+        "precision": precision,
+        "model": sha256_of(encoder_weights(net)),
+        "init": _init_facts(cfg.init),
+        "head": sha256_of(head_weights(net)),
+        "architecture": {key: value for key, value in net.config.to_dict().items() if key in ARCHITECTURE},
+        "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
+        "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},
+    }
+    run.describe(fingerprints)
     batches = Batches(
         train_set,
         cfg.train.batch_size,
@@ -56,39 +64,18 @@ def prepare(task: Task, run: Run) -> Session:
 
 
 def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:
-    """Load the network and its tokenizer. If the mask covers the word embeddings, untie the MLM decoder from them."""
+    """Load the network and its tokenizer. If masks cover the word embeddings, untie the MLM decoder. Raises `UserError`."""
     net, tokenizer = task.load_net(cfg)
     limit = net.config.max_position_embeddings
     if cfg.max_length > limit:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
-    if WORD_EMBEDDINGS in _covered(net, cfg.settings) and cfg.task == "mlm":
+    covered: Collection[str] = prunable(net, cfg.settings.prunable)
+    if cfg.settings.mask is not None:
+        covered = mask = Mask.load(cfg.settings.mask)
+        mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
+    if WORD_EMBEDDINGS in covered and cfg.task == "mlm":
         untie_decoder(net)
     return net, tokenizer
-
-
-def _covered(net: Net, settings: MethodSettings) -> Collection[str]:
-    """The parameters that the run's masks cover. Raises `UserError` for a given mask that does not fit the network."""
-    if settings.mask is None:
-        return prunable(net, settings.prunable).keys()
-    mask = Mask.load(settings.mask)
-    mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
-    return mask.keys()
-
-
-def _fingerprint(
-    cfg: Config, net: Net, device: torch.device, precision: str, train_set: Store, evals: Mapping[str, Store]
-) -> dict[str, Any]:
-    """Return the fingerprints in run.json, which must not change when a run is resumed."""
-    return {
-        "device": device.type,
-        "precision": precision,
-        "model": sha256_of(encoder_weights(net)),
-        "init": _init_facts(cfg.init),
-        "head": sha256_of(head_weights(net)),
-        "architecture": {key: value for key, value in net.config.to_dict().items() if key in ARCHITECTURE},
-        "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
-        "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},
-    }
 
 
 def _init_facts(init: str) -> dict[str, Any] | None:

@@ -29,10 +29,9 @@ def print_finished(cfg: Config) -> bool:
     if not (run / "run.json").exists():
         return False
     check_run(run)
-    if not is_finished(cfg):
-        return False
-    print_levels(run, cfg)
-    return True
+    if finished := is_finished(cfg):
+        print_levels(run, cfg)
+    return finished
 
 
 def print_levels(run: Path, cfg: Config) -> None:
@@ -45,8 +44,7 @@ def print_levels(run: Path, cfg: Config) -> None:
 
 
 def level_lines(run: Path) -> Iterator[str]:
-    """Format a table of the finished levels (sparsity, metrics, difference to the dense level, mask distance, seconds), then
-    their warnings, and the reason if the next level diverged."""
+    """Format a table of the finished levels, then their warnings, and the reason if the next level diverged."""
     lines, spent = results(run), seconds(run)
     if lines:
         metric, names = lines[0]["metric"], list(lines[0]["metrics"])
@@ -54,16 +52,10 @@ def level_lines(run: Path) -> Iterator[str]:
         rows = [["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"]]
         for line in lines:
             level, value, star = line["level"], line["metrics"][metric], "*" * bool(line["warnings"])
-            rows.append(
-                [
-                    str(level),
-                    f"{line['sparsity']:.1%}",
-                    *(_number(line["metrics"].get(name)) + star for name in names),
-                    f"{value - dense:+.4f}" if dense is not None and value is not None else "-",
-                    _number(line.get("mask_distance")),
-                    f"{spent[level]:.1f}" if level in spent else "-",
-                ]
-            )
+            row = [str(level), f"{line['sparsity']:.1%}", *(_number(line["metrics"].get(name)) + star for name in names)]
+            row.append(f"{value - dense:+.4f}" if dense is not None and value is not None else "-")
+            row += [_number(line.get("mask_distance")), f"{spent[level]:.1f}" if level in spent else "-"]
+            rows.append(row)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

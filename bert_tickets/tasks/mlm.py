@@ -45,8 +45,9 @@ class Mlm(Task):
             raise UserError(f"the tokenizer of {cfg.model} has no [MASK], which masked language modelling needs")
         self.mask_id, self.vocabulary = tokenizer.mask_token_id, len(tokenizer)
         texts = find_texts(cfg.data_dir)
-        train = load_corpus(texts["train"], tokenizer, cfg.max_length, cfg.limit_train, device)
-        held_out = load_corpus(texts["validation"], tokenizer, cfg.max_length, cfg.limit_eval, device, self.mask_blocks)
+        train = load_corpus(texts["train"], tokenizer, cfg.max_length, cfg.limit_train, device=device)
+        masked = {"device": device, "augment_batch": self.mask_blocks}
+        held_out = load_corpus(texts["validation"], tokenizer, cfg.max_length, cfg.limit_eval, **masked)
         print(
             f"{len(train):,} blocks of {cfg.max_length} tokens to train on, {len(held_out):,} to evaluate on; "
             f"their unigram entropy is {held_out.unigram_entropy:.3f} nats per token"

@@ -86,7 +86,7 @@ def test_every_form_of_weights_is_counted(folder, mask, capsys, form):
     out = capsys.readouterr().out
     assert f"{FIRST}    25.0000% zero, 256 of 1,024\n" in out
     assert f"{FIRST.replace('query', 'key')}       0.0000% zero, 0 of 1,024\n" in out
-    assert out[out.index("read from") :].count("\n") == 1 + 13 + 1
+    assert out[out.index(f"{folder}\n") :].count("\n") == 1 + 13 + 1
     assert "1.4706% zero, 256 of 17,408\n" in out
     assert "fit" not in out
     assert verified(folder, "--mask", mask) == 0
@@ -153,7 +153,7 @@ def wrong_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (other_model, "has no BERT among its weights"),
+        (other_model, "has 0 BERTs among its weights"),
         (quantized, "is torch.int8, not floating-point"),
         (with_code, "my-bert: pytorch_model.bin: "),
         (damaged, "my-bert: model.safetensors: "),

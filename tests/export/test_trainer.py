@@ -51,7 +51,7 @@ class Recorded(Trainer):
     """A Trainer on the steps' batches, in this order, which records its losses."""
 
     def get_train_dataloader(self) -> DataLoader:
-        batches = [padded(batch) | {"labels": batch.labels} for batch in map(BATCHES.__getitem__, range(STEPS))]
+        batches = [padded(batch) | {"labels": batch.labels} for i in range(STEPS) for batch in BATCHES.parts(i)]
         return DataLoader(batches, collate_fn=lambda alone: alone[0])
 
     def compute_loss(self, *arguments, **options):

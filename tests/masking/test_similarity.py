@@ -160,8 +160,8 @@ def test_two_masks_by_part(run, tmp_path, capsys):
         ("a/level_00", "give at least two masks"),
         ("a b a --by kind", "--by kind compares two masks, and 3 were given"),
         ("a/level_00 other.safetensors --level 0", "--level 0 has no effect"),
-        ("a b --level 7", "a has no level 7; its levels are 0 to 1"),
-        ("a .", ". holds no mask"),
+        ("a b --level 7", "a has no finished level 7; its levels are 0 to 1"),
+        ("a .", ". has no finished level"),
         (
             "a other.safetensors",
             "a/level_01/mask.safetensors and other.safetensors cannot be compared: the mask covers bert.pooler.dense.weight",

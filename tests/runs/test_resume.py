@@ -238,10 +238,10 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(runs, expected, monkeypatch,
 
 
 def test_a_full_disk_under_a_kept_model_is_an_os_error(runs, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("bert_tickets.modeling.loading.save_plain", full)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(OSError, match=r"cannot write runs/.*/model: .*No space left"):
         runs("run", "--keep-models")
     assert not list(runs.place.glob("run/runs/*/.*"))

@@ -244,7 +244,7 @@ def test_the_head_is_the_checkpoints_also_with_the_names_of_published_ones(net, 
 
 def test_the_head_of_a_checkpoint_without_one_is_drawn_by_the_seed(bert_dir, capsys):
     first, same_seed, other = (load_bert(str(bert_dir), "mlm", "pretrained", seed)[0] for seed in (1, 1, 2))
-    assert capsys.readouterr().out.count("has no head for masked language modelling: its transform is drawn at random") == 3
+    assert capsys.readouterr().out.count("lacks all of a head for masked language modelling: drawn at random") == 3
     assert torch.equal(first.cls.predictions.transform.dense.weight, same_seed.cls.predictions.transform.dense.weight)
     assert not torch.equal(first.cls.predictions.transform.dense.weight, other.cls.predictions.transform.dense.weight)
     assert (first.cls.predictions.transform.LayerNorm.weight == 1).all()

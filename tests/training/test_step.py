@@ -53,7 +53,7 @@ def ours(setting, weight_decay: float):
     net = copy.deepcopy(net)
     step = masked_step(net, loss, mask, settings(weight_decay))
     torch.manual_seed(1)
-    losses = [step(batches[i], 3e-3).item() for i in range(STEPS)]
+    losses = [step(batches.parts(i)[0], 3e-3).item() for i in range(STEPS)]
     return losses, dict(net.named_parameters())
 
 
@@ -81,7 +81,7 @@ def by_hand(setting, weight_decay: float, *, after_the_step: bool):
     torch.manual_seed(1)
     losses = []
     for i in range(STEPS):
-        value = loss(net, batches[i])
+        value = loss(net, batches.parts(i)[0])
         value.backward()
         torch.nn.utils.clip_grad_norm_(in_order, 1.0)
         optimizer.step()
@@ -112,7 +112,7 @@ def test_masking_the_weights_after_the_step_differs(setting):
     _, other = by_hand(setting, 0.0, after_the_step=True)
     assert max((weights[name] - other[name]).abs().max() for name in weights) > 1e-4
     net, _, batches, loss = setting
-    loss(net, batches[0]).backward()
+    loss(net, batches.parts(0)[0]).backward()
     assert torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0) > 1
 
 
@@ -128,7 +128,7 @@ def test_weights_pruned_by_any_mask_stay_zero_and_the_others_move(setting, cover
     mask, before = prune(Mask.ones(weights), magnitude(weights), 0.4), snapshot(net)
     step = masked_step(net, loss, mask, settings(0.01))
     for i in range(10):
-        step(batches[i], 3e-3)
+        step(batches.parts(i)[0], 3e-3)
     moments, moved = step.moments(), []
     for name, p in net.named_parameters():
         kept = mask.get(name, torch.ones_like(p, dtype=torch.bool))
@@ -153,7 +153,7 @@ def test_further_leaves_train_beside_the_network_with_an_optimizer_by_name(setti
     step = Step(scaled, params, settings(0.0), Mask(dict(gate) | dict(mask)), CPU, optimizer="adam")
     assert type(step.optimizer) is torch.optim.Adam
     for i in range(5):
-        step(batches[i], 0.1)
+        step(batches.parts(i)[0], 0.1)
     assert scale < 1
     assert scores[gate["scores"]].min() > 0.3
     assert (scores[~gate["scores"]] == 0).all()
@@ -175,10 +175,10 @@ def test_clipping_in_adamw_equals_torchs_clipping_in_half_precision(setting, pre
     optimizer = torch.optim.AdamW(decay_groups(other, 0.01), lr=1e-3, eps=1e-8, fused=True)
     for i, factor in enumerate(factors):
         torch.manual_seed(i)
-        found = step(batches[i], 1e-3)
+        found = step(batches.parts(i)[0], 1e-3)
         torch.manual_seed(i)
         with torch.autocast("cpu", torch.float16 if precision == "fp16" else torch.bfloat16):
-            expected = with_gradient(loss(other, batches[i]), lambda _, factor=factor: factor)
+            expected = with_gradient(loss(other, batches.parts(i)[0]), lambda _, factor=factor: factor)
         scaler.scale(expected).backward()
         for name, kept in mask.items():
             other.get_parameter(name).grad.mul_(kept)
