@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bert_tickets.errors import Damaged, UserError, cause
-from bert_tickets.files import file_sha256, read_checksummed, write_checksummed
+from bert_tickets.files import file_sha256, read_checksummed, read_json, write_checksummed
 
 PREFIX = "sha256:"
 SMALL = 2**20  # bytes; hashing them takes no longer than the cache
@@ -40,8 +40,20 @@ def fingerprint(value: str) -> str:
 
 
 def first_file(folder: Path, names: Iterable[str]) -> Path | None:
-    """Return the first file of these names that a folder has."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    """Return the first file of these names that a folder has. Raises `UserError` if `check_file` does."""
+    for name in names:
+        check_file(folder / name)
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def check_file(path: Path) -> None:
+    """Raise `UserError` for a link without a file, and for a pointer of Git LFS."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to a file that does not exist")
+    if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -54,7 +66,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def shards(index: Path) -> list[str]:
     """Return the names of the files that an index of weights lists. Raises `UserError`."""
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(name).name != name for name in names):
             raise ValueError(f"they are {names}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

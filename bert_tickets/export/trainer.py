@@ -40,10 +40,15 @@ def load_ticket(folder: str | Path, head: type | None = None, **options: Any) ->
             raise UserError(f"{folder} has no {name}: it is not an exported ticket. {how}")
     mask, weights = Mask.load(folder / MASK), folder_weights(folder)
     try:
+        types = {key: options.pop(key) for key in ("dtype", "torch_dtype") if key in options}  # "auto" is no field of it
         config, others = transformers.AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
         own = "BertForSequenceClassification" if "num_labels" in options else (config.architectures or ["BertModel"])[0]
         kind: Any = head or getattr(transformers, own)
-        settings = {"config": config, "state_dict": weights, "ignore_mismatched_sizes": True, **others}
+        if hasattr(kind, "_model_mapping"):  # an AutoModel
+            kind = kind._model_mapping[type(config)]
+        if not issubclass(kind, transformers.BertPreTrainedModel):
+            raise TypeError(f"{kind.__name__} is not a class of BERT such as BertForTokenClassification")
+        settings = {"config": config, "state_dict": weights, "ignore_mismatched_sizes": True, **types, **others}
         model, info = kind.from_pretrained(None, output_loading_info=True, **settings)
     except Exception as error:  # the library raises a dozen types for options that do not fit
         raise UserError(f"cannot load a BERT from {folder}: {type(error).__name__}: {first_line(error)}") from None

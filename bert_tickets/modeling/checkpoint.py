@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bert_tickets.content import CONFIGS, POOLER, SETTINGS, TOKENIZERS, WEIGHTS, shards
+from bert_tickets.content import CONFIGS, POOLER, SETTINGS, TOKENIZERS, WEIGHTS, first_file, shards
 from bert_tickets.errors import UserError
 from bert_tickets.hub import Repository
 
@@ -31,7 +31,7 @@ def find_pooler(name: str) -> Path | None:
     """Return the file of a checkpoint's pooler; None if it is certain that it has none."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder / POOLER if (folder / POOLER).is_file() else None
+        return first_file(folder, [POOLER])
     return _model(name).fetch(POOLER)
 
 

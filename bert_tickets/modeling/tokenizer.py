@@ -20,6 +20,17 @@ from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
 
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+CLASSES = ("BertTokenizer", "BertTokenizerFast")
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(SPECIAL, (str, dict)),
+    "additional_special_tokens": (list, dict),
+    "extra_special_tokens": (list, dict),
+    "added_tokens_decoder": (dict,),
+    "tokenizer_class": (str,),
+    "model_max_length": (int, float),
+    "truncation_side": (str,),
+    "padding_side": (str,),
+}
 KEPT = ("model_max_length", "truncation_side", "padding_side")
 FLAGS = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
 BERT: dict[str, dict[str, Any]] = {  # the rules of transformers' BertTokenizer besides its flags
@@ -28,7 +39,7 @@ BERT: dict[str, dict[str, Any]] = {  # the rules of transformers' BertTokenizer 
     "pre_tokenizer": {"type": "BertPreTokenizer"},
 }
 # What a vocab.txt by itself is for. Other values of these settings are of tokenizers with more rules.
-PLAIN = {"tokenizer_class": "BertTokenizer", "do_basic_tokenize": True, "word_tokenizer_type": "basic"}
+PLAIN = {"do_basic_tokenize": True, "word_tokenizer_type": "basic"}
 PLAIN |= {"subword_tokenizer_type": "wordpiece", "never_split": [], "auto_map": {}}
 
 
@@ -68,7 +79,8 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
         own("a")  # fails for settings that no call can use
         whole = {str(token) for token in [*tokenizer.get_added_tokens_decoder().values(), *map(settings.get, SPECIAL)]}
         tokens = [*settings["added_tokens_decoder"].values(), *settings["additional_special_tokens"]]
-        if split := sorted({str(token) for token in tokens} - whole):
+        named = sorted({str(token) for token in tokens} - whole)
+        if split := [text for text in named if len(tokenizer.encode(text, add_special_tokens=False).ids) != 1]:
             print(f"{name}: {', '.join(split)} are added tokens by its settings, and not in its {file.name}: they are split")
     except UserError:
         raise
@@ -81,16 +93,26 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
 def _settings(folder: Path) -> dict[str, Any]:
     """Read the files of settings, with tokens as `AddedToken`s. The class of the tokenizer may be in config.json."""
     files = [folder / file for file in ("config.json", "tokenizer_config.json", "special_tokens_map.json")]
-    model, own, special = (read_json(file) if file.is_file() else {} for file in files)
-    kind = own.get("tokenizer_class") or model.get("tokenizer_class") or "BertTokenizer"
-    found = own | special | {"tokenizer_class": kind.removesuffix("Fast")}
+    model, own, special = (_read(file) for file in files)
+    found = own | special | {"tokenizer_class": own.get("tokenizer_class") or model.get("tokenizer_class") or CLASSES[0]}
+    for key, kinds in TYPES.items():
+        if found.get(key) is not None and not isinstance(found[key], kinds):
+            kind = " or ".join(kind.__name__ for kind in kinds)
+            raise UserError(f'{folder}: the tokenizer\'s "{key}" is {json.dumps(found[key])[:100]}, not a JSON {kind}')
     extra = found.get("additional_special_tokens") or found.get("extra_special_tokens") or []
     found["additional_special_tokens"] = [_token(value) for value in (extra.values() if isinstance(extra, dict) else extra)]
     added = {int(number): _token(token) for number, token in (found.get("added_tokens_decoder") or {}).items()}
-    if not added and (folder / "added_tokens.json").is_file():
-        added = {number: AddedToken(text) for text, number in read_json(folder / "added_tokens.json").items()}
+    added = added or {number: AddedToken(text) for text, number in _read(folder / "added_tokens.json").items()}
     found["added_tokens_decoder"] = added
     return found | {key: _token(found.get(key) or default) for key, default in SPECIAL.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one if there is no such file."""
+    found = read_json(path) if first_file(path.parent, [path.name]) else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
 
 
 def _token(value: str | dict[str, Any]) -> AddedToken:
@@ -123,7 +145,7 @@ def _class(tokenizer: Tokenizer, settings: Mapping[str, Any], special: Mapping[s
     """Return the class that opens the saved files, with its flags: BERT's if it makes the same tokenizer, else that of any."""
     rules = json.loads(tokenizer.to_str())
     same = all(BERT[part].items() <= (rules[part] or {}).items() for part in BERT) and tokenizer.encode("a", "a").type_ids[-1]
-    bert = same and settings["tokenizer_class"] == "BertTokenizer" and special.keys() == SPECIAL.keys()
+    bert = same and settings["tokenizer_class"] in CLASSES and special.keys() == SPECIAL.keys()
     known = (rules["normalizer"] or {}) | (rules["pre_tokenizer"] or {})
     flags = {key: known[rule] for key, rule in (FLAGS | {"add_prefix_space": "add_prefix_space"}).items() if rule in known}
     return {"tokenizer_class": "BertTokenizer" if bert else "PreTrainedTokenizerFast"} | flags
@@ -131,7 +153,9 @@ def _class(tokenizer: Tokenizer, settings: Mapping[str, Any], special: Mapping[s
 
 def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> str:
     """Make BERT's tokenizer with the vocabulary of a file. Warns if its normalizer alters entries, so that they never occur."""
-    if rules := {key: settings[key] for key, value in PLAIN.items() if settings.get(key) not in (None, value)}:
+    rules = {key: settings[key] for key, value in PLAIN.items() if settings.get(key) not in (None, value)}
+    if rules or settings["tokenizer_class"] not in CLASSES:
+        rules["tokenizer_class"] = settings["tokenizer_class"]
         raise UserError(f"{path} is not for BERT's own rules ({json.dumps(rules)}): save the tokenizer as tokenizer.json")
     options: dict[str, Any] = {key: settings[key] for key in SPECIAL}
     for key, rule in FLAGS.items():

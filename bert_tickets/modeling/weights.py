@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig, BertModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from bert_tickets.content import CONFIGS, POOLER, SETTINGS, TOKENIZERS, WEIGHTS, first_file, shards
+from bert_tickets.content import CONFIGS, POOLER, WEIGHTS, check_file, first_file, shards
 from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
 from bert_tickets.modeling.checkpoint import find_pooler
@@ -24,6 +26,12 @@ DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dr
 # The fields of config.json that describe the network. All others, such as output_attentions, have their defaults.
 NETWORK: tuple[str, ...] = SIZES + DROPOUT
 NETWORK += ("hidden_act", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id", "tie_word_embeddings")
+RANGES: tuple[tuple[Sequence[str], Callable[[Any], bool], str], ...] = (
+    ((*SIZES, "type_vocab_size"), lambda x: isinstance(x, int) and x >= 1, "a whole number of at least 1"),
+    (DROPOUT, lambda x: x is None or (isinstance(x, float | int) and 0 <= x < 1), "a probability below 1"),
+    (("initializer_range", "layer_norm_eps"), lambda x: isinstance(x, float | int) and 0 <= x < math.inf, "0 or more"),
+    (("hidden_act",), lambda x: isinstance(x, str) and x in ACT2FN, "an activation that transformers has"),
+)
 # The fields that make another network of it, unless they have these values.
 FIXED = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
 FIXED |= {"position_embedding_type": "absolute", "quantization_config": None}
@@ -37,8 +45,6 @@ NESTED = ("state_dict", "model_state_dict", "model", "module")  # where a traini
 
 def read_config(folder: Path, name: str, labels: int) -> BertConfig:
     """Read the configuration of the checkpoint `name`, for a head of `labels` labels. Raises `UserError` unless it is a BERT."""
-    for file in (*CONFIGS, *WEIGHTS, *TOKENIZERS, *SETTINGS, POOLER):
-        _check_file(folder / file)
     if adapters := sorted(path.name for path in folder.glob("adapter_[cm]*")):
         raise UserError(f"{name} has an adapter ({', '.join(adapters)}): merge it into the weights first, or remove its files")
     path = first_file(folder, CONFIGS)
@@ -50,7 +56,9 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
     kind = values.get("model_type")
     if path.name == CONFIGS[1]:
         print(f"{name} has no config.json: {path.name} is read")
-    elif kind is None and "'Bert" not in str(values.get("architectures")):
+    elif kind is None and not values.get("architectures"):
+        print(f'{path} has no "model_type": only its weights and its tokenizer show that it is a BERT')
+    elif kind is None and "'Bert" not in str(values["architectures"]):
         raise UserError(f'{path} has no "model_type": if the model is a BERT, add "model_type": "bert"')
     if kind not in (None, "bert"):
         raise UserError(f"{path} is of a model of type {kind}; this package prunes BERT encoders")
@@ -61,22 +69,16 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
         print(f"{path} names code of its own (auto_map), which is not run: the network is transformers' BERT")
     if missing := [key for key in SIZES if key not in values]:
         raise UserError(f"{path} has no {', '.join(missing)}")
+    for keys, valid, what in RANGES:
+        for key in keys:
+            if key in values and not valid(values[key]):
+                raise UserError(f'{path}: "{key}" is {values[key]!r}, not {what}')
     try:
         config = BertConfig(num_labels=labels, **{key: values[key] for key in NETWORK if key in values})
-        if wrong := [key for key in DROPOUT if not 0 <= (getattr(config, key) or 0) < 1]:
-            raise ValueError(f"{wrong[0]} is {values[wrong[0]]!r}, not a probability below 1")
         _shapes(config)
     except Exception as error:
         raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: {path.name}: {cause(error)}") from None
     return config
-
-
-def _check_file(path: Path) -> None:
-    """Raise `UserError` for a link without a file, and for a pointer of Git LFS."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to a file that does not exist")
-    if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
 
 
 def _shapes(config: BertConfig) -> dict[str, torch.Size]:
@@ -90,16 +92,16 @@ def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tenso
 
     Raises `UserError` unless its encoder is whole and has the configuration's shapes. Its pooler may be beside it, or missing.
     """
-    found = [file for file in WEIGHTS if (folder / file).is_file()]
-    if not found:
+    path = first_file(folder, WEIGHTS)
+    if path is None:
         others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size > 1 << 20)
         large = f"; its large files are {', '.join(others)}" if others else ""
         raise UserError(f"cannot load a BERT checkpoint from the folder {folder}: it has none of {', '.join(WEIGHTS)}{large}")
-    if len(found) > 1:
-        newer = " (newer)" if (folder / found[1]).stat().st_mtime > (folder / found[0]).stat().st_mtime else ""
-        print(f"{name} has two files of weights: {found[0]} is read, and {', '.join(found[1:])}{newer} is not")
+    for other in [folder / file for file in WEIGHTS if (folder / file).is_file() and file != path.name]:
+        newer = " (newer)" if other.stat().st_mtime > path.stat().st_mtime else ""
+        print(f"{name} has two files of weights: {path.name} is read, and {other.name}{newer} is not")
     weights: dict[str, Tensor] = {}
-    for file in shards(folder / found[0]) if found[0].endswith(".json") else found[:1]:
+    for file in shards(path) if path.suffix == ".json" else [path.name]:
         weights |= read_file(folder / file)
     if peft := next((key for key in weights if ".base_layer." in key or ".lora_" in key), None):
         raise UserError(f"{name} has adapters of PEFT ({peft}): merge them into the weights first (merge_and_unload)")
@@ -113,9 +115,9 @@ def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tenso
         check_tensors(weights, pooler, name)
         if (folder / POOLER).is_file():
             print(f"{name} has a pooler among its weights: its {POOLER} is not read")
-    elif path := find_pooler(name):
-        beside = read_file(path)
-        check_tensors(beside, pooler, path)
+    elif own := find_pooler(name):
+        beside = read_file(own)
+        check_tensors(beside, pooler, own)
         weights |= {key: beside[key] for key in pooler}
     known = {*shapes, *pooler, *(f"{ENCODER}embeddings.{buffer}" for buffer in ("position_ids", "token_type_ids"))}
     if more := sorted(key for key in weights.keys() - known if key.startswith(ENCODER)):
@@ -125,11 +127,11 @@ def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tenso
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file of weights; those in a training's file from its entry for them, which is said."""
-    _check_file(path)
+    check_file(path)
     try:
         found: Any = torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
-        nested = next((key for key in NESTED if isinstance(found.get(key), Mapping)), None)
-        if nested:
+        nested = next((key for key in NESTED if isinstance(found.get(key), Mapping) and _has_bert(found[key])), None)
+        if nested and not _has_bert(found):
             print(f"{path} is the file of a training: its {nested!r} is read")
             found = found[nested]
         tensors = {str(key): x.to_dense() for key, x in found.items() if isinstance(x, Tensor) and not x.is_meta}
@@ -145,13 +147,20 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _has_bert(weights: Mapping) -> bool:
+    return any(f".{key}".endswith(f".{WORDS}") for key in weights)
+
+
 def _multiply_masks(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Multiply weights by the masks that `torch.nn.utils.prune` keeps beside them, which is said."""
     pruned = [key.removesuffix("_orig") for key in weights if key.endswith("_orig")]
     for key in pruned:
-        if f"{key}_mask" not in weights:
-            raise UserError(f"{name} has {key}_orig without its {key}_mask")
-        weights[key] = weights.pop(f"{key}_orig") * weights.pop(f"{key}_mask")
+        whole, mask = weights.pop(f"{key}_orig"), weights.pop(f"{key}_mask", None)
+        if mask is None or mask.shape != whole.shape or whole.dtype not in FLOATS or key in weights:
+            raise UserError(
+                f"{name} has {key}_orig, which needs a {key}_mask of its shape, floating-point, and no {key} beside it"
+            )
+        weights[key] = whole * mask.to(whole.dtype)
     if pruned:
         print(f"{name} has weights with masks, as torch.nn.utils.prune keeps them ({pruned[0]}_orig): they are multiplied")
     return weights

@@ -5,7 +5,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification, BertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    RobertaModel,
+)
 
 import bert_tickets
 from bert_tickets import load_ticket
@@ -21,12 +28,14 @@ from bert_tickets.masking.mask import Mask
         (BertForTokenClassification, {"num_labels": 9}, "classifier"),
         (BertForQuestionAnswering, {}, "qa_outputs"),
         (BertModel, {}, ""),
+        (AutoModelForSequenceClassification, {"dtype": "auto"}, ""),
     ],
 )
 def test_a_ticket_has_the_folders_weights_and_the_head_that_is_asked_for(exported, tokenizer, capsys, kind, options, drawn):
     folder = exported["rte"].trained
     model, loaded, mask = load_ticket(str(folder), kind, **options)
-    assert type(model) is (kind or BertForSequenceClassification)
+    is_auto = kind in (None, AutoModelForSequenceClassification)
+    assert type(model) is (BertForSequenceClassification if is_auto else kind)
     assert model.config.num_labels == options.get("num_labels", 2)
     assert mask == Mask.load(folder / "mask.safetensors")
     assert loaded("a good film").input_ids == tokenizer("a good film").input_ids
@@ -68,6 +77,8 @@ def test_what_is_not_a_ticket_is_a_sentence(exported, tmp_path):
         load_ticket(folder)
     with pytest.raises(UserError, match=r"nowhere has no config\.json"):
         load_ticket(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="RobertaModel is not a class of BERT"):
+        load_ticket(trained, RobertaModel)
     with pytest.raises(UserError, match="is a run; export one of its tickets"):
         load_ticket(run)
 

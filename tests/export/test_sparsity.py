@@ -157,7 +157,7 @@ def wrong_index(folder: Path) -> None:
         (quantized, "is torch.int8, not floating-point"),
         (with_code, "my-bert: pytorch_model.bin: "),
         (damaged, "my-bert: model.safetensors: "),
-        (bad_index, "model.safetensors.index.json is damaged: "),
+        (bad_index, "model.safetensors.index.json is not a JSON file"),
         (wrong_index, "it has no weight_map of names of files"),
         (without_weights, "and no weights (model.safetensors or pytorch_model.bin)"),
     ],

@@ -114,6 +114,13 @@ def test_a_checkpoint_without_a_pooler_gets_a_random_one(model, capsys):
     save_file({"bert.pooler.dense.weight": weights["pooler.dense.weight"]}, model / POOLER, FORMAT)
     with pytest.raises(UserError, match=rf"{POOLER} lacks bert\.pooler\.dense\.bias"):
         load(model)
+    (model / POOLER).unlink()
+    (model / POOLER).symlink_to(model / "purged")
+    with pytest.raises(UserError, match=rf"{POOLER} is a link to a file that does not exist"):
+        load(model)
+    save_file(weights, model / "model.safetensors", FORMAT)
+    (model / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
+    load(model)  # neither is read
 
 
 @pytest.mark.parametrize(
@@ -150,9 +157,12 @@ def test_weights_with_masks_of_torch_prune_are_multiplied_and_said(model, tmp_pa
     save_file(pruned | {f"{LAST}_mask": mask.float()}, model / "model.safetensors", FORMAT)
     assert torch.equal(load(model).get_parameter(f"bert.{LAST}"), weights[LAST] * mask)
     assert f"as torch.nn.utils.prune keeps them ({LAST}_orig)" in capsys.readouterr().out
-    save_file(pruned, model / "model.safetensors", FORMAT)
-    with pytest.raises(UserError, match=rf"has {LAST}_orig without its {LAST}_mask"):
-        load(model)
+    whole = pruned | {f"{LAST}_mask": mask.float()}
+    changes = ({f"{LAST}_mask": torch.ones(3)}, {LAST: torch.ones(2)}, {f"{LAST}_orig": weights[LAST].to(torch.int8)})
+    for wrong in (pruned, *(whole | change for change in changes)):
+        save_file(wrong, model / "model.safetensors", FORMAT)
+        with pytest.raises(UserError, match=rf"has {LAST}_orig, which needs a {LAST}_mask of its shape, floating-point"):
+            load(model)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "module"])
@@ -174,7 +184,6 @@ def test_the_file_of_a_training_and_sparse_tensors_are_read(model, bert_dir, cap
     [
         ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
         ("tokenizer.json", None, "a link to a file that does not exist"),
-        ("pooler.safetensors", None, "a link to a file that does not exist"),
         ("model.safetensors", "", "it is empty"),
         ("adapter_model.bin", "", r"has an adapter \(adapter_model.bin\): merge"),
     ],
@@ -300,8 +309,10 @@ def test_a_decoder_that_config_unties_and_the_weights_lack_is_drawn_and_said(wit
         ({"is_decoder": True}, {}, "or a decoder"),
         ({"model_type": "roberta"}, {}, "of type roberta"),
         ({"num_attention_heads": 3}, {}, r"config\.json: .*not a multiple of the number of attention heads"),
-        ({"hidden_act": "geluu"}, {}, r"config\.json: .*geluu"),
-        ({"hidden_dropout_prob": 1.0}, {}, r"config\.json: .*hidden_dropout_prob is 1.0, not a probability below 1"),
+        ({"hidden_act": "geluu"}, {}, r"hidden_act\" is 'geluu', not an activation"),
+        ({"num_attention_heads": -2}, {}, r"num_attention_heads\" is -2, not a whole number of at least 1"),
+        ({"layer_norm_eps": -1.0}, {}, r"layer_norm_eps\" is -1.0, not 0 or more"),
+        ({"hidden_dropout_prob": 1.0}, {}, r"hidden_dropout_prob\" is 1.0, not a probability below 1"),
         ({}, {"post_processor": None}, r"\[CLS\] and \[SEP\]"),
     ],
 )
@@ -359,10 +370,14 @@ def test_a_configuration_without_a_type_names_the_key_and_googles_own_is_read(mo
     del values["model_type"]
     (model / "config.json").write_text(json.dumps(values))
     load(model)  # its architectures name BERT's class
-    del values["architectures"]
-    (model / "config.json").write_text(json.dumps(values))
+    (model / "config.json").write_text(json.dumps(values | {"architectures": ["RobertaModel"]}))
     with pytest.raises(UserError, match=r'config\.json has no "model_type"'):
         load(model)
+    assert not capsys.readouterr().out
+    del values["architectures"]
+    (model / "config.json").write_text(json.dumps(values))
+    load(model)
+    assert 'has no "model_type": only its weights and its tokenizer show' in capsys.readouterr().out
     (model / "config.json").rename(model / "bert_config.json")
     load(model)
     assert "bert_config.json is read" in capsys.readouterr().out

@@ -198,7 +198,7 @@ def test_what_settings_say_otherwise_than_tokenizer_json_is_said(bert_dir, tmp_p
     (model / "added_tokens.json").write_text(json.dumps({"<x>": 200}))
     content = (model / "tokenizer.json").read_text()
     (model / "tokenizer.json").write_text(f"\ufeff{content}", encoding="utf-8")
-    (model / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["[E]", "[SEP]"]}))
+    (model / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["[E]", "[SEP]", "good"]}))
     tokenizer = load_bert(str(model), "classifier", "pretrained", 0)[1]
     assert "<x>, [E] are added tokens by its settings, and not in its tokenizer.json: they are split" in capsys.readouterr().out
     assert tokenizer.files["tokenizer.json"] == content  # without the byte order mark
@@ -267,11 +267,12 @@ def test_a_vocabulary_with_blank_lines_or_a_flag_as_a_number_is_read(bert_dir, t
             {"tokenizer_class": "BertJapaneseTokenizer"},
             r"vocab\.txt is not for .*BertJapaneseTokenizer.*save the tokenizer",
         ),
+        ("{}\n", {"additional_special_tokens": "good"}, '"additional_special_tokens" is "good", not a JSON list or dict'),
         ("{}\n", {"do_basic_tokenize": False}, '"do_basic_tokenize": false'),
         ("{}\n", {"never_split": ["x"], "do_basic_tokenize": True}, '"never_split": '),
         ("{}\n", {"word_tokenizer_type": "mecab", "subword_tokenizer_type": "wordpiece"}, '"word_tokenizer_type": "mecab"'),
         ("{}\n", {"truncation_side": "up"}, "a setting beside it: .*Truncation side"),
-        ("{}\n", {"model_max_length": "512"}, "a setting beside it: TypeError"),
+        ("{}\n", {"model_max_length": "512"}, '"model_max_length" is "512", not a JSON int or float'),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_names_the_line_or_the_key(bert_dir, tmp_path, content, settings, message):
