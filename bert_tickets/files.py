@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from bert_tickets.errors import Busy, Damaged
+from bert_tickets.errors import Busy, Damaged, UserError
 
 if TYPE_CHECKING:  # reading JSON and metadata needs no torch
     from torch import Tensor
@@ -74,6 +75,13 @@ def write(path: Path, content: bytes) -> None:
     """Write a whole file atomically."""
     with writing(path) as file:
         file.write(content)
+
+
+def check_utf8(path: str) -> None:
+    """Raise `UserError` if the locale reads a path otherwise than as UTF-8, as the libraries in Rust and C++ do."""
+    if os.fsencode(path) != path.encode("utf-8", "surrogatepass"):
+        known = f"the encoding of this locale is {sys.getfilesystemencoding()}"
+        raise UserError(f"{path!a} is not UTF-8 ({known}): export PYTHONUTF8=1 if the name is, or use names in ASCII")
 
 
 def file_sha256(path: Path) -> str:

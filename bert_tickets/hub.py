@@ -18,6 +18,7 @@ from typing import Any, Literal
 from huggingface_hub import constants
 
 from bert_tickets.errors import UserError, cause, innermost
+from bert_tickets.files import check_utf8
 
 DISK = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}  # others are the network's too, which has no file names
 
@@ -36,9 +37,10 @@ class Repository:
         return Path(constants.HF_HUB_CACHE) / f"{self.kind}s--{self.name.replace('/', '--')}"
 
     def main(self) -> str:
-        """Return the revision that is `main` in the cache, or else `main`."""
+        """Return the revision that is `main` in the cache, or `main` if that is not known."""
         path = self.cache / "refs" / "main"
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else "main"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return text if re.fullmatch("[0-9a-f]{40}", text) else "main"
 
     def fetch(self, file: str, revision: str | None = None, *, needed: bool = True) -> Path | None:
         """Return the path of a file in the cache; None if the repository does not have it. Raises `UserError`.
@@ -49,6 +51,7 @@ class Repository:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
         from huggingface_hub.utils import enable_progress_bars
 
+        check_utf8(str(self.cache))
         revision = revision or self.main()
         path = try_to_load_from_cache(self.name, file, repo_type=self.kind, revision=revision)
         if path is None:
@@ -94,10 +97,10 @@ class Repository:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
         why, root = cause(error), innermost(error)
-        of_file = isinstance(root, OSError) and (root.errno in DISK or root.filename is not None)
-        if of_file or "(os error 28)" in str(root):  # of the client's part in Rust: no space
-            home = f"HF_HOME, {constants.HF_HOME}"
-            return UserError(f"cannot keep {what} in {home}: {why}. Set HF_HOME to a folder that can be written and has space")
+        in_cache = constants.HF_HUB_CACHE in str(getattr(root, "filename", None))
+        if getattr(root, "errno", None) in DISK or in_cache or "(os error 28)" in str(root):  # in Rust: no space
+            where = f"the hub's cache, {constants.HF_HUB_CACHE}"
+            return UserError(f"cannot keep {what} in {where}: {why}. Set HF_HOME to a folder that can be written and has space")
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             why = f"there is no such {self.kind} on the hub, or it is private ({why})"
         elif constants.HF_HUB_OFFLINE:

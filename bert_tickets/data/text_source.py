@@ -60,11 +60,16 @@ def _read_file(path: Path, version: tuple[int, int, int]) -> Iterator[str]:
                 text = rest + more
                 cut = 1 + max(text.rfind("\n"), text.rfind(" ")) or len(text)  # a word of this length may be cut anywhere
                 rest = text[cut:]
+                _check_version(path, version)  # here, too: those who need a part only do not read to the end
                 yield text[:cut]
         except UnicodeDecodeError as error:
             wrong = raw.tell() - len(error.object) + error.start
             raise UserError(f"{path} is not UTF-8 text: byte {wrong} is {error.object[error.start]:#04x}") from None
     yield rest
+    _check_version(path, version)
+
+
+def _check_version(path: Path, version: tuple[int, int, int]) -> None:
     if version_of(path) != version:
         raise UserError(f"{path} changed while it was read; give the command again when it is complete")
 

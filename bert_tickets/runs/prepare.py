@@ -14,6 +14,7 @@ from bert_tickets.files import has_facts, read_facts, read_tensors, sha256_of
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights, head_weights, prunable, untie_decoder
+from bert_tickets.runs.directory import run_dir
 from bert_tickets.runs.session import Session
 from bert_tickets.runs.writer import Run
 from bert_tickets.tasks import Task
@@ -47,6 +48,8 @@ def prepare(task: Task, run: Run) -> Session:
         "train": {"examples": len(train_set), "tokens": int(train_set.lengths.sum()), "sha256": train_set.sha256},
         "evaluation": {name: {"examples": len(store), "sha256": store.sha256} for name, store in evals.items()},
     }
+    if group.on_main(lambda: run_dir(cfg)) != run.dir:
+        raise UserError("the model, the data, or another file changed while it was read; give the command again")
     run.describe(fingerprints)
     batches = Batches(
         train_set,

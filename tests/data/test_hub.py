@@ -88,12 +88,13 @@ def test_the_newest_revision_with_all_splits_is_read_in_order(hub_cache):
 
 
 def test_main_of_the_cache_is_read_though_others_are_newer(hub_cache):
-    for revision, age in (("older", 9), ("main's", 5), ("newer", 1)):
+    for revision, age in (("older", 9), (REVISION, 5), ("newer", 1)):
         snapshot(hub_cache, revision, age, train=1)
     main = hub_cache / "datasets--owner--texts/refs/main"
     main.parent.mkdir()
-    main.write_text("main's")
-    assert found().revision == "main's"
+    for text in (REVISION, REVISION.replace("0", "1"), "", "\0" * 40):  # damaged ones count as none
+        main.write_text(text)
+        assert found().revision == (REVISION if text == REVISION else "newer")
 
 
 def test_a_folder_of_the_data_sets_name_has_no_effect(hub_cache, tmp_path, monkeypatch):
@@ -172,12 +173,14 @@ def failing(error: BaseException):
         (EOFError("peer closed connection"), r"cannot read .* from the hub: EOFError: peer closed"),
         (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER]"), r"from the hub: .*WRONG_VERSION_NUMBER.*\nThree"),  # 1 is EPERM, too
         (PermissionError(errno.EACCES, "Permission denied"), r"from the hub: .*denied\nThree"),  # of a firewall
-        (OSError(errno.ENOSPC, "No space left on device"), r"cannot keep .* in HF_HOME, /.*No space left.*Set HF_HOME"),
-        (PermissionError(errno.EACCES, "Permission denied", "/hf/hub"), r"cannot keep .* in HF_HOME, /.*denied: '/hf/hub'"),
+        (OSError(errno.ENOSPC, "No space left on device"), r"cannot keep .* in the hub.s cache, /.*No space left.*Set HF_HOME"),
+        (PermissionError(errno.EACCES, "Permission denied", "in the cache"), r"cannot keep .* in the hub.s cache, /.*denied: '/"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_the_innermost_cause_is_named_and_the_right_one_is_blamed(hub_cache, online, monkeypatch, error, says):
+    if getattr(error, "filename", None) == "in the cache":
+        error.filename = str(hub_cache / "refs")
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", failing(error))
     with pytest.raises(UserError, match=says):
         found()
@@ -213,6 +216,12 @@ def test_a_repository_without_the_files_is_named(hub_cache, online, monkeypatch)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: about)
     with pytest.raises(UserError, match=rf"{NAME} on the hub has no files {CONFIG}/train-\*\.parquet: give a folder"):
         found()
+
+
+def test_a_cache_that_is_not_utf8_is_not_blamed_on_a_download(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/caf\udce9")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        Repository("model", NAME, "a folder").fetch("config.json")
 
 
 def test_a_broken_pyarrow_is_not_blamed_on_the_hub(hub_cache, monkeypatch):

@@ -215,12 +215,13 @@ def test_a_file_without_a_block_of_text_is_a_users_error(cache, tokenizer, tmp_p
     assert not list(cache.glob("*.tmp"))
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_cached(cache, tokenizer, tmp_path):
-    path = written(tmp_path / "t", words(100))
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_file_that_changes_while_it_is_read_is_not_cached(cache, tokenizer, tmp_path, limit):
+    path = written(tmp_path / "t", words(40000))
     text = file_text(path)
-    written(path, words(101))
+    written(path, words(40001))
     with pytest.raises(UserError, match="changed while it was read"):
-        read_tokens(text, tokenizer)
+        read_tokens(text, tokenizer, limit)
     assert list(cache.iterdir()) == []
 
 

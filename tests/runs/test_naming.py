@@ -18,6 +18,7 @@ from bert_tickets.errors import UserError
 from bert_tickets.files import read_checksummed, write_checksummed
 from bert_tickets.runs.directory import events
 from bert_tickets.runs.naming import differences, run_name
+from bert_tickets.tasks import glue
 from bert_tickets.training.step import Step
 
 NOT_IN_THE_NAME = {"output_dir", "device", "keep_models", "check_metrics", "dry_run", "save_steps", "save_minutes"}
@@ -205,6 +206,21 @@ def test_masks_and_weights_of_a_copied_model_are_the_same_files(scratch, bert_di
         words = [*command, "--mask", mask, "--init", weights, "--output-dir", tmp_path / "runs"]
         names.append(train("lt_glue.py", words))
     assert names[0] == names[1]
+
+
+def test_data_that_change_while_they_are_read_have_no_run(scratch, tmp_path, monkeypatch):
+    command = scratch("lt_glue.py", "1001")
+    data = Path(command[command.index("--data-dir") + 1]) / "RTE" / "train.tsv"
+    read = glue.read_folder
+
+    def read_other(*arguments):
+        data.write_text("\n".join(data.read_text().split("\n")[:-9]) + "\n")
+        return read(*arguments)
+
+    monkeypatch.setattr(glue, "read_folder", read_other)
+    with pytest.raises(UserError, match="changed while it was read; give the command again"):
+        train("lt_glue.py", [*command, "--levels", "1", "--output-dir", tmp_path / "runs"])
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_other_data_under_one_path_are_another_run(scratch, tmp_path):
