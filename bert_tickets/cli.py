@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import io
 import os
+import re
 import signal
 import sys
 import typing
@@ -18,6 +19,8 @@ from typing import Any, Literal, NoReturn
 
 from bert_tickets.config import TASKS, Config, Training, build, fields_of, methods, preset_values, settings_class
 from bert_tickets.errors import Busy, Stopped, UserError
+from bert_tickets.files import check_utf8
+from bert_tickets.signals import signal_at_parents_end
 
 FORMATTER = argparse.RawDescriptionHelpFormatter
 
@@ -94,7 +97,7 @@ def hyphens(argv: Sequence[str] | None = None) -> list[str]:
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         path = os.path.expanduser(value)
-        if path.startswith("~"):
+        if re.match(r"~[\w.-]*(/|$)", path):
             Parser().error(f"{path}: there is no user of this name, or no home folder")
         words.append(name.replace("_", "-") + equals + path)
     return words
@@ -132,15 +135,17 @@ def _types(method: str) -> dict[str, Any]:
 def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     """Run a script's `main` and exit: 2 with a message for a `UserError` or `OSError`, 75 if another process holds the run
     directory, 128 + signal if stopped."""
-    for stream in ("stdout", "stderr"):  # some daemons start programs without them
-        if getattr(sys, stream) is None:
-            setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # some daemons start programs without the standard streams
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w", encoding="utf-8"), sys.stderr or os.fdopen(2, "w", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # otherwise a locale without UTF-8 raises an error
     code, message = 0, ""
     try:
         _check_system()
-        stop_with_torchrun()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # SIGUSR1, for example, ends torchrun, and not its processes
+            signal_at_parents_end(signal.SIGTERM)
         keep_freed_memory()
         main(*arguments)
         sys.stdout.flush()
@@ -168,22 +173,13 @@ def _check_system() -> None:
     """Raise `UserError` on Windows, and if the locale reads a path otherwise than as UTF-8, as the libraries in Rust do."""
     if not all(map(importlib.util.find_spec, ("fcntl", "resource"))):
         raise UserError("bert_tickets needs Linux or macOS: this Python has no fcntl or no resource. On Windows, use WSL.")
-    for path in (*sys.argv, os.getcwd(), *(os.environ.get(name, "") for name in ("HF_HOME", "HF_HUB_CACHE"))):
-        if os.fsencode(path) != path.encode("utf-8", "surrogatepass"):
-            known = f"the encoding of this locale is {sys.getfilesystemencoding()}"
-            raise UserError(f"{path!a} is not UTF-8 ({known}): export PYTHONUTF8=1 if the name is, or use names in ASCII")
+    for path in (*sys.argv, os.getcwd()):
+        check_utf8(path)
 
 
 def is_launched() -> bool:
     """Return whether torchrun started this process as one of several. (Some clusters set WORLD_SIZE for every program.)"""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def stop_with_torchrun() -> None:
-    """Get SIGTERM when torchrun dies, by SIGUSR1 for example, without stopping its processes. Linux only."""
-    with contextlib.suppress(OSError, AttributeError):
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def keep_freed_memory() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Ctrl-C; kill, Slurm at the time limit; a closed terminal; warnings of Slurm (--signal), submitit, LSF and Grid Engine.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -27,3 +28,12 @@ def stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, was in before.items():
             signal.signal(number, was)
+
+
+def signal_at_parents_end(number: int) -> None:
+    """Get a signal when the parent process ends; with 0 none. Linux only.
+
+    It may arrive several times, as each of the parent's threads ends.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG

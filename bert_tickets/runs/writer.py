@@ -33,7 +33,7 @@ from bert_tickets.runs.directory import (
 from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_checkpoint, read_mask, read_own
 from bert_tickets.runs.naming import differences, with_absolute_folders
 from bert_tickets.runs.provenance import environment
-from bert_tickets.signals import stop_signals
+from bert_tickets.signals import signal_at_parents_end, stop_signals
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
 
 
@@ -90,6 +90,7 @@ class Run:
         return self.stop_signal is not None
 
     def _on_signal(self, number: int) -> None:
+        signal_at_parents_end(0)  # torchrun's end is this signal, or comes later
         before, self.stop_signal = self.stop_signal, number
         again = before == number and number in (signal.SIGINT, signal.SIGTERM)  # others: a scheduler's warning, then its SIGTERM
         if again and self.group.world_size > 1 and time.monotonic() - self._signalled_at < 2:
