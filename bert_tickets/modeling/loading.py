@@ -118,7 +118,9 @@ def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[st
     if drawn:
         part = ", ".join(drawn) if len(drawn) < len(head) else "all"
         said.insert(0, f"lacks {part} of a head for masked language modelling: drawn at random (biases 0)")
-    if DECODER in head.keys() - {*drawn}:
+    if DECODER in drawn:
+        said.append("with its decoder, which config.json does not tie to the word embeddings")
+    elif DECODER in head:
         said.append("its decoder is untied, not the word embeddings")
     if said:
         print(f"{name} {'; '.join(said)}" if drawn else f"{name}: {'; '.join(said)}")

@@ -296,7 +296,8 @@ def test_a_decoder_that_config_unties_and_the_weights_lack_is_drawn_and_said(wit
     predictions, tied = with_head(False, **{key.removeprefix("cls.predictions."): None for key in mlm_head()})
     assert not tied
     assert 0.05 < predictions.decoder.weight.std() < 0.15
-    assert "lacks all of a head for masked language modelling: drawn at random" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "lacks all of a head for masked language modelling: drawn at random (biases 0); with its decoder, which config" in said
 
 
 # ---- configurations and tokenizers ----
