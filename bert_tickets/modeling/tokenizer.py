@@ -20,7 +20,7 @@ from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
 
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-CLASSES = ("BertTokenizer", "BertTokenizerFast")
+CLASSES = [f"{kind}Tokenizer{fast}" for kind in ("Bert", "DistilBert", "Electra") for fast in ("", "Fast")]  # of equal rules
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(SPECIAL, (str, dict)),
     "additional_special_tokens": (list, dict),

@@ -247,7 +247,7 @@ def with_vocabulary(bert_dir: Path, folder: Path, content: str, **settings: Any)
 
 
 @pytest.mark.parametrize("content", ["{}\n", "{}", "{}\n\n\n", "\ufeff{}\n"])
-@pytest.mark.parametrize("lower", [{"do_lower_case": 1}, {"do_lower_case": True}, {}])
+@pytest.mark.parametrize("lower", [{"do_lower_case": 1}, {"do_lower_case": True}, {"tokenizer_class": "ElectraTokenizerFast"}])
 def test_a_vocabulary_with_blank_lines_or_a_flag_as_a_number_is_read(bert_dir, tokenizer, tmp_path, content, lower):
     ours = load_bert(str(with_vocabulary(bert_dir, tmp_path / "m", content, **lower)), "classifier", "pretrained", 0)[1]
     for text in ("The GOOD film [SEP] café", "a naïve plot"):
