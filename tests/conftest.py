@@ -152,6 +152,12 @@ def calm_bert_dir(bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
+def model(bert_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the small BERT."""
+    return Path(shutil.copytree(bert_dir, tmp_path / "model"))
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of tokens."""
     monkeypatch.setattr("bert_tickets.data.token_cache.HF_HOME", str(tmp_path / "hf"))
