@@ -98,7 +98,7 @@ class Run:
         self._signalled_at = time.monotonic()
         if not self.saves_on_stop or again:
             saved = any(self.dir.glob("level_*")) or (self.dir / CHECKPOINT).exists()
-            what = f"all that was saved is in {self.dir}, and the same command resumes" if saved else "nothing was saved yet"
+            what = f"all that was saved is in {self.dir}, and the same command resumes" if saved else "the same command starts again"
             raise Stopped(f"stopped; {what}", 128 + number)
         if before is None:
             with contextlib.suppress(OSError):  # the terminal may be closed. `print` is not reentrant

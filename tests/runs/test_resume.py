@@ -173,7 +173,7 @@ def test_a_run_in_another_thread_works_without_signals(runs, expected):
 def test_a_signal_before_the_first_level_stops_at_once(runs, expected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "prepare", dying(preparing.prepare, 1, by=lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        with pytest.raises(Stopped, match=r"^stopped; nothing was saved yet$"):
+        with pytest.raises(Stopped, match=r"^stopped; the same command starts again$"):
             runs("run")
     assert list((runs.place / "run" / "runs").iterdir()) == []  # nothing was begun
     assert runs("run") == expected
