@@ -98,8 +98,8 @@ class Run:
         self._signalled_at = time.monotonic()
         if not self.saves_on_stop or again:
             saved = any(self.dir.glob("level_*")) or (self.dir / CHECKPOINT).exists()
-            what = f"all that was saved is in {self.dir}, and the same command resumes" if saved else "the same command starts again"
-            raise Stopped(f"stopped; {what}", 128 + number)
+            resumes = f"all that was saved is in {self.dir}, and the same command resumes"
+            raise Stopped(f"stopped; {resumes if saved else 'the same command starts again'}", 128 + number)
         if before is None:
             with contextlib.suppress(OSError):  # the terminal may be closed. `print` is not reentrant
                 os.write(2, b"\nstopping after this step or evaluation; a second Ctrl-C or SIGTERM stops at once\n")
