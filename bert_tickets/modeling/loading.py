@@ -67,7 +67,11 @@ def load_bert(name: str, head: Head, init: str, seed: int, labels: int = 2) -> t
     net.bert.pooler.requires_grad_(head == "classifier")
     new = _set_mlm_head(net, weights, name) if keep else list(head_weights(net))
     init_weights(net, seeded(seed, "head"), new)
-    if unused := sorted(key for key in weights if not key.startswith((ENCODER, *HEAD_NAMES))):
+    unused = sorted(key for key in weights if not key.startswith((ENCODER, *HEAD_NAMES)))
+    if keep:
+        known = {*head_weights(net), BIAS, DECODER, DECODER_BIAS}
+        unused += sorted(key for key in weights.keys() - known if key.startswith("cls.predictions."))
+    if unused:
         print(f"{name} has weights that are not used: {unused[0]}" + f" and {len(unused) - 1} more" * (len(unused) > 1))
     if not weights.keys() >= POOLER_WEIGHTS:
         print(f"{name} has no pooler: its weights are drawn at random")
@@ -111,6 +115,8 @@ def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[st
         if fitting:
             check_tensors({key: fitting[0]}, {key: parameter.shape}, name)
             parameter.copy_(fitting[0])
+            if len(fitting) > 1 and not torch.equal(*fitting):
+                said.append(f"its {DECODER_BIAS} is taken, and {BIAS}, which differs, is not")
         elif found:
             said.append(f"{key} does not fit ({found[0].dtype} of shape {tuple(found[0].shape)}, not {tuple(parameter.shape)})")
         if not fitting and key in head:  # a decoder that is not in it is the word embeddings

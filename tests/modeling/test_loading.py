@@ -147,10 +147,18 @@ def test_a_head_that_is_not_finite_is_refused(with_head):
         with_head(**{"transform.dense.weight": torch.full((32, 32), torch.nan)})
 
 
+def test_a_tensor_that_an_mlm_head_does_not_have_is_said(with_head, capsys):
+    with_head(**{"second.weight": torch.ones(2)})
+    assert "has weights that are not used: cls.predictions.second.weight" in capsys.readouterr().out
+
+
 def test_of_two_biases_the_one_that_fits_is_taken(with_head, capsys):
     predictions, _ = with_head(**{"decoder.bias": torch.ones(7)})
     assert (predictions.bias == 0.5).all()
     assert not capsys.readouterr().out
+    predictions, _ = with_head(**{"decoder.bias": torch.ones(VOCABULARY)})
+    assert (predictions.bias == 1).all()
+    assert "cls.predictions.decoder.bias is taken, and cls.predictions.bias, which differs, is not" in capsys.readouterr().out
 
 
 def test_a_decoder_that_config_unties_and_the_weights_lack_is_drawn_and_said(with_head, capsys):
