@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 from bert_tickets.config import Config, Prunable, Training
 from bert_tickets.content import fingerprint, of_init
 
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--init", default="pretrained", metavar="TEXT", help="rank pretrained or random weights, or those of a file"
     )
     parser.add_argument("--seed", type=int, default=Training.seed, metavar="N", help="of random masks and weights (default: 57)")
-    args = parser.parse_args(hyphens(argv))
+    args = parser.parse_args(normalize_argv(argv))
     if not 0 < args.rate < 1:
         parser.error(f"--rate {args.rate}: must be between 0 and 1")
     if not 0 <= args.seed < 2**32:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 from bert_tickets.config import Config, Training
 from bert_tickets.content import fingerprint
 
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="FILE", help="the safetensors file to write: the encoder's weights")
     parser.add_argument("--model", default=Config.model, metavar="TEXT", help=f"a BERT checkpoint (default: {Config.model})")
     parser.add_argument("--seed", type=int, default=Training.seed, metavar="N", help="of the order or the noise (default: 57)")
-    args = parser.parse_args(hyphens(argv))
+    args = parser.parse_args(normalize_argv(argv))
     if args.noise is not None and not 0 < args.noise < math.inf:
         parser.error(f"--noise {args.noise}: must be above 0 and finite")
     if not 0 <= args.seed < 2**32:

@@ -30,7 +30,7 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
 
     The flags depend on `--method`; `--mask` alone means `--method transfer`.
     """
-    words = hyphens(argv)
+    words = normalize_argv(argv)
     method = _method_of(words)
     epilog = f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another"
     # without defaults: the parser returns only the flags that were given, so that a preset can supply the rest
@@ -91,8 +91,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def hyphens(argv: Sequence[str] | None = None) -> list[str]:
-    """Replace `--batch_size` by `--batch-size` in a command line, and `~` by the home folder, also in `--output-dir=~/runs`."""
+def normalize_argv(argv: Sequence[str] | None = None) -> list[str]:
+    """Replace `--batch_size` by `--batch-size`, and `~` by the home folder, also in `--output-dir=~/runs`."""
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -158,7 +158,7 @@ def run_command(main: Callable[..., None], *arguments: Any) -> NoReturn:
     except BrokenPipeError:  # `... | head` has ended
         code = 141
     except OSError as error:
-        code, message = 2, f"error: {error}. Complete files are intact: when this is mended, give the same command again."
+        code, message = 2, f"error: {error}. Complete files are intact; fix the cause and give the same command again."
     if message:
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from bert_tickets.files import file_sha256, read_checksummed, read_json, write_c
 PREFIX = "sha256:"
 SMALL = 2**20  # bytes; hashing them takes no longer than the cache
 SETTLED = 2.0  # seconds since a file's last change; within them it may change again without another time
-# The files of a checkpoint's folder that are read: the first of each of these, and all of the others.
+# The files of a checkpoint that are read: of the configuration, weights and tokenizer the first, and all settings.
 CONFIGS = ("config.json", "bert_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.txt")
@@ -49,11 +49,11 @@ def first_file(folder: Path, names: Iterable[str]) -> Path | None:
 
 
 def check_file(path: Path) -> None:
-    """Raise `UserError` for a link without a file, and for a pointer of Git LFS."""
+    """Raise `UserError` for a broken symbolic link or a Git LFS pointer."""
     if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to a file that does not exist")
+        raise UserError(f"{path} is a broken symbolic link")
     if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
+        raise UserError(f"{path} is a Git LFS pointer: run git lfs pull")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

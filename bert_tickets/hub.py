@@ -62,7 +62,7 @@ class Repository:
             if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
                 enable_progress_bars()  # `load_bert` disables those of transformers
             try:
-                path = ask(hf_hub_download, self.name, file, repo_type=self.kind, revision=revision)
+                path = with_retries(hf_hub_download, self.name, file, repo_type=self.kind, revision=revision)
             except Exception as error:
                 if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                     return None
@@ -125,7 +125,7 @@ def damaged(path: Path, why: str) -> UserError:
     return UserError(f"{path} {why}: the download is damaged. Delete {' and '.join(both)}, and give the command again.")
 
 
-def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def with_retries(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call a function of the hub's client, again after 1, 2 and 4 seconds if the hub answers that it is overloaded (5xx)."""
     for wait in (1, 2, 4):
         try:

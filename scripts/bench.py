@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 from bert_tickets.config import Config, kind_of, preset_values
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", metavar="TEXT", help="(default: auto)")
     parser.add_argument("--profile", action="store_true", help="measure the time of a step by kernel or operator instead")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, with the machine and the versions")
-    args = parser.parse_args(hyphens())
+    args = parser.parse_args(normalize_argv())
     for name in ("turns", "turn_steps", "batch_size", "max_length"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")

@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
 from bert_tickets.masking.similarity import MEASURES, overlap, tensor_counts, with_totals
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--by", choices=("layer", "kind"), help="compare two masks also by layer, or by kind of matrix")
     parser.add_argument("--output", type=picture_file, metavar="FILE", help="draw a heat map: .png, .svg or .pdf")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the pairs, or with --by the parts, in full precision")
-    args = parser.parse_args(hyphens(argv))
+    args = parser.parse_args(normalize_argv(argv))
     if len(args.masks) < 2:
         parser.error("give at least two masks")
     if args.by and len(args.masks) != 2:

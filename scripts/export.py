@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -22,7 +22,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--level", type=int, metavar="N", help="the level (default: the newest)")
     parser.add_argument("--untrained", action="store_true", help="the weights that the level started from, not the trained ones")
     parser.add_argument("--model", metavar="TEXT", help="the run's base model, if it was moved")
-    return parser.parse_args(hyphens(argv))
+    return parser.parse_args(normalize_argv(argv))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.report.pictures import picture_file
 
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name == "transfer":
             relative = "difference to the full BERT or to the target's own ticket (default: dense)"
             figure.add_argument("--relative", choices=("dense", "same-task"), default="dense", help=relative)
-    return parser.parse_args(hyphens(argv))
+    return parser.parse_args(normalize_argv(argv))
 
 
 def main(args: argparse.Namespace) -> None:

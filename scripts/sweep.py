@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # oneshot.py an
 
 import oneshot
 import perturb_weight
-from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 from bert_tickets.sweep.jobs import plan, read_lines, unfinished
 from bert_tickets.sweep.runner import report, run
 
@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     retries = "retries of a run that failed or lost its node (default: 3)"
     parser.add_argument("--retries", type=int, default=3, metavar="N", help=retries)
     parser.add_argument("--log-dir", default="runs/sweep", metavar="DIR", help="the output of each run (default: runs/sweep)")
-    args = parser.parse_args(hyphens(None))
+    args = parser.parse_args(normalize_argv(None))
     if args.gpus is not None and not (0 <= args.gpus <= 1 or (args.gpus > 1 and args.gpus % 1 == 0)):
         parser.error(f"--gpus {args.gpus}: must be a fraction of one GPU, or a whole number")
     if not 0 < args.cpus < 1e6:

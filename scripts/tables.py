@@ -21,7 +21,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bert_tickets.cli import FORMATTER, hyphens, run_command
+from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
 
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown", help="(default: markdown)")
     parser.add_argument("--sources", action="store_true", help="add the run, level and mask of each number (CSV has them)")
     parser.add_argument("--output", metavar="FILE", help="write there instead of to the terminal")
-    args = parser.parse_args(hyphens(argv))
+    args = parser.parse_args(normalize_argv(argv))
     if args.sparsity is not None and args.table not in AT_ONE_SPARSITY:
         parser.error(f"--sparsity has an effect only with --table {' or --table '.join(AT_ONE_SPARSITY)}")
     if args.sparsity is not None and not 1 <= args.sparsity < 100:

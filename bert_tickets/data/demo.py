@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from bert_tickets.cli import hyphens, run_command
+from bert_tickets.cli import normalize_argv, run_command
 from bert_tickets.files import write
 
 # (positive, negative) opinion words of the two sets, which have none in common.
@@ -71,4 +71,4 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write the folder SST-2")
-    run_command(main, parser.parse_args(hyphens()))
+    run_command(main, parser.parse_args(normalize_argv()))

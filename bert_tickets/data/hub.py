@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bert_tickets.errors import UserError, cause
-from bert_tickets.hub import Repository, ask, damaged
+from bert_tickets.hub import Repository, damaged, with_retries
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def find_dataset(source: Repository, config: str, splits: Sequence[str]) -> Data
                 return Dataset(source, folder.name, files)
         from huggingface_hub import HfApi
 
-        about = ask(HfApi().dataset_info, source.name)
+        about = with_retries(HfApi().dataset_info, source.name)
     except Exception as error:  # offline, behind a proxy, without permission, on a full disk: many types
         raise source.error(f"{source.name} ({config})", error) from None
     files = _files([file.rfilename for file in about.siblings], config, splits)

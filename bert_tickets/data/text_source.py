@@ -56,7 +56,7 @@ def _read_file(path: Path, version: tuple[int, int, int]) -> Iterator[str]:
         try:
             while more := file.read(PIECE):
                 if "\0" in more:
-                    raise UserError(f"{path} has characters 0, as UTF-16 read as UTF-8 has: save it as UTF-8")
+                    raise UserError(f"{path} has NUL characters (is it UTF-16?): save it as UTF-8")
                 text = rest + more
                 cut = 1 + max(text.rfind("\n"), text.rfind(" ")) or len(text)  # a word of this length may be cut anywhere
                 rest = text[cut:]

@@ -12,7 +12,7 @@ from torch import Tensor
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.parameters import ENCODER, PRUNABLE
-from bert_tickets.modeling.weights import berts_names, read_config, read_weights
+from bert_tickets.modeling.weights import read_config, read_weights, rename_as_bert
 
 BY_CHANCE = 1e-5  # the fraction of a tensor that may be zero without a mask
 
@@ -79,7 +79,7 @@ def misfits(counts: Mapping[str, Zeros]) -> Iterator[tuple[str, bool]]:
 
 def covered(tensors: Mapping[str, Tensor], mask: Mask, what: str) -> dict[str, Tensor]:
     """Return the tensors of `what` that a mask covers, by its names; a pooler may lack. Raises `UserError` if they do not fit."""
-    known = tensors if mask.keys() <= tensors.keys() else berts_names(tensors, what)
+    known = tensors if mask.keys() <= tensors.keys() else rename_as_bert(tensors, what)
     part = Mask({name: kept for name, kept in mask.items() if name in known or not name.startswith(f"{ENCODER}pooler.")})
     part.check_fits(known, what, partly=True)
     return {name: known[name] for name in part}

@@ -107,8 +107,8 @@ def _set_encoder(net: Net, weights: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[str]:
-    """Set the MLM head's weights, and say which are not the checkpoint's own. Returns those that are to be drawn."""
-    head, drawn, said = head_weights(net), [], []
+    """Set the MLM head's weights, and print which are not the checkpoint's own. Returns the names of those to be drawn."""
+    head, drawn, notes = head_weights(net), [], []
     for key, parameter in (head | {DECODER: net.cls.predictions.decoder.weight}).items():
         found = [weights[other] for other in ((DECODER_BIAS, BIAS) if key == BIAS else (key,)) if other in weights]
         fitting = [tensor for tensor in found if tensor.shape == parameter.shape and tensor.dtype in FLOATS]
@@ -116,20 +116,20 @@ def _set_mlm_head(net: Net, weights: Mapping[str, Tensor], name: str) -> list[st
             check_tensors({key: fitting[0]}, {key: parameter.shape}, name)
             parameter.copy_(fitting[0])
             if len(fitting) > 1 and not torch.equal(*fitting):
-                said.append(f"its {DECODER_BIAS} is taken, and {BIAS}, which differs, is not")
+                notes.append(f"its {DECODER_BIAS} is used, and {BIAS}, which differs, is not")
         elif found:
-            said.append(f"{key} does not fit ({found[0].dtype} of shape {tuple(found[0].shape)}, not {tuple(parameter.shape)})")
+            notes.append(f"{key} does not fit ({found[0].dtype} of shape {tuple(found[0].shape)}, not {tuple(parameter.shape)})")
         if not fitting and key in head:  # a decoder that is not in it is the word embeddings
             drawn.append(key)
     if drawn:
         part = ", ".join(drawn) if len(drawn) < len(head) else "all"
-        said.insert(0, f"lacks {part} of a head for masked language modelling: drawn at random (biases 0)")
+        notes.insert(0, f"lacks {part} of a head for masked language modelling: drawn at random (biases 0)")
     if DECODER in drawn:
-        said.append("with its decoder, which config.json does not tie to the word embeddings")
+        notes.append("with its decoder, which config.json does not tie to the word embeddings")
     elif DECODER in head:
-        said.append("its decoder is untied, not the word embeddings")
-    if said:
-        print(f"{name} {'; '.join(said)}" if drawn else f"{name}: {'; '.join(said)}")
+        notes.append("its decoder is untied, not the word embeddings")
+    if notes:
+        print(f"{name} {'; '.join(notes)}" if drawn else f"{name}: {'; '.join(notes)}")
     return drawn
 
 

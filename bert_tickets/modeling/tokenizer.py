@@ -20,8 +20,8 @@ from bert_tickets.errors import UserError, cause
 from bert_tickets.files import read_json
 
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-CLASSES = [f"{kind}Tokenizer{fast}" for kind in ("Bert", "DistilBert", "Electra") for fast in ("", "Fast")]  # of equal rules
-TYPES: dict[str, tuple[type, ...]] = {
+BERT_CLASSES = [f"{kind}Tokenizer{fast}" for kind in ("Bert", "DistilBert", "Electra") for fast in ("", "Fast")]  # of equal rules
+SETTING_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(SPECIAL, (str, dict)),
     "additional_special_tokens": (list, dict),
     "extra_special_tokens": (list, dict),
@@ -31,16 +31,16 @@ TYPES: dict[str, tuple[type, ...]] = {
     "truncation_side": (str,),
     "padding_side": (str,),
 }
-KEPT = ("model_max_length", "truncation_side", "padding_side")
+SAVED = ("model_max_length", "truncation_side", "padding_side")
 FLAGS = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
-BERT: dict[str, dict[str, Any]] = {  # the rules of transformers' BertTokenizer besides its flags
+BERT_RULES: dict[str, dict[str, Any]] = {  # the rules of transformers' BertTokenizer besides its flags
     "model": {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
     "normalizer": {"type": "BertNormalizer", "clean_text": True},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
 }
-# What a vocab.txt by itself is for. Other values of these settings are of tokenizers with more rules.
-PLAIN = {"do_basic_tokenize": True, "word_tokenizer_type": "basic"}
-PLAIN |= {"subword_tokenizer_type": "wordpiece", "never_split": [], "auto_map": {}}
+# The settings with which vocab.txt alone describes a tokenizer. Other values add rules.
+VOCABULARY_ONLY = {"do_basic_tokenize": True, "word_tokenizer_type": "basic"}
+VOCABULARY_ONLY |= {"subword_tokenizer_type": "wordpiece", "never_split": [], "auto_map": {}}
 
 
 class OwnTokenizer(PreTrainedTokenizerFast):
@@ -72,16 +72,16 @@ def load_tokenizer(folder: Path, name: str, config: Any) -> OwnTokenizer:
         tokenizer.no_padding()
         special = _special_tokens(tokenizer, name, settings, config)
         kept: dict[str, Any] = {"truncation_side": side or "right"}
-        kept |= {key: settings[key] for key in KEPT if settings.get(key) is not None} | special
+        kept |= {key: settings[key] for key in SAVED if settings.get(key) is not None} | special
         kept["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # of BERT
         saved = json.dumps(_class(tokenizer, settings, special) | kept, indent=2, ensure_ascii=False) + "\n"
         own = OwnTokenizer(tokenizer, {"tokenizer.json": content, "tokenizer_config.json": saved}, kept)
-        own("a")  # fails for settings that no call can use
+        own("a")  # raises for unusable settings
         whole = {str(token) for token in [*tokenizer.get_added_tokens_decoder().values(), *map(settings.get, SPECIAL)]}
         tokens = [*settings["added_tokens_decoder"].values(), *settings["additional_special_tokens"]]
         named = sorted({str(token) for token in tokens} - whole)
         if split := [text for text in named if len(tokenizer.encode(text, add_special_tokens=False).ids) != 1]:
-            print(f"{name}: {', '.join(split)} are added tokens by its settings, and not in its {file.name}: they are split")
+            print(f"{name}: added tokens in its settings that {file.name} lacks are split into pieces: {', '.join(split)}")
     except UserError:
         raise
     except Exception as error:
@@ -94,8 +94,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     """Read the files of settings, with tokens as `AddedToken`s. The class of the tokenizer may be in config.json."""
     files = [folder / file for file in ("config.json", "tokenizer_config.json", "special_tokens_map.json")]
     model, own, special = (_read(file) for file in files)
-    found = own | special | {"tokenizer_class": own.get("tokenizer_class") or model.get("tokenizer_class") or CLASSES[0]}
-    for key, kinds in TYPES.items():
+    found = own | special | {"tokenizer_class": own.get("tokenizer_class") or model.get("tokenizer_class") or BERT_CLASSES[0]}
+    for key, kinds in SETTING_TYPES.items():
         if found.get(key) is not None and not isinstance(found[key], kinds):
             kind = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(f'{folder}: the tokenizer\'s "{key}" is {json.dumps(found[key])[:100]}, not a JSON {kind}')
@@ -122,7 +122,7 @@ def _token(value: str | dict[str, Any]) -> AddedToken:
 
 def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], config: Any) -> dict[str, str]:
     """Return the special tokens that are in the vocabulary. [CLS] and [SEP] are those that the tokenizer puts around texts."""
-    texts = "a", "ꙮ"  # hardly a vocabulary has the second one
+    texts = "a", "ꙮ"  # the second is in hardly any vocabulary
     one, pair = tokenizer.encode(texts[0]), tokenizer.encode(*texts)
     a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
     cls, sep = (one.tokens[:1] + one.tokens[-1:]) or ("", "")
@@ -144,8 +144,9 @@ def _special_tokens(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any]
 def _class(tokenizer: Tokenizer, settings: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
     """Return the class that opens the saved files, with its flags: BERT's if it makes the same tokenizer, else that of any."""
     rules = json.loads(tokenizer.to_str())
-    same = all(BERT[part].items() <= (rules[part] or {}).items() for part in BERT) and tokenizer.encode("a", "a").type_ids[-1]
-    bert = same and settings["tokenizer_class"] in CLASSES and special.keys() == SPECIAL.keys()
+    same = all(BERT_RULES[part].items() <= (rules[part] or {}).items() for part in BERT_RULES)
+    same = same and tokenizer.encode("a", "a").type_ids[-1] == 1
+    bert = same and settings["tokenizer_class"] in BERT_CLASSES and special.keys() == SPECIAL.keys()
     known = (rules["normalizer"] or {}) | (rules["pre_tokenizer"] or {})
     flags = {key: known[rule] for key, rule in (FLAGS | {"add_prefix_space": "add_prefix_space"}).items() if rule in known}
     return {"tokenizer_class": "BertTokenizer" if bert else "PreTrainedTokenizerFast"} | flags
@@ -153,10 +154,10 @@ def _class(tokenizer: Tokenizer, settings: Mapping[str, Any], special: Mapping[s
 
 def _from_vocabulary(path: Path, settings: Mapping[str, Any]) -> str:
     """Make BERT's tokenizer with the vocabulary of a file. Warns if its normalizer alters entries, so that they never occur."""
-    rules = {key: settings[key] for key, value in PLAIN.items() if settings.get(key) not in (None, value)}
-    if rules or settings["tokenizer_class"] not in CLASSES:
+    rules = {key: settings[key] for key, value in VOCABULARY_ONLY.items() if settings.get(key) not in (None, value)}
+    if rules or settings["tokenizer_class"] not in BERT_CLASSES:
         rules["tokenizer_class"] = settings["tokenizer_class"]
-        raise UserError(f"{path} is not for BERT's own rules ({json.dumps(rules)}): save the tokenizer as tokenizer.json")
+        raise UserError(f"{path} alone does not describe this tokenizer ({json.dumps(rules)}): save it as tokenizer.json")
     options: dict[str, Any] = {key: settings[key] for key in SPECIAL}
     for key, rule in FLAGS.items():
         if (value := settings.get(key)) not in (None, 0, 1):

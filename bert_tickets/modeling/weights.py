@@ -1,4 +1,4 @@
-"""Read the configuration and the weights in a checkpoint's folder. Refuses what would make another network of it."""
+"""Read the configuration and the weights of a checkpoint's folder, and check that they are of one plain, complete BERT."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dr
 # The fields of config.json that describe the network. All others, such as output_attentions, have their defaults.
 NETWORK: tuple[str, ...] = SIZES + DROPOUT
 NETWORK += ("hidden_act", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id", "tie_word_embeddings")
+# The valid values of fields.
 RANGES: tuple[tuple[Sequence[str], Callable[[Any], bool], str], ...] = (
-    ((*SIZES, "type_vocab_size"), lambda x: isinstance(x, int) and x >= 1, "a whole number of at least 1"),
+    ((*SIZES, "type_vocab_size"), lambda x: isinstance(x, int) and x >= 1, "a positive integer"),
     (DROPOUT, lambda x: x is None or (isinstance(x, float | int) and 0 <= x < 1), "a probability below 1"),
-    (("initializer_range", "layer_norm_eps"), lambda x: isinstance(x, float | int) and 0 <= x < math.inf, "0 or more"),
-    (("hidden_act",), lambda x: isinstance(x, str) and x in ACT2FN, "an activation that transformers has"),
+    (
+        ("initializer_range", "layer_norm_eps"),
+        lambda x: isinstance(x, float | int) and 0 <= x < math.inf,
+        "a non-negative number",
+    ),
+    (("hidden_act",), lambda x: isinstance(x, str) and x in ACT2FN, "an activation of transformers"),
 )
-# The fields that make another network of it, unless they have these values.
+# Fields that change the architecture, with the values that do not.
 FIXED = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
 FIXED |= {"position_embedding_type": "absolute", "quantization_config": None}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +45,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 WORDS = "embeddings.word_embeddings.weight"
 POOLER_WEIGHTS = frozenset(f"{ENCODER}pooler.dense.{part}" for part in ("weight", "bias"))
-NESTED = ("state_dict", "model_state_dict", "model", "module")  # where a training's file has the weights
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # entries of training checkpoints
 
 
 def read_config(folder: Path, name: str, labels: int) -> BertConfig:
@@ -57,7 +62,7 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
     if path.name == CONFIGS[1]:
         print(f"{name} has no config.json: {path.name} is read")
     elif kind is None and not values.get("architectures"):
-        print(f'{path} has no "model_type": only its weights and its tokenizer show that it is a BERT')
+        print(f'{path} has no "model_type": it is read as a BERT, which its weights and tokenizer must match')
     elif kind is None and "'Bert" not in str(values["architectures"]):
         raise UserError(f'{path} has no "model_type": if the model is a BERT, add "model_type": "bert"')
     if kind not in (None, "bert"):
@@ -66,7 +71,7 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
         if values.get(key) and values[key] != default:
             raise UserError(f'{path}: "{key}" is {values[key]!r}: not a plain BERT, or a decoder; this package prunes encoders')
     if values.get("auto_map"):
-        print(f"{path} names code of its own (auto_map), which is not run: the network is transformers' BERT")
+        print(f"{path} refers to custom code (auto_map), which is not run: the model is transformers' BERT")
     if missing := [key for key in SIZES if key not in values]:
         raise UserError(f"{path} has no {', '.join(missing)}")
     for keys, valid, what in RANGES:
@@ -82,7 +87,7 @@ def read_config(folder: Path, name: str, labels: int) -> BertConfig:
 
 
 def _shapes(config: BertConfig) -> dict[str, torch.Size]:
-    """Return the shapes of the encoder's parameters by a configuration, whose mistakes are the library's errors."""
+    """Return the shapes of the encoder's parameters. Raises the library's errors for an invalid configuration."""
     with torch.device("meta"):
         return {f"{ENCODER}{key}": parameter.shape for key, parameter in BertModel(config).named_parameters()}
 
@@ -104,10 +109,10 @@ def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tenso
     for file in shards(path) if path.suffix == ".json" else [path.name]:
         weights |= read_file(folder / file)
     if peft := next((key for key in weights if ".base_layer." in key or ".lora_" in key), None):
-        raise UserError(f"{name} has adapters of PEFT ({peft}): merge them into the weights first (merge_and_unload)")
+        raise UserError(f"{name} has PEFT adapters ({peft}): merge them into the weights first (merge_and_unload)")
     if odd := [key for key in weights if WRAPPER.search(key) or (key.endswith(f".{WORDS}") and key != ENCODER + WORDS)]:
-        print(f"{name} names its weights {odd[0]} and the like: they are read as BERT's")
-    weights = berts_names(_multiply_masks(weights, name), name)
+        print(f"{name} has weights with a prefix, such as {odd[0]}: it is removed")
+    weights = rename_as_bert(_apply_prune_masks(weights, name), name)
     shapes = _shapes(config)
     pooler = {key: shapes.pop(key) for key in POOLER_WEIGHTS}
     check_tensors(weights, shapes, name)
@@ -115,9 +120,9 @@ def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tenso
         check_tensors(weights, pooler, name)
         if (folder / POOLER).is_file():
             print(f"{name} has a pooler among its weights: its {POOLER} is not read")
-    elif own := find_pooler(name):
-        beside = read_file(own)
-        check_tensors(beside, pooler, own)
+    elif path := find_pooler(name):
+        beside = read_file(path)
+        check_tensors(beside, pooler, path)
         weights |= {key: beside[key] for key in pooler}
     known = {*shapes, *pooler, *(f"{ENCODER}embeddings.{buffer}" for buffer in ("position_ids", "token_type_ids"))}
     if more := sorted(key for key in weights.keys() - known if key.startswith(ENCODER)):
@@ -126,13 +131,13 @@ def read_weights(folder: Path, name: str, config: BertConfig) -> dict[str, Tenso
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file of weights; those in a training's file from its entry for them, which is said."""
+    """Read the tensors of a weights file. If it is a training checkpoint, print a line and read its entry with the weights."""
     check_file(path)
     try:
         found: Any = torch.load(path, "cpu", weights_only=True) if path.suffix == ".bin" else load_file(path)
         nested = next((key for key in NESTED if isinstance(found.get(key), Mapping) and _has_bert(found[key])), None)
         if nested and not _has_bert(found):
-            print(f"{path} is the file of a training: its {nested!r} is read")
+            print(f"{path} is a training checkpoint: its {nested!r} is read")
             found = found[nested]
         tensors = {str(key): x.to_dense() for key, x in found.items() if isinstance(x, Tensor) and not x.is_meta}
     except Exception as error:  # the libraries raise a dozen types for a damaged file
@@ -151,18 +156,16 @@ def _has_bert(weights: Mapping) -> bool:
     return any(f".{key}".endswith(f".{WORDS}") for key in weights)
 
 
-def _multiply_masks(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Multiply weights by the masks that `torch.nn.utils.prune` keeps beside them, which is said."""
+def _apply_prune_masks(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Apply the masks that `torch.nn.utils.prune` stores beside weights, and print a line."""
     pruned = [key.removesuffix("_orig") for key in weights if key.endswith("_orig")]
     for key in pruned:
-        whole, mask = weights.pop(f"{key}_orig"), weights.pop(f"{key}_mask", None)
-        if mask is None or mask.shape != whole.shape or whole.dtype not in FLOATS or key in weights:
-            raise UserError(
-                f"{name} has {key}_orig, which needs a {key}_mask of its shape, floating-point, and no {key} beside it"
-            )
-        weights[key] = whole * mask.to(whole.dtype)
+        original, mask = weights.pop(f"{key}_orig"), weights.pop(f"{key}_mask", None)
+        if mask is None or mask.shape != original.shape or original.dtype not in FLOATS or key in weights:
+            raise UserError(f"{name}: {key}_orig must be floating-point, with a {key}_mask of its shape, and without {key}")
+        weights[key] = original * mask.to(original.dtype)
     if pruned:
-        print(f"{name} has weights with masks, as torch.nn.utils.prune keeps them ({pruned[0]}_orig): they are multiplied")
+        print(f"{name} has pruned weights in the form of torch.nn.utils.prune ({pruned[0]}_orig): the masks are applied")
     return weights
 
 
@@ -180,14 +183,14 @@ def check_tensors(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
             raise UserError(f"{key} of {source} is not finite: the file is damaged, or its training diverged")
 
 
-def berts_names(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def rename_as_bert(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Rename tensors as in a BERT with a head, without prefixes of wrappers. Raises `UserError` unless there is one BERT."""
     old = {WRAPPER.sub("", key): key for key in weights}
     if len(old) != len(weights):
-        raise UserError(f"{name} has some weights twice, of which one is inside a wrapper of torch")
+        raise UserError(f"{name} has duplicate weights, with and without a prefix of a torch wrapper")
     places = [key.removesuffix(WORDS) for key in old if f".{key}".endswith(f".{WORDS}")]
     if len(places) != 1:
-        raise UserError(f"{name} has {len(places)} BERTs among its weights ({', '.join(places) or f'no {WORDS}'}): one is needed")
+        raise UserError(f"{name} has {len(places)} BERT encoders, not one ({', '.join(places) or f'no {WORDS}'})")
     place = places[0]  # of the encoder's weights
     kind = place.rstrip(".").rpartition(".")[2]
     if kind != "bert" and kind in CONFIG_MAPPING_NAMES:

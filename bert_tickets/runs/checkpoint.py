@@ -37,7 +37,7 @@ class Checkpoint(Hook):
     def __call__(self, loop: Loop) -> None:
         minutes = min(EVALUATION, self.minutes) if loop.at == loop.steps else self.minutes
         due = time.monotonic() - self.saved > 60 * minutes or (self.steps is not None and loop.at % self.steps == 0)
-        stop, due = loop.step.group.any(self.run.should_stop, due)  # all processes must do the same
+        stop, due = loop.step.group.any(self.run.stop_signal is not None, due)  # all processes must do the same
         if stop or due:
             self._save(loop)
             self.saved = time.monotonic()

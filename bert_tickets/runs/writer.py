@@ -84,13 +84,8 @@ class Run:
                     self.dir.rmdir()
             self._held.close()
 
-    @property
-    def should_stop(self) -> bool:
-        """Whether a signal arrived."""
-        return self.stop_signal is not None
-
     def _on_signal(self, number: int) -> None:
-        signal_at_parents_end(0)  # torchrun's end is this signal, or comes later
+        signal_at_parents_end(0)  # the end of torchrun needs no second signal
         before, self.stop_signal = self.stop_signal, number
         again = before == number and number in (signal.SIGINT, signal.SIGTERM)  # others: a scheduler's warning, then its SIGTERM
         if again and self.group.world_size > 1 and time.monotonic() - self._signalled_at < 2:

@@ -153,7 +153,7 @@ def wrong_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (other_model, "has 0 BERTs among its weights"),
+        (other_model, "has 0 BERT encoders, not one"),
         (quantized, "is torch.int8, not floating-point"),
         (with_code, "my-bert: pytorch_model.bin: "),
         (damaged, "my-bert: model.safetensors: "),

@@ -70,7 +70,7 @@ def test_a_checkpoint_without_a_pooler_gets_a_random_one(model, capsys):
         load(model)
     (model / POOLER).unlink()
     (model / POOLER).symlink_to(model / "purged")
-    with pytest.raises(UserError, match=rf"{POOLER} is a link to a file that does not exist"):
+    with pytest.raises(UserError, match=rf"{POOLER} is a broken symbolic link"):
         load(model)
     save_file(weights, model / "model.safetensors", FORMAT)
     (model / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
@@ -158,7 +158,7 @@ def test_of_two_biases_the_one_that_fits_is_taken(with_head, capsys):
     assert not capsys.readouterr().out
     predictions, _ = with_head(**{"decoder.bias": torch.ones(VOCABULARY)})
     assert (predictions.bias == 1).all()
-    assert "cls.predictions.decoder.bias is taken, and cls.predictions.bias, which differs, is not" in capsys.readouterr().out
+    assert "cls.predictions.decoder.bias is used, and cls.predictions.bias, which differs, is not" in capsys.readouterr().out
 
 
 def test_a_decoder_that_config_unties_and_the_weights_lack_is_drawn_and_said(with_head, capsys):

@@ -51,14 +51,14 @@ def test_what_wrappers_put_before_the_names_is_left_out_and_said(model, bert_dir
     head = place.removesuffix("bert.") + "classifier.weight"
     save_file(renamed | {head: torch.ones(2, 32)}, model / "model.safetensors", FORMAT)
     assert sha256_of(encoder_weights(load(model))) == sha256_of(encoder_weights(load(bert_dir)))
-    assert ("names its weights" in capsys.readouterr().out) == (place != "bert.")
+    assert ("weights with a prefix" in capsys.readouterr().out) == (place != "bert.")
 
 
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        (["query.bert.", "context.bert."], r"2 BERTs among its weights"),
-        (["bert.", "module.bert."], "some weights twice"),
+        (["query.bert.", "context.bert."], r"has 2 BERT encoders, not one"),
+        (["bert.", "module.bert."], "duplicate weights"),
         (["roberta."], r"the weights of a roberta model"),
     ],
 )
@@ -75,12 +75,12 @@ def test_weights_with_masks_of_torch_prune_are_multiplied_and_said(model, tmp_pa
     pruned = {key: w for key, w in weights.items() if key != LAST} | {f"{LAST}_orig": weights[LAST]}
     save_file(pruned | {f"{LAST}_mask": mask.float()}, model / "model.safetensors", FORMAT)
     assert torch.equal(load(model).get_parameter(f"bert.{LAST}"), weights[LAST] * mask)
-    assert f"as torch.nn.utils.prune keeps them ({LAST}_orig)" in capsys.readouterr().out
+    assert f"in the form of torch.nn.utils.prune ({LAST}_orig)" in capsys.readouterr().out
     whole = pruned | {f"{LAST}_mask": mask.float()}
     changes = ({f"{LAST}_mask": torch.ones(3)}, {LAST: torch.ones(2)}, {f"{LAST}_orig": weights[LAST].to(torch.int8)})
     for wrong in (pruned, *(whole | change for change in changes)):
         save_file(wrong, model / "model.safetensors", FORMAT)
-        with pytest.raises(UserError, match=rf"has {LAST}_orig, which needs a {LAST}_mask of its shape, floating-point"):
+        with pytest.raises(UserError, match=rf"{LAST}_orig must be floating-point, with a {LAST}_mask of its shape"):
             load(model)
 
 
@@ -91,7 +91,7 @@ def test_the_file_of_a_training_and_sparse_tensors_are_read(model, bert_dir, cap
     weights[LAST] = weights[LAST].to_sparse()
     torch.save({"epoch": 3, "optimizer": {"x": torch.ones(2)}, key: weights}, model / "pytorch_model.bin")
     assert sha256_of(encoder_weights(load(model))) == sha256_of(encoder_weights(load(bert_dir)))
-    assert f"pytorch_model.bin is the file of a training: its '{key}' is read" in capsys.readouterr().out
+    assert f"pytorch_model.bin is a training checkpoint: its '{key}' is read" in capsys.readouterr().out
     weights[LAST] = torch.empty(32, 64, device="meta")  # without values
     torch.save(weights, model / "pytorch_model.bin")
     with pytest.raises(UserError, match=f"lacks bert.{LAST}"):
@@ -101,8 +101,12 @@ def test_the_file_of_a_training_and_sparse_tensors_are_read(model, bert_dir, cap
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
-        ("tokenizer.json", None, "a link to a file that does not exist"),
+        (
+            "model.safetensors",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a Git LFS pointer: run git lfs pull",
+        ),
+        ("tokenizer.json", None, "is a broken symbolic link"),
         ("model.safetensors", "", "it is empty"),
         ("adapter_model.bin", "", r"has an adapter \(adapter_model.bin\): merge"),
     ],
@@ -131,7 +135,7 @@ def test_weights_that_would_change_the_network_are_refused_and_others_said(model
     with pytest.raises(UserError, match=r"has bert\.encoder\.layer\.0\.adapter\.down\.weight, which the BERT"):
         load(model)
     save_file(weights | {f"{LAST.removesuffix('weight')}lora_A.weight": torch.ones(2)}, model / "model.safetensors", FORMAT)
-    with pytest.raises(UserError, match=r"has adapters of PEFT .*merge_and_unload"):
+    with pytest.raises(UserError, match=r"has PEFT adapters .*merge_and_unload"):
         load(model)
 
 
@@ -146,8 +150,8 @@ def test_weights_that_would_change_the_network_are_refused_and_others_said(model
         ({"model_type": "roberta"}, {}, "of type roberta"),
         ({"num_attention_heads": 3}, {}, r"config\.json: .*not a multiple of the number of attention heads"),
         ({"hidden_act": "geluu"}, {}, r"hidden_act\" is 'geluu', not an activation"),
-        ({"num_attention_heads": -2}, {}, r"num_attention_heads\" is -2, not a whole number of at least 1"),
-        ({"layer_norm_eps": -1.0}, {}, r"layer_norm_eps\" is -1.0, not 0 or more"),
+        ({"num_attention_heads": -2}, {}, r"num_attention_heads\" is -2, not a positive integer"),
+        ({"layer_norm_eps": -1.0}, {}, r"layer_norm_eps\" is -1.0, not a non-negative number"),
         ({"hidden_dropout_prob": 1.0}, {}, r"hidden_dropout_prob\" is 1.0, not a probability below 1"),
         ({}, {"post_processor": None}, r"\[CLS\] and \[SEP\]"),
     ],
@@ -213,7 +217,7 @@ def test_a_configuration_without_a_type_names_the_key_and_googles_own_is_read(mo
     del values["architectures"]
     (model / "config.json").write_text(json.dumps(values))
     load(model)
-    assert 'has no "model_type": only its weights and its tokenizer show' in capsys.readouterr().out
+    assert 'has no "model_type": it is read as a BERT' in capsys.readouterr().out
     (model / "config.json").rename(model / "bert_config.json")
     load(model)
     assert "bert_config.json is read" in capsys.readouterr().out
@@ -258,7 +262,7 @@ def test_a_checkpoints_own_code_is_not_run_and_nobody_is_asked(model, tmp_path, 
     edit_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
     if model_type == "bert":
         load(model)
-        assert "names code of its own (auto_map), which is not run" in capsys.readouterr().out
+        assert "refers to custom code (auto_map), which is not run" in capsys.readouterr().out
     else:
         with pytest.raises(UserError, match="of type evil"):
             load(model)

@@ -53,7 +53,7 @@ class MemoryRun:
     """A `Run` that holds its checkpoint in memory."""
 
     def __init__(self) -> None:
-        self.saved, self.should_stop, self.at = ({}, None), False, []
+        self.saved, self.stop_signal, self.at = ({}, None), None, []
 
     def read_checkpoint(self, level):
         return self.saved
