@@ -15,7 +15,6 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bert_tickets.data.token_cache import Tokens
@@ -37,50 +36,49 @@ class Store(Protocol):
 
 
 class TokenStore:
-    """A set of tokenized examples with labels ([n, ...]: class indices, positions or floats), in a device's memory."""
+    """A set of tokenized examples with labels ([n, ...]: class indices, positions or floats).
+
+    They are packed on the host, and a batch is one transfer: on a device it would take a dozen small kernels.
+    """
 
     def __init__(self, tokens: Tokens, labels: np.ndarray, device: torch.device | str = "cpu") -> None:
         if len(labels) != len(tokens.lengths):
             raise ValueError(f"{len(labels)} labels for {len(tokens.lengths)} examples")
         self.sha256 = hashlib.sha256(tokens.sha256().encode() + labels.tobytes()).hexdigest()
         self.device = torch.device(device)
-        self._longest = int(tokens.lengths.max(initial=0))
-        self.lengths = tokens.lengths  # on the host: shapes of batches are known without waiting for the device
-        self.labels = torch.from_numpy(labels).to(device)
-        self._ids = torch.from_numpy(tokens.ids).to(device)
-        self._types = torch.from_numpy(tokens.types).to(device)
-        self._lengths = torch.from_numpy(tokens.lengths).to(device)
-        self._offsets = torch.from_numpy(np.cumsum(tokens.lengths) - tokens.lengths).to(device)
+        self.lengths, self.labels = tokens.lengths, torch.from_numpy(labels)
+        self._tokens, self._longest = tokens, int(tokens.lengths.max(initial=0))
+        self._offsets = np.cumsum(tokens.lengths) - tokens.lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch:
         """Pack the examples `examples` ([B], int64 indices on the CPU), in this order. Never waits for the device."""
-        lengths, device = self.lengths[examples.numpy()], self.device
-        tokens, longest = int(lengths.sum()), int(lengths.max())
-        examples = ship(examples, device)
-        lens = self._lengths[examples]
-        starts = lens.cumsum(0) - lens
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=device), lens, output_size=tokens)
-        position = torch.arange(tokens, device=device) - starts[rows]
-        source = self._offsets[examples][rows] + position
-        padding = 0
+        lengths, first = self.lengths[examples.numpy()], self._offsets[examples.numpy()]
+        tokens, longest, padding = int(lengths.sum()), int(lengths.max()), 0
+        starts = lengths.cumsum() - lengths
+        rows = np.arange(len(lengths)).repeat(lengths)
+        position = np.arange(tokens) - starts[rows]
+        source = first[rows] + position
         if bucketed:
             longest = min(_round_up(longest, 32), self._longest)
             unit = max(32, (1 << tokens.bit_length()) // 32)  # within `packing.max_padding`
             padding = min(_round_up(tokens, unit), len(lengths) * longest) - tokens
-            rows = F.pad(rows, (0, padding), value=int(lengths.argmin()))
-            position = F.pad(position, (0, padding), value=longest - 1)
-            source = F.pad(source, (0, padding))
+            rows = np.pad(rows, (0, padding), constant_values=lengths.argmin())
+            position = np.pad(position, (0, padding), constant_values=longest - 1)
+            source = np.pad(source, (0, padding))
+        columns = self._tokens.ids[source], self._tokens.types[source], position, rows, starts, lengths
+        joined = ship(torch.from_numpy(np.concatenate(columns, dtype=np.int64)), self.device)  # one transfer
+        ids, types, position_ids, *others = joined.split([len(column) for column in columns])
         return Batch(
-            input_ids=self._ids[source].long()[None],
-            token_type_ids=self._types[source].long()[None],
-            position_ids=position[None],
-            rows=rows,
-            starts=starts,
-            lens=lens,
-            labels=self.labels[examples],
+            input_ids=ids[None],
+            token_type_ids=types[None],
+            position_ids=position_ids[None],
+            rows=others[0],
+            starts=others[1],
+            lens=others[2],
+            labels=ship(self.labels[examples], self.device),
             lengths=lengths,
             longest=longest,
             padding=padding,

@@ -99,8 +99,7 @@ class Graphs:
         key = bucket_of(batch)
         if key in self.captured:
             inputs, replay, loss = self.captured[key]
-            for name, tensor in tensors(batch).items():
-                getattr(inputs, name).copy_(tensor, non_blocking=True)
+            _copy(tensors(inputs), tensors(batch))
             replay()
             return loss.clone()  # the next graph may overwrite it
         if key not in self._met:
@@ -155,6 +154,12 @@ class Graphs:
 def tensors(batch: Batch) -> dict[str, Tensor]:
     """Return the tensors of a batch by field."""
     return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+
+
+def _copy(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for dtype in {tensor.dtype for tensor in values.values()}:  # one kernel each
+        names = [name for name, tensor in values.items() if tensor.dtype == dtype]
+        torch._foreach_copy_([into[name] for name in names], [values[name] for name in names], non_blocking=True)
 
 
 def bucket_of(batch: Batch) -> Hashable:
