@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, metavar="N", help="(default: the paper's)")
     parser.add_argument("--sparsity", type=float, default=0.5, metavar="X", help="of all sides (default: 0.5)")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="turns of each side (default: 5)")
-    parser.add_argument("--turn-steps", type=int, default=4, metavar="N", help="steps a turn (default: 4)")
+    parser.add_argument("--turn-steps", type=int, metavar="N", help="steps a turn (default: 4; on a GPU 16)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp16", "bf16", "fp32"), help="(default: auto)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="(default: auto)")
     parser.add_argument("--profile", action="store_true", help="measure the time of a step by kernel or operator instead")
@@ -54,6 +54,8 @@ def parse() -> argparse.Namespace:
 
 def measure_task(name: str, args: argparse.Namespace) -> Figures:
     """Measure one task."""
+    import torch
+
     from bert_tickets.bench import measure
     from bert_tickets.bench.baselines import FULL_LENGTH, LENGTHS, make_case
 
@@ -62,9 +64,11 @@ def measure_task(name: str, args: argparse.Namespace) -> Figures:
         raise UserError(f"no lengths for {name!r}: give --data-dir, or tasks of {', '.join(known)}")
     given: dict[str, Any] = {field: getattr(args, field) for field in SETTINGS}
     batch_size = args.batch_size or preset_values(Config.method, kind_of(name), Config.protocol)["batch_size"]
-    given["limit_train"] = batch_size * args.turn_steps * (args.turns + 1)
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    turn_steps = args.turn_steps or (16 if on_gpu else 4)  # a turn begins with an idle device
+    given["limit_train"] = batch_size * turn_steps * (args.turns + 1)
     function = measure.profile if args.profile else measure.compare
-    return function(make_case(name, given, args.sparsity), args.turns, args.turn_steps)
+    return function(make_case(name, given, args.sparsity), args.turns, turn_steps)
 
 
 def main(args: argparse.Namespace) -> None:

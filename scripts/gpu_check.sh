@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does the package work on this machine's GPU, and how fast? Needs neither hub nor data, and installs nothing.
 #
-#   bash scripts/gpu_check.sh            the GPU's tests, then bench.py on random tokens
+#   bash scripts/gpu_check.sh            bench.py on random tokens, then the GPU's tests
 #   bash scripts/gpu_check.sh --quick    fewer of both
 #
 # PYTHON: the interpreter (default: .venv's if there is one). MINUTES: the time limit (default: 15; with --quick 5).
@@ -37,6 +37,7 @@ within() { # a command, for the rest of the time limit
   if [ $left -le 0 ]; then echo "gpu_check.sh: no time left for ${*:2}" >&2; return 1; fi
   timeout --foreground -s INT -k 20 $left "$@" # pytest then still prints what failed
 }
-cd "$here" && within "$PYTHON" -m pytest -m cuda -vv --durations=0 "${tests[@]}" tests/gpu tests/kernels 2>&1 | tee "$output/tests.log" || failed=1
+cd "$here" || exit 2
 within "$PYTHON" scripts/bench.py --model random --tasks mnli --turns "$turns" --json "$output/bench.json" || failed=1
+within "$PYTHON" -m pytest -m cuda -vv --durations=0 "${tests[@]}" tests/kernels tests/gpu 2>&1 | tee "$output/tests.log" || failed=1
 exit $failed

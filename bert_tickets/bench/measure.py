@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import statistics
 import time
@@ -41,8 +42,8 @@ def compare(case: Case, turns: int, steps: int) -> Figures:
         figures |= {f"{name}: steps/s": 1 / each, f"{name}: real tokens/s": tokens / each}
         figures |= {f"{name}: padded tokens/s": padded / each, f"{name}: % of the machine's rate": 100 * flops / each / rate}
         if on_gpu:
-            count, kernels = profile_kernels(sides[name], steps, device)
-            figures |= {f"{name}: kernels a step": count, f"{name}: GPU busy, %": 100 * sum(kernels.values()) / each}
+            count, busy, _ = profile_kernels(sides[name], min(steps, 4), device)
+            figures |= {f"{name}: kernels a step": count, f"{name}: GPU busy, %": 100 * busy / each}
             figures[f"{name}: memory reserved, MiB"] = built[name][1]
     return figures | {f"{name} over released, times": seconds["released"] / seconds[name] for name in names if name != "released"}
 
@@ -54,7 +55,7 @@ def profile(case: Case, turns: int, steps: int) -> Figures:
     figures = {"a step, ms": 1000 * time_in_turns({"": step}, turns, steps, case.device)[""]}
     own: dict[str, float] = defaultdict(float)
     if on_gpu:
-        for kernel, seconds in profile_kernels(step, steps, case.device)[1].items():
+        for kernel, seconds in profile_kernels(step, steps, case.device)[2].items():
             own[short_name(kernel)] += 1000 * seconds
     else:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
@@ -141,20 +142,33 @@ def step_flops(net: Net, lengths: np.ndarray, masked_tokens: float = 0) -> float
 # ---- GPU kernels ----
 
 
-def profile_kernels(step: TrainStep, steps: int, device: torch.device) -> tuple[float, dict[str, float]]:
-    """Profile the GPU kernels of `steps` steps, copies and fills left out: their number, and seconds by name, per step."""
+def profile_kernels(step: TrainStep, steps: int, device: torch.device) -> tuple[float, float, dict[str, float]]:
+    """Profile the GPU kernels of `steps` steps, copies and fills left out.
+
+    Returns per step their number, the seconds in which any was running, and the seconds of each by name. Kernels of two streams
+    may run at once: then each takes longer.
+    """
     _synchronize(device)
     kinds = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds, acc_events=True) as found:  # without acc_events torch 2.11 warns
         take_steps(step, range(steps))
         _synchronize(device)
     seconds: dict[str, float] = defaultdict(float)
-    count = 0
+    ranges = []
     for event in found.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset")):
             seconds[event.name] += event.time_range.elapsed_us() / 1e6 / steps
-            count += 1
-    return count / steps, seconds
+            ranges.append((event.time_range.start, event.time_range.end))
+    return len(ranges) / steps, covered(ranges) / 1e6 / steps, seconds
+
+
+def covered(ranges: list[tuple[float, float]]) -> float:
+    """Return the length of the union of ranges, each (start, end)."""
+    length, reached = 0.0, -math.inf
+    for start, end in sorted(ranges):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
 
 
 def short_name(kernel: str) -> str:

@@ -48,6 +48,11 @@ def test_a_step_is_profiled_by_operator(run_bench, bert_dir):
     assert "aten::addmm" in run_bench("--model", bert_dir, "--tasks", "rte", "--profile")["figures"]["rte"]
 
 
+def test_time_in_which_two_kernels_run_counts_once():
+    assert measure.covered([]) == 0
+    assert measure.covered([(5, 7), (0, 2), (1, 4), (1.5, 2), (7, 8)]) == 7
+
+
 def test_a_random_checkpoint_can_be_loaded(tmp_path):
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 200}
     save_bert(tmp_path, **sizes)
@@ -102,7 +107,7 @@ case "$*" in *is_available*) exit $NO_GPU ;; *"-m pytest"*) exit $FAILED ;; esac
 
 
 @pytest.mark.parametrize(("no_gpu", "failed", "code"), [("0", "0", 0), ("0", "1", 1), ("1", "0", 2)])
-def test_gpu_check_runs_the_gpu_tests_and_even_if_they_fail_the_benchmark(tmp_path, no_gpu, failed, code):
+def test_gpu_check_runs_the_benchmark_and_the_gpu_tests(tmp_path, no_gpu, failed, code):
     """With a stand-in for the interpreter."""
     python, calls = tmp_path / "python", tmp_path / "calls"
     python.write_text(PYTHON)
