@@ -98,6 +98,18 @@ def restore_torch() -> object:
     torch.use_deterministic_algorithms(deterministic)
 
 
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")),
+        pytest.param("cuda", marks=pytest.mark.cuda),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the kernels run: on a real GPU, or without one on the CPU, by Triton's interpreter."""
+    torch.manual_seed(0)
+    return torch.device(request.param)
+
+
 @pytest.fixture(params=[FAKE, REAL])
 def one_gpu(request: pytest.FixtureRequest):
     """A context in which torch sees a GPU: a fake one, or with `-m cuda` a real one."""

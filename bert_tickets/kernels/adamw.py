@@ -44,12 +44,22 @@ def addresses(tensors: list[Tensor]) -> Tensor:
     return table
 
 
-def norm(grads: Tensor, tables: Tables, half: torch.dtype) -> Tensor:
-    """Return the L2 norm of the masked gradients, whose addresses `grads` holds; `half` is the dtype of the halved ones."""
-    partial = torch.empty(len(tables.owner), device=grads.device)
+def clip(grads: Tensor, tables: Tables, half: torch.dtype, max_norm: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the divisor that unscales the masked gradients and clips their L2 norm, and 1.0 if that overflowed, else 0.0.
+
+    `grads` holds their addresses; `half` is the dtype of the halved ones. They were multiplied by `scale`; without it nothing
+    counts as overflow. If the norm did not overflow, the parameters' numbers of steps increase.
+    """
+    device = grads.device
+    partial, found = torch.empty(len(tables.owner), device=device), torch.empty(2, device=device)
     given = (grads, tables.masks, tables.masked, tables.halved, tables.sizes, tables.owner, tables.first, partial)
     kernels.launch(_norm, len(partial), *given, HALF=HALVES[half], BLOCK=BLOCK, num_warps=4)
-    return partial.sum().sqrt()
+    counts = len(partial), len(tables.steps)
+    kernels.launch(
+        _clip, 1, partial, scale, found, tables.steps, *counts, MAX_NORM=max_norm, BLOCK=8 * BLOCK, STEPS=256, num_warps=32
+    )
+    divisor, overflowed = found
+    return divisor, overflowed
 
 
 def update(
@@ -105,6 +115,28 @@ def _norm(grads, masks, masked, halved, sizes, owner, first, partial, HALF: tl.c
     else:
         grad = tl.where(at < size, _masked_gradient(grads, masks, masked, halved, i, at, at < size, HALF), 0.0)
         tl.store(partial + program, tl.sum(grad * grad))
+
+
+@triton.jit(do_not_specialize=["squares", "count"])
+def _clip(partial, scale, found, steps, squares, count, MAX_NORM: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    total, first = tl.zeros((BLOCK,), tl.float32), 0
+    while first < squares:
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(partial + i, i < squares, 0.0)
+        first += BLOCK
+    norm = tl.sqrt(tl.sum(total))
+    factor, overflowed = 1.0, 0.0
+    if scale is not None:
+        factor, overflowed = tl.load(scale), tl.where(tl.abs(norm) < float("inf"), 0.0, 1.0)  # 1 for NaN too
+    over = (norm / factor + 1e-6) / MAX_NORM
+    tl.store(found, factor * tl.where(over < 1, 1.0, over))
+    tl.store(found + 1, overflowed)
+    first = 0
+    while first < count:
+        i = first + tl.arange(0, STEPS)
+        step = tl.load(steps + i, i < count, 0).to(tl.pointer_type(tl.float32))
+        tl.store(step, tl.load(step, i < count, 0.0) + 1 - overflowed, i < count)
+        first += STEPS
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 The algorithm is FlashAttention's (Dao et al. 2022; Dao 2023), whose own kernels are made for long sequences: on examples of some
 dozen tokens they spend most of their time on starting, on filling buffers and on converting them. Tiles are small here, and the
-gradient of the projections' bias comes along.
+sums for the gradient of the projections' bias come along.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_tickets import kernels
+from bert_tickets.kernels.branch import Branch
 from bert_tickets.kernels.dropout import factors, rounded
 from bert_tickets.kernels.layers import add_rows
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, ends: Tensor, longest: int, heads: int, p: float, seed: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, ends: Tensor, longest: int, heads: int, p: float, seed: Tensor,
+                branch: Branch) -> Tensor:  # fmt: skip
+        ctx.branch = branch
         tokens, width = len(qkv), qkv.shape[1] // 3
         tile, size = min(64, max(16, triton.next_power_of_2(longest))), width // heads
         ctx.tiles = triton.cdiv(longest, tile)
@@ -40,17 +43,17 @@ class _Attention(torch.autograd.Function):
         dqkv, sums = torch.empty_like(qkv), torch.empty(examples * ctx.tiles, qkv.shape[1], device=qkv.device)
         given = (grad.contiguous(), qkv, ends, seed, out, logs, dqkv, sums, len(qkv), examples)
         kernels.launch(_attention_backward, 2 * (examples + 1) * heads * ctx.tiles, *given, **ctx.constants)
-        return dqkv, add_rows(sums, 0, bias)[1], None, None, None, None, None
+        return dqkv, ctx.branch.run(add_rows, sums, 0, bias)[1], None, None, None, None, None, None
 
 
-def attend(qkv: Tensor, bias: Tensor, ends: Tensor, longest: int, heads: int, p: float, seed: Tensor) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor, ends: Tensor, longest: int, heads: int, p: float, seed: Tensor, branch: Branch) -> Tensor:
     """Compute attention with dropout p within packed examples of up to `longest` tokens: [T, hidden].
 
     `qkv` [T, 3 * hidden]: queries, keys and values, heads of 16, 32, 64 or 128 side by side. They include their `bias` detached:
-    its gradient, the sum over tokens, comes from here. `ends` [B + 2] (int32): 0, each example's end, and T. The rows after the
-    last example are 0, as are their gradients. `seed` (int64, one element) chooses what is dropped.
+    the branch computes its gradient, the sum over tokens. `ends` [B + 2] (int32): 0, each example's end, and T. The rows after
+    the last example are 0, as are their gradients. `seed` (int64, one element) chooses what is dropped.
     """
-    return _Attention.apply(qkv, bias, ends, longest, heads, p, seed)
+    return _Attention.apply(qkv, bias, ends, longest, heads, p, seed, branch)
 
 
 # ---- kernels ----

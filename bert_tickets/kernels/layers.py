@@ -6,6 +6,7 @@ gradient. Sums over tokens are taken in a fixed order: equal inputs give equal b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_tickets import kernels
+from bert_tickets.kernels.branch import Branch
 from bert_tickets.kernels.dropout import factors, rounded
 
 PROGRAMS = 528  # at most, of a kernel that sums over tokens; four for each multiprocessor of an H100
@@ -24,8 +26,9 @@ COLUMNS, ROWS = 64, 16  # of a tile of its backward pass
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, p: float, eps: float,
-                seed: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+                seed: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:  # fmt: skip
         tokens, width = x.shape
+        ctx.branch = branch
         out, half = torch.empty_like(residual), torch.empty_like(x)
         mean, scale = (torch.empty(tokens, device=x.device) for _ in range(2))
         ctx.constants = {"DROPPED": rounded(p), "WIDTH": width, "BLOCK": triton.next_power_of_2(width), "num_warps": 4}
@@ -45,29 +48,32 @@ class _AddNorm(torch.autograd.Function):
         grads = [None if given is None else given.contiguous() for given in (grad, half)]
         given = (*grads, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens, programs)
         kernels.launch(_add_norm_backward, programs, *given, **ctx.constants)
-        (dweight, dshift), dbias = add_rows(sums.view(programs, -1), 2 * width, bias)
-        return dx, dbias, dresidual, dweight, dshift, None, None, None
+        (dweight, dshift), dbias = ctx.branch.run(add_rows, sums.view(programs, -1), 2 * width, bias)
+        return dx, dbias, dresidual, dweight, dshift, None, None, None, None
 
 
-def add_norm(x: Tensor, bias: Tensor, residual: Tensor, norm: Any, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute norm(dropout(x + bias, p) + residual), in float32 and in x's dtype; all [T, width].
+def add_norm(
+    x: Tensor, bias: Tensor, residual: Tensor, norm: Sequence[Tensor], p: float, eps: float, seed: Tensor, branch: Branch
+) -> tuple[Tensor, Tensor]:
+    """Compute LayerNorm(dropout(x + bias, p) + residual), in float32 and in x's dtype; all [T, width].
 
-    `seed` (int64, one element) chooses what is dropped.
+    `norm` has its weight and bias. `seed` (int64, one element) chooses what is dropped. The branch computes the gradients of
+    `bias` and `norm`.
     """
-    return _AddNorm.apply(x, bias, residual, norm.weight, norm.bias, p, norm.eps, seed)
+    return _AddNorm.apply(x, bias, residual, *norm, p, eps, seed, branch)
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty_like(x)
+    def forward(ctx: Any, x: Tensor, bias: Tensor, branch: Branch) -> Tensor:
+        out, ctx.branch = torch.empty_like(x), branch
         tokens, width = x.shape
         kernels.launch(_gelu, tokens * triton.cdiv(width, BLOCK), x, bias, out, WIDTH=width, BLOCK=BLOCK, num_warps=4)
         ctx.save_for_backward(x, bias)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, bias = ctx.saved_tensors
         tokens, width = x.shape
         columns = triton.cdiv(width, COLUMNS)
@@ -75,34 +81,35 @@ class _Gelu(torch.autograd.Function):
         dx, sums = torch.empty_like(x), torch.empty(chunks, width, device=x.device)
         given = (grad.contiguous(), x, bias, dx, sums, tokens, chunks)
         kernels.launch(_gelu_backward, columns * chunks, *given, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
-        return dx, add_rows(sums, 0, bias)[1]
+        return dx, ctx.branch.run(add_rows, sums, 0, bias)[1], None
 
 
-def gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Compute GELU (by the error function) of x + bias, [T, width]."""
-    return _Gelu.apply(x, bias)
+def gelu(x: Tensor, bias: Tensor, branch: Branch) -> Tensor:
+    """Compute GELU (by the error function) of x + bias, [T, width]. The branch computes the gradient of `bias`."""
+    return _Gelu.apply(x, bias, branch)
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, branch: Branch) -> tuple[Tensor, ...]:
         ctx.save_for_backward(bias)
+        ctx.branch = branch
         return qkv.chunk(3, 1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (bias,), (tokens, width) = ctx.saved_tensors, grads[0].shape
         columns = 3 * triton.cdiv(width, COLUMNS)
         chunks = min(triton.cdiv(tokens, ROWS), triton.cdiv(2 * PROGRAMS, columns))
         joined, sums = grads[0].new_empty(tokens, 3 * width), torch.empty(chunks, 3 * width, device=bias.device)
         given = (*(grad.contiguous() for grad in grads), joined, sums, tokens, chunks)
         kernels.launch(_join, columns * chunks, *given, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
-        return joined, add_rows(sums, 0, bias)[1]
+        return joined, ctx.branch.run(add_rows, sums, 0, bias)[1], None
 
 
-def split(qkv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split [T, 3 * width], which includes `bias` detached, into three. The gradient of `bias` comes from here."""
-    return _Split.apply(qkv, bias)
+def split(qkv: Tensor, bias: Tensor, branch: Branch) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [T, 3 * width], which includes `bias` detached, into three. The branch computes the gradient of `bias`."""
+    return _Split.apply(qkv, bias, branch)
 
 
 def add_rows(partial: Tensor, split: int, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +125,23 @@ def add_rows(partial: Tensor, split: int, bias: Tensor) -> tuple[Tensor, Tensor]
 
 
 @triton.jit
-def _row(pointer, row, at, WIDTH: tl.constexpr):
+def row_of(pointer, row, at, WIDTH: tl.constexpr):
     return tl.load(pointer + row * WIDTH + at, at < WIDTH, 0.0).to(tl.float32)
+
+
+@triton.jit
+def normalized(value, at, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """A row with mean 0 and variance 1, its mean, and the factor that its variance asks for."""
+    average = tl.sum(value) / WIDTH
+    centered = tl.where(at < WIDTH, value - average, 0.0)
+    factor = tl.rsqrt(tl.sum(centered * centered) / WIDTH + EPS)
+    return centered * factor, average, factor
+
+
+@triton.jit
+def of_normalized(grad, normal, factor, WIDTH: tl.constexpr):
+    """The gradient of the row that was normalized."""
+    return (grad - normal * (tl.sum(normal * grad) / WIDTH) - tl.sum(grad) / WIDTH) * factor
 
 
 @triton.jit(do_not_specialize_on_alignment=["seed"])
@@ -128,12 +150,9 @@ def _add_norm(
     EPS: tl.constexpr, DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0), tl.arange(0, BLOCK)
-    dropped = (_row(x, row, at, WIDTH) + _row(bias, 0, at, WIDTH)) * factors(seed, row * (BLOCK // 8), DROPPED, BLOCK)
-    value = dropped + _row(residual, row, at, WIDTH)
-    average = tl.sum(value) / WIDTH
-    centered = tl.where(at < WIDTH, value - average, 0.0)
-    factor = tl.rsqrt(tl.sum(centered * centered) / WIDTH + EPS)
-    result = centered * factor * _row(weight, 0, at, WIDTH) + _row(shift, 0, at, WIDTH)
+    dropped = (row_of(x, row, at, WIDTH) + row_of(bias, 0, at, WIDTH)) * factors(seed, row * (BLOCK // 8), DROPPED, BLOCK)
+    normal, average, factor = normalized(dropped + row_of(residual, row, at, WIDTH), at, EPS, WIDTH)
+    result = normal * row_of(weight, 0, at, WIDTH) + row_of(shift, 0, at, WIDTH)
     tl.store(out + row * WIDTH + at, result, at < WIDTH)
     tl.store(half + row * WIDTH + at, result, at < WIDTH)
     tl.store(mean + row, average)
@@ -146,21 +165,20 @@ def _add_norm_backward(
     DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
-    biases, weights = _row(bias, 0, at, WIDTH), _row(weight, 0, at, WIDTH)
+    biases, weights = row_of(bias, 0, at, WIDTH), row_of(weight, 0, at, WIDTH)
     dweight, dshift = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
     row = tl.program_id(0)
     while row < tokens:
         g = tl.zeros((BLOCK,), tl.float32)
         if grad is not None:
-            g += _row(grad, row, at, WIDTH)
+            g += row_of(grad, row, at, WIDTH)
         if half is not None:
-            g += _row(half, row, at, WIDTH)
+            g += row_of(half, row, at, WIDTH)
         kept, factor = factors(seed, row * (BLOCK // 8), DROPPED, BLOCK), tl.load(scale + row)
-        value = (_row(x, row, at, WIDTH) + biases) * kept + _row(residual, row, at, WIDTH)
+        value = (row_of(x, row, at, WIDTH) + biases) * kept + row_of(residual, row, at, WIDTH)
         normal = tl.where(at < WIDTH, (value - tl.load(mean + row)) * factor, 0.0)
-        scaled = g * weights
-        inner = (scaled - normal * (tl.sum(normal * scaled) / WIDTH) - tl.sum(scaled) / WIDTH) * factor
+        inner = of_normalized(g * weights, normal, factor, WIDTH)
         tl.store(dresidual + row * WIDTH + at, inner, at < WIDTH)
         tl.store(dx + row * WIDTH + at, inner * kept, at < WIDTH)
         dweight += g * normal
@@ -201,7 +219,7 @@ def _normal(x):
 def _gelu(x, bias, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row, at = tl.program_id(0) // parts, tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
-    value = _row(x, row, at, WIDTH) + _row(bias, 0, at, WIDTH)
+    value = row_of(x, row, at, WIDTH) + row_of(bias, 0, at, WIDTH)
     tl.store(out + row * WIDTH + at, value * _normal(value)[0], at < WIDTH)
 
 
@@ -210,7 +228,7 @@ def _gelu_backward(
     grad, x, bias, dx, sums, tokens, chunks, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     chunk, at = tl.program_id(0) % chunks, tl.program_id(0) // chunks * COLUMNS + tl.arange(0, COLUMNS)
-    biases = _row(bias, 0, at, WIDTH)
+    biases = row_of(bias, 0, at, WIDTH)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = chunk * ROWS
     while first < tokens:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert_tickets.kernels.branch import Branch
 from bert_tickets.modeling import dropout
 from bert_tickets.modeling.packing import Batch, at_least_fp32, max_padding
 
@@ -34,6 +35,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if not len(grad):
+            return grad.new_zeros(len(ctx.inverse), *grad.shape[1:]), None, None, None
         grad = grad.index_select(0, ctx.inverse)
         return (grad if ctx.none is None else grad.masked_fill_(ctx.none, 0)), None, None, None
 
@@ -58,11 +61,11 @@ class Short:
     longest: int  # an upper bound of the tokens of an example
     heads: int
 
-    def attend_joined(self, qkv: Tensor, bias: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Attend within [T, 3 * hidden], which includes `bias` detached: its gradient comes from here."""
+    def attend_joined(self, qkv: Tensor, bias: Tensor, p: float, seed: Tensor, branch: Branch) -> Tensor:
+        """Attend within [T, 3 * hidden], which includes `bias` detached: the branch computes its gradient."""
         from bert_tickets.kernels.attention import attend
 
-        return attend(qkv, bias, self.ends, self.longest, self.heads, p, seed)
+        return attend(qkv, bias, self.ends, self.longest, self.heads, p, seed, branch)
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ class Ragged:
         out, *_ = kernel(q, k, v, self.ends, self.ends, self.longest, self.longest, p, False, False)
         return out.flatten(1)
 
-    def attend_joined(self, qkv: Tensor, bias: Tensor, p: float, seed: Tensor) -> Tensor:
+    def attend_joined(self, qkv: Tensor, bias: Tensor, p: float, seed: Tensor, branch: Branch) -> Tensor:
         """As in `Short`, but for `seed`."""
         from bert_tickets.kernels.layers import split
 
-        return self.attend(*split(qkv, bias), p)
+        return self.attend(*split(qkv, bias, branch), p)
 
 
 def _ends(batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ tokens, and casts a value to half precision once for all matrices that use it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -31,9 +31,9 @@ def encode(net: Net, batch: Batch) -> Tensor:
     half = dtype in (torch.float16, torch.bfloat16)
     fused = half and config.hidden_act == "gelu" and config.type_vocab_size == 2 and kernels.usable(device)
     grid = layout(batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads, dtype, fused)
+    if fused and isinstance(grid, Short | Ragged):
+        return _encode_fused(bert, batch, grid, dtype)
     with cast_weights(bert.encoder, dtype) as joined:
-        if fused and isinstance(grid, Short | Ragged):
-            return _encode_fused(bert, batch, grid, joined)
         return _encode(bert, batch, grid, joined, dtype)
 
 
@@ -50,35 +50,58 @@ def _encode(bert: Any, batch: Batch, grid: Any, joined: Mapping[nn.Module, Joine
     return hidden
 
 
-def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, joined: Mapping[nn.Module, Joined]) -> Tensor:
+def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, dtype: torch.dtype) -> Tensor:
     """Compute `_encode` by our kernels, in half precision: `hidden` is in float32, and `half` its cast for matrix products."""
-    from bert_tickets.kernels import embeddings
+    from bert_tickets.kernels.branch import Branch, linear
+    from bert_tickets.kernels.embeddings import embed
     from bert_tickets.kernels.layers import add_norm, gelu
 
-    words, types, positions = (getattr(bert.embeddings, f"{name}_embeddings") for name in ("word", "token_type", "position"))
-    ids, given = batch.input_ids[0], (batch.token_type_ids[0], batch.position_ids[0], grid.ends, batch.longest)
-    hidden = bert.embeddings.LayerNorm(embeddings.add(words(ids), types.weight, positions.weight, *given))
-    hidden = bert.embeddings.dropout(hidden)
-    half = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    seeds = torch.randint(2**62, (len(bert.encoder.layer), 3), device=hidden.device)
+    device = batch.starts.device
+    layers, branch = bert.encoder.layer, Branch(device)
+    weights = _layer_weights(layers, dtype, branch)
+    seed, *seeds = torch.randint(2**62, (1 + 3 * len(layers),), device=device)
+    ids = batch.input_ids[0], batch.token_type_ids[0], batch.position_ids[0]
+    hidden, half = embed(bert.embeddings, ids, grid.ends, batch.longest, seed, dtype, branch)
 
-    def output(block: Any, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        p = block.dropout.p if block.training else 0.0
-        return add_norm(F.linear(x, block.dense.weight), block.dense.bias, hidden, block.LayerNorm, p, seed)
+    def output(block: Any, x: Tensor, dense: Sequence[Tensor], norm: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Tensor]:
+        (weight, bias), p = dense, block.dropout.p if block.training else 0.0
+        return add_norm(linear(x, weight, None, branch), bias, hidden, norm, p, block.LayerNorm.eps, seed, branch)
 
-    for layer, (*first, last) in zip(bert.encoder.layer, seeds, strict=True):
-        own, dense = layer.attention.self, layer.intermediate.dense
-        weight, bias = joined.get(layer) or _join(own)
-        attended = grid.attend_joined(
-            F.linear(half, weight, bias.detach()), bias, own.dropout.p if own.training else 0.0, first[0]
-        )
-        hidden, half = output(layer.attention.output, attended, first[1])
-        hidden, half = output(layer.output, gelu(F.linear(half, dense.weight), dense.bias), last)
+    triples = zip(seeds[::3], seeds[1::3], seeds[2::3], strict=True)
+    for layer, (first, second, last), (cast, norms, ready) in zip(layers, triples, weights, strict=True):
+        branch.wait(ready)
+        (weight, bias, inner, inner_bias), own = cast[:4], layer.attention.self
+        projected, p = linear(half, weight, bias.detach(), branch), own.dropout.p if own.training else 0.0
+        attended = grid.attend_joined(projected, bias, p, first, branch)
+        hidden, half = output(layer.attention.output, attended, cast[4:6], norms[:2], second)
+        expanded = gelu(linear(half, inner, None, branch), inner_bias, branch)
+        hidden, half = output(layer.output, expanded, cast[6:], norms[2:], last)
     return hidden
 
 
-def _join(own: Any) -> Joined:
-    return tuple(torch.cat([getattr(x, name) for x in (own.query, own.key, own.value)]) for name in ("weight", "bias"))  # type: ignore[return-value]
+def _layer_weights(
+    layers: Iterable[Any], dtype: torch.dtype, branch: Any
+) -> list[tuple[Sequence[Tensor], Sequence[Tensor], Any]]:
+    """Cast the layers' weights by the branch. Returns of each layer the casts, its norms' weights, and the event of its casts.
+
+    The casts are weight and bias of query, key and value together, of the intermediate layer, of the attention's output, and of
+    the layer's output.
+    """
+    from bert_tickets.kernels.branch import joined
+
+    cast: list[Tensor] = []
+    norms: list[Tensor] = []
+    events = []
+    for layer in layers:
+        own, outputs = layer.attention.self, (layer.attention.output, layer.output)
+        groups = [[getattr(x, name) for x in (own.query, own.key, own.value)] for name in ("weight", "bias")]
+        groups += [[x] for dense in (layer.intermediate.dense, *(y.dense for y in outputs)) for x in (dense.weight, dense.bias)]
+        cast += _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype, branch.run)
+        norms += [x for block in outputs for x in (block.LayerNorm.weight, block.LayerNorm.bias)]
+        events.append(branch.event())
+    tensors = joined(branch, [*cast, *norms])
+    of_norms = tensors[len(cast) :]
+    return [(tensors[8 * i : 8 * i + 8], of_norms[4 * i : 4 * i + 4], event) for i, event in enumerate(events)]
 
 
 def classify(net: Net, batch: Batch) -> Tensor:
@@ -95,28 +118,29 @@ def classify(net: Net, batch: Batch) -> Tensor:
 class _Cast(torch.autograd.Function):
     """Cast all tensors to another dtype by one call, and their gradients back by one call, unless they may have any dtype.
 
-    The last two arguments are the number of tensors to concatenate into each result, and the dtype.
+    The last three arguments are the number of tensors to concatenate into each result, the dtype, and what calls the first call.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, sizes, dtype = args
-        ctx.sizes, ctx.dtype, ctx.any_dtype = sizes, tensors[0].dtype, tensors[0].grad_dtype is None
+        *tensors, sizes, dtype, run = args
+        ctx.sizes, ctx.dtype = sizes, tensors[0].dtype
+        ctx.any_dtype = all(tensor.is_leaf and tensor.grad_dtype is None for tensor in tensors)
         parts, cast = iter(tensors), []
         for size in sizes:
             group = [next(parts) for _ in range(size)]
             cast.append(group[0].new_empty(sum(map(len, group)), *group[0].shape[1:], dtype=dtype))
-        torch._foreach_copy_(_parts(cast, sizes), tensors)
+        run(torch._foreach_copy_, _parts(cast, sizes), tensors)
         return tuple(cast)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         parts = _parts(grads, ctx.sizes)
         if ctx.any_dtype:
-            return *parts, None, None
+            return *parts, None, None, None
         cast = [torch.empty_like(part, dtype=ctx.dtype) for part in parts]
         torch._foreach_copy_(cast, parts)
-        return *cast, None, None
+        return *cast, None, None, None
 
 
 def _parts(tensors: Iterable[Tensor], sizes: list[int]) -> list[Tensor]:
@@ -146,7 +170,7 @@ def cast_weights(encoder: Any, dtype: torch.dtype) -> Iterator[dict[nn.Module, J
         for name, tensor in linear._parameters.items()
     ]
     groups = [*joined, *([tensor] for *_, tensor in places)]
-    cast = _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype)
+    cast = _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype, lambda call, *given: call(*given))
     for (parameters, name, _), tensor in zip(places, cast[len(joined) :], strict=True):
         parameters[name] = tensor
     try:

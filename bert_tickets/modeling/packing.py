@@ -42,6 +42,7 @@ class Batch:
     longest: int  # L
     padding: int = 0
     chosen: Tensor | None = None  # [M], the tokens that the loss is computed on, if it is a loss of tokens
+    chosen_back: Tensor | None = None  # [T], each token's place among them, or -1
     shard: Shard | None = None  # the part of a larger batch that this is
     weight: float = 1.0  # of its mean loss in that of the whole batch
 

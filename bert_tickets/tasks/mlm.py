@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert_tickets import kernels
 from bert_tickets.config import Config
 from bert_tickets.data.mlm_dataset import Corpus, load_corpus
 from bert_tickets.data.text_source import find_texts
 from bert_tickets.errors import UserError
+from bert_tickets.modeling.attention import gather
 from bert_tickets.modeling.bert import Net, encode
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.packing import Batch, at_least_fp32, ship
@@ -73,7 +75,12 @@ class Mlm(Task):
     def loss(self, net: Net, batch: Batch) -> Tensor:
         """Compute the mean cross-entropy of the masked tokens, in float32 at least."""
         scores = _scores(net, _chosen(net, batch))
-        total = F.cross_entropy(scores.to(at_least_fp32(scores)), batch.labels, reduction="sum", ignore_index=IGNORED)
+        if scores.dtype in (torch.float16, torch.bfloat16) and kernels.usable(scores.device):
+            from bert_tickets.kernels.loss import cross_entropy
+
+            total = cross_entropy(scores, batch.labels)
+        else:
+            total = F.cross_entropy(scores.to(at_least_fp32(scores)), batch.labels, reduction="sum", ignore_index=IGNORED)
         return total / (batch.labels != IGNORED).sum().clamp(min=1)  # a small batch may have no masked token
 
     def predict(self, net: Net, batch: Batch) -> Tensor:
@@ -124,12 +131,14 @@ def mask_tokens(
         weight = int(chosen.sum()) / max(1, total) if weight else 0.0  # the loss is a mean over masked tokens, not over examples
     places = chosen.nonzero()[:, 0]
     count, ids = len(places), batch.input_ids
+    back = torch.where(chosen, chosen.cumsum(0) - 1, -1)
     if even:
         places = F.pad(places, (0, _even_size(len(chosen), count) - count))
-    places, shown = ship(places, ids.device), ship(shown, ids.device)
+    places, shown, back = (ship(x, ids.device) for x in (places, shown, back))
     labels = ids[0].index_select(0, places)
     labels[count:] = IGNORED
-    return replace(batch, input_ids=torch.where(shown < 0, ids, shown), labels=labels, chosen=places, weight=weight)
+    shown = torch.where(shown < 0, ids, shown)
+    return replace(batch, input_ids=shown, labels=labels, chosen=places, chosen_back=back, weight=weight)
 
 
 def _draw_masks(lengths: np.ndarray, generator: torch.Generator, mask_id: int, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +163,8 @@ def _even_size(tokens: int, count: int) -> int:
 def _chosen(net: Net, batch: Batch) -> Tensor:
     """Compute the encoder's last hidden states of the masked tokens: [M, hidden]."""
     assert batch.chosen is not None
-    return encode(net, batch).index_select(0, batch.chosen)
+    assert batch.chosen_back is not None
+    return gather(encode(net, batch), batch.chosen, batch.chosen_back.clamp(min=0), batch.chosen_back[:, None] < 0)
 
 
 def _scores(net: Net, hidden: Tensor) -> Tensor:

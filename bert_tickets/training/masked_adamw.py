@@ -17,27 +17,28 @@ class MaskedAdamW(torch.optim.AdamW):
 
     Gradients are in float32 or in the dtype `half`; `masks` are uint8 tensors by parameter.
 
-    `norm` comes before each `step`. As in torch's fused AdamW, the attributes `grad_scale` (a divisor of the gradients) and
-    `found_inf` (not 0 to skip the step) are set before a step, and the state is `step`, `exp_avg` and `exp_avg_sq`.
+    `clip` comes before each `step`. As in torch's fused AdamW, the state is `step`, `exp_avg` and `exp_avg_sq`.
     """
-
-    grad_scale: Tensor
-    found_inf: Tensor
 
     def __init__(
         self, groups: list[dict[str, Any]], masks: Mapping[Tensor, Tensor], half: torch.dtype, lr: Tensor, eps: float
     ) -> None:
         super().__init__(groups, lr=lr, eps=eps, fused=True)
-        self.masks, self.half, self.found_inf = masks, half, torch.zeros((), device=lr.device)
+        self.masks, self.half = masks, half
         self._facts: list[Any] = []  # what the tables depend on
         self._columns: list[list[Tensor]]  # parameters, averages and steps, which the tables point to
         self._tables: adamw.Tables
         self._grads: list[Tensor]
         self._places: Tensor  # their addresses
+        self._divisor: Tensor
+        self._overflowed: Tensor  # 1.0 to skip the step
 
     @torch.no_grad()
-    def norm(self) -> Tensor:
-        """Return the L2 norm of the masked gradients."""
+    def clip(self, max_norm: float, scale: Tensor | None = None) -> Tensor:
+        """Clip the L2 norm of the masked gradients / `scale`. Returns 1.0 if it overflowed: the step then does nothing; else 0.0.
+
+        The gradients themselves stay as they are. Without `scale` the step is always taken.
+        """
         trained = {p: group["weight_decay"] for group in self.param_groups for p in group["params"] if p.grad is not None}
         for p in trained:
             if not self.state[p]:
@@ -50,7 +51,8 @@ class MaskedAdamW(torch.optim.AdamW):
             self._facts, self._columns, self._tables = facts, columns, self._tabulate(columns, [*trained.values()], halved)
         self._grads = [_aligned(p.grad) for p in trained]
         self._places = adamw.addresses(self._grads)
-        return adamw.norm(self._places, self._tables, self.half)
+        self._divisor, self._overflowed = adamw.clip(self._places, self._tables, self.half, max_norm, scale)
+        return self._overflowed
 
     def _tabulate(self, columns: list[list[Tensor]], decays: list[float], halved: list[bool]) -> adamw.Tables:
         params, device = columns[0], columns[0][0].device
@@ -71,10 +73,8 @@ class MaskedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        steps = self._columns[-1]
-        torch._foreach_add_(steps, [1 - self.found_inf] * len(steps))  # a single tensor would be read by the host
         lr, betas, eps = (self.param_groups[0][name] for name in ("lr", "betas", "eps"))
-        adamw.update(self._places, self._tables, self.half, lr, self.grad_scale, self.found_inf, betas, eps)
+        adamw.update(self._places, self._tables, self.half, lr, self._divisor, self._overflowed, betas, eps)
         self._grads = []  # those that are copies need no more memory
 
 

@@ -145,8 +145,11 @@ class Step:
     def _update(self, loss: Tensor) -> Tensor:
         """Sum over the processes, mask, clip, and update the parameters; returns the loss of the whole batch."""
         self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
+        scale = self.loss_scale
         if self.masked_kernels:
-            self._clip_in_adamw(self.optimizer.norm())
+            overflowed = self.optimizer.clip(self.cfg.max_grad_norm, scale.factor if scale else None)
+            if scale:
+                scale.update(overflowed)
         else:
             masks = [(grad, mask) for name, mask in self.masks.items() if (grad := self.params[name].grad) is not None]
             if masks:  # without a gradient where the loss does not depend on a tensor

@@ -198,8 +198,8 @@ def test_loss_and_predictions_are_float32_in_half_precision(net):
 
 
 def test_a_batch_without_a_masked_token_has_loss_and_gradients_zero(net):
-    batch = blocks(1).batch(torch.arange(1))
-    none = replace(batch, chosen=torch.empty(0, dtype=torch.int64), labels=torch.empty(0, dtype=torch.int64))
+    batch, empty = blocks(1).batch(torch.arange(1)), torch.empty(0, dtype=torch.int64)
+    none = replace(batch, chosen=empty, labels=empty, chosen_back=torch.full_like(batch.rows, -1))
     loss = task().loss(net, none)
     loss.backward()
     assert loss.item() == 0
