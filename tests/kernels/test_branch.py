@@ -86,6 +86,13 @@ def test_gradients_of_weights_are_computed_beside_and_joined_before_anything_rea
     assert all(torch.equal(mine, t.grad) for mine, t in zip(found, (x, *weights), strict=True))
 
 
+def test_a_frozen_weight_takes_no_work(notes):
+    x = torch.randn(3, 4, requires_grad=True)
+    linear(x, torch.ones(2, 4), None, Branch(GPU)).sum().backward()
+    assert notes == []
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
 def test_without_a_capture_the_branch_is_the_current_stream():
     side, x, weight = Branch(torch.device("cpu")), torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)
     (same,) = joined(side, [weight])

@@ -44,3 +44,21 @@ def test_embeddings_equal_torchs(device, monkeypatch, few):
         wanted = torch.autograd.grad(expected, leaves, upstream[0] + upstream[1].half().float())
         for mine, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=5e-4)
+
+
+def test_words_gradients_wait_for_the_zeros_that_the_branch_writes(device):
+    class Noted(Branch):
+        def event(self):
+            return "zeros"
+
+        def wait(self, event):
+            waited.append(event)
+
+    waited = []
+    tables = BertEmbeddings(BertConfig(vocab_size=9, hidden_size=16, max_position_embeddings=3, num_attention_heads=1)).to(device)
+    ids = tuple(torch.tensor(x, device=device) for x in ([1, 2, 1], [0, 0, 0], [0, 1, 2]))
+    ends, seed = torch.tensor([0, 3, 3], dtype=torch.int32, device=device), torch.tensor(0, device=device)
+    out, _ = embeddings.embed(tables, ids, ends, 3, seed, torch.float16, Noted(device))
+    assert waited == []
+    out.sum().backward()
+    assert waited == ["zeros"]
