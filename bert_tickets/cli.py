@@ -28,9 +28,9 @@ FORMATTER = argparse.RawDescriptionHelpFormatter
 def parse(kind: str, description: str | None, argv: Sequence[str] | None = None) -> Config:
     """Parse the command line of the training script for a kind of task. Exits with 2 and one line for a user's mistake.
 
-    The flags depend on `--method`; `--mask` alone means `--method transfer`.
+    The flags depend on `--method`; `--mask` alone means `--method transfer`, and `--score` means `--method score`.
     """
-    words = normalize_argv(argv)
+    words = [word for given in normalize_argv(argv) for word in (["--method", "score"] if given == "--score" else [given])]
     method = _method_of(words)
     epilog = f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another"
     # without defaults: the parser returns only the flags that were given, so that a preset can supply the rest

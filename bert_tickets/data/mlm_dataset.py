@@ -7,6 +7,7 @@ every block length. The files may be deleted at any time.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 from collections.abc import Callable
@@ -81,6 +82,12 @@ class Corpus:
             longest=length,
         )
         return batch if self._augment_batch is None else self._augment_batch(batch, examples)
+
+    def uncorrupted(self) -> Corpus:
+        """Return the same blocks without masked tokens."""
+        plain = copy.copy(self)
+        plain._augment_batch = None
+        return plain
 
     @cached_property
     def unigram_entropy(self) -> float:

@@ -174,7 +174,7 @@ def _sum_words(
             tl.store(dwords + word * WIDTH + at, row_of(grad, token, at, WIDTH), at < WIDTH)
         else:
             total = tl.zeros((TOKENS, COLUMNS), tl.float32)
-            first = token // TOKENS * TOKENS
+            first = token
             while first < tokens:
                 other = first + tl.arange(0, TOKENS)
                 again = tl.load(ids + other, other < tokens, -1) == word

@@ -52,7 +52,7 @@ def _prune_globally(mask: dict[str, Tensor], scores: Mapping[str, Tensor], fract
         return mask
     if any(part.isnan().any() for part in kept):
         raise UserError("the pruning scores contain NaN: the weights that they were computed from are not finite")
-    threshold = _kth_smallest(kept, count)
+    threshold = kth_smallest(kept, count)
     pruned = {name: (tensor & (scores[name] > threshold)).contiguous() for name, tensor in mask.items()}
     # Of the weights at the threshold itself, keep the last ones by index until the count is exact.
     missing = total - count - sum(int(tensor.count_nonzero()) for tensor in pruned.values())
@@ -65,7 +65,7 @@ def _prune_globally(mask: dict[str, Tensor], scores: Mapping[str, Tensor], fract
     return pruned
 
 
-def _kth_smallest(parts: list[Tensor], k: int) -> Tensor:
+def kth_smallest(parts: list[Tensor], k: int) -> Tensor:
     """Return the k-th smallest value (k from 1) over all parts, exactly, as a scalar tensor.
 
     A sample of a million values brackets it within about 1 % of all values, and only these are sorted. For BERT-base this takes

@@ -23,8 +23,8 @@ Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides 
 Joined = tuple[Tensor, Tensor]  # the concatenated weights of query, key and value, and their biases
 
 
-def encode(net: Net, batch: Batch) -> Tensor:
-    """Compute the encoder's last hidden states, [T, hidden], equal to the padded model's."""
+def encode(net: Net, batch: Batch, states: list[Tensor] | None = None) -> Tensor:
+    """Compute the encoder's last hidden states, [T, hidden], equal to the padded model's. `states` receives each layer's."""
     bert, config, device = net.bert, net.config, batch.starts.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else bert.embeddings.word_embeddings.weight.dtype
@@ -32,12 +32,14 @@ def encode(net: Net, batch: Batch) -> Tensor:
     fused = half and config.hidden_act == "gelu" and config.type_vocab_size == 2 and kernels.usable(device)
     grid = layout(batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads, dtype, fused)
     if fused and isinstance(grid, Short | Ragged):
-        return _encode_fused(bert, batch, grid, dtype)
+        return _encode_fused(bert, batch, grid, dtype, states)
     with cast_weights(bert.encoder, dtype) as joined:
-        return _encode(bert, batch, grid, joined, dtype)
+        return _encode(bert, batch, grid, joined, dtype, states)
 
 
-def _encode(bert: Any, batch: Batch, grid: Any, joined: Mapping[nn.Module, Joined], dtype: torch.dtype) -> Tensor:
+def _encode(
+    bert: Any, batch: Batch, grid: Any, joined: Mapping[nn.Module, Joined], dtype: torch.dtype, states: list[Tensor] | None
+) -> Tensor:
     types = batch.token_type_ids
     if bert.config.type_vocab_size == 1:  # both texts of a pair have the only type
         types = torch.zeros_like(types)
@@ -47,10 +49,12 @@ def _encode(bert: Any, batch: Batch, grid: Any, joined: Mapping[nn.Module, Joine
         q, k, v = F.linear(x, *three).chunk(3, -1) if three else (own.query(x), own.key(x), own.value(x))
         hidden = layer.attention.output(grid.attend(q, k, v, own.dropout.p if own.training else 0.0), hidden)
         hidden = layer.output(layer.intermediate(hidden), hidden)
+        if states is not None:
+            states.append(hidden)
     return hidden
 
 
-def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, dtype: torch.dtype) -> Tensor:
+def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, dtype: torch.dtype, states: list[Tensor] | None) -> Tensor:
     """Compute `_encode` by our kernels, in half precision: `hidden` is in float32, and `half` its cast for matrix products."""
     from bert_tickets.kernels.branch import Branch, linear
     from bert_tickets.kernels.embeddings import embed
@@ -76,6 +80,8 @@ def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, dtype: torch.dt
         hidden, half = output(layer.attention.output, attended, cast[4:6], norms[:2], second)
         expanded = gelu(linear(half, inner, None, branch), inner_bias, branch)
         hidden, half = output(layer.output, expanded, cast[6:], norms[2:], last)
+        if states is not None:
+            states.append(hidden)
     return hidden
 
 

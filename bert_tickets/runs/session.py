@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from bert_tickets.files import file_sha256, sha256_of
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
+from bert_tickets.modeling.packing import Batch
 from bert_tickets.modeling.parameters import encoder_weights, set_parameters
 from bert_tickets.runs.checkpoint import Checkpoint
 from bert_tickets.runs.directory import level_dir
@@ -88,30 +89,34 @@ class Session:
         *,
         loss: Loss | None = None,
         params: Mapping[str, Tensor] | None = None,
+        found: Callable[[], tuple[Mask, dict[str, Any]]] | None = None,
         hooks: Sequence[Hook] = (),
         warnings: Sequence[str] = (),
         **training: Any,
     ) -> None:
         """Train and evaluate the network under `mask`, and write the level's folder.
 
-        Default: the task's loss, and all parameters of the network with `requires_grad`. `warnings` join the level's. Further
-        arguments are those of `training.loop.train`: `start`, `schedule`, `moments`, `optimizer`.
+        Default: the task's loss, and all parameters of the network with `requires_grad`. With `found` the mask is what is
+        trained: gradients are not masked, and after training it masks the network, and returns its mask and further results.
+        `warnings` join the level's. Further arguments are those of `training.loop.train`: `batches`, `start`, `steps`,
+        `schedule`, `moments`, `optimizer`.
         """
         net, title, init_sha256 = self.net, self._title(level, mask), sha256_of(encoder_weights(self.net))
         loss = loss or (lambda batch: self.task.loss(net, batch))
         params = params or {name: p for name, p in net.named_parameters() if p.requires_grad}
         try:
-            loop, losses = self._train(level, title, hooks, loss, params, mask=mask, **training)
-            metrics, found = self._evaluate()
+            loop, losses = self._train(level, title, hooks, loss, params, mask=None if found else mask, **training)
+            mask, more = found() if found else (mask, {})
+            metrics, noticed = self._evaluate()
         except Diverged as error:
             self.run.fail(level, error, title)
         print(f"{title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
         steps, skipped = loop.steps - loop.start, loop.steps - loop.start - loop.step.taken(training.get("moments"))
-        warnings = [*warnings, *found, *_mask_warnings(mask), *_skip_warnings(skipped, steps)]
+        warnings = [*warnings, *noticed, *_mask_warnings(mask), *_skip_warnings(skipped, steps)]
         for warning in warnings:
             print(f"{title}: {warning}", flush=True)
         result = self._result(mask, metrics, warnings) | {"steps": steps, "skipped_steps": skipped, "losses": losses}
-        result |= {"init_sha256": init_sha256, "seconds": loop.seconds}
+        result |= more | {"init_sha256": init_sha256, "seconds": loop.seconds}
         labelled = Mask(dict(mask), {**mask.info, **self._origin(level)})
         moments = {} if self.cfg.settings.reset_optimizer else loop.step.moments()
         write_model = self._write_model if self.cfg.keep_models else None
@@ -131,7 +136,8 @@ class Session:
             checkpoint = Checkpoint(self.run, level, own, cfg.save_minutes, cfg.save_steps)
             every = [*own, checkpoint, ProgressBar(title, curve)]
             self.net.train()
-            loop = train(loss, params, self.batches, cfg, hooks=every, recorder=self.recorder, group=group, **training)
+            batches = training.pop("batches", self.batches)
+            loop = train(loss, params, batches, cfg, hooks=every, recorder=self.recorder, group=group, **training)
         check_finite(loop)
         if group.world_size > 1:
             group.check_same({"trained weights": sha256_of(dict(self.net.named_parameters()))})
@@ -141,18 +147,33 @@ class Session:
         name = f"level {level}/{self.run.levels - 1}" if self.run.levels > 1 else self.cfg.method
         return f"{name}, {mask.sparsity:.0%} pruned"
 
-    def _evaluate(self) -> tuple[dict[str, float], list[str]]:
-        """Compute the task's metrics on all its evaluation sets, and its warnings about them."""
-        net, task = self.net, self.task
-        outputs = {
-            name: evaluate(
-                net, lambda batch: task.predict(net, batch), store, self.cfg.train.precision, task.rows, self.run.group
-            )
-            for name, store in self.evals.items()
-        }
+    def evaluate(self, predict: Callable[[Batch], Tensor]) -> dict[str, float]:
+        """Compute the task's metrics of predictions on all its evaluation sets."""
+        return self.task.compute_metrics(self._predict(predict), self.evals)
+
+    def save_mask(self, mask: Mask, step: int) -> None:
+        """Save the mask of a step within level 0, as a file that `--mask` takes."""
+        path = self.run.dir / "masks" / f"step_{step:07d}.safetensors"
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            mask.write(path, **self._origin(0), step=step)
+
+        self.run.group.on_main(write)
+
+    def _predict(self, predict: Callable[[Batch], Tensor]) -> dict[str, np.ndarray]:
+        """Compute the predictions for all evaluation sets. Raises `Diverged` if they are not finite."""
+        precision, rows, group = self.cfg.train.precision, self.task.rows, self.run.group
+        outputs = {name: evaluate(self.net, predict, store, precision, rows, group) for name, store in self.evals.items()}
         for name, values in outputs.items():
             if not np.isfinite(values).all():
                 raise Diverged(f"the network's predictions on {name} are not finite")
+        return outputs
+
+    def _evaluate(self) -> tuple[dict[str, float], list[str]]:
+        """Compute the task's metrics on all its evaluation sets, and its warnings about them."""
+        net, task = self.net, self.task
+        outputs = self._predict(lambda batch: task.predict(net, batch))
         metrics = task.compute_metrics(outputs, self.evals)
         if self.cfg.check_metrics:
             print(task.compare_with_evaluate(outputs, self.evals, metrics))

@@ -72,9 +72,9 @@ class Mlm(Task):
         generators = [seeded(0, "evaluation masks", block) for block in blocks.tolist()]
         return mask_tokens(batch, generators, self.mask_id, self.vocabulary)
 
-    def loss(self, net: Net, batch: Batch) -> Tensor:
-        """Compute the mean cross-entropy of the masked tokens, in float32 at least."""
-        scores = _scores(net, _chosen(net, batch))
+    def loss(self, net: Net, batch: Batch, states: list[Tensor] | None = None) -> Tensor:
+        """Compute the mean cross-entropy of the masked tokens, in float32 at least. `states` is as in `encode`."""
+        scores = _scores(net, _chosen(net, batch, states))
         if scores.dtype in (torch.float16, torch.bfloat16) and kernels.usable(scores.device):
             from bert_tickets.kernels.loss import cross_entropy
 
@@ -160,11 +160,11 @@ def _even_size(tokens: int, count: int) -> int:
     return math.ceil(max(count, usual) / 64) * 64
 
 
-def _chosen(net: Net, batch: Batch) -> Tensor:
+def _chosen(net: Net, batch: Batch, states: list[Tensor] | None = None) -> Tensor:
     """Compute the encoder's last hidden states of the masked tokens: [M, hidden]."""
     assert batch.chosen is not None
     assert batch.chosen_back is not None
-    return gather(encode(net, batch), batch.chosen, batch.chosen_back.clamp(min=0), batch.chosen_back[:, None] < 0)
+    return gather(encode(net, batch, states), batch.chosen, batch.chosen_back.clamp(min=0), batch.chosen_back[:, None] < 0)
 
 
 def _scores(net: Net, hidden: Tensor) -> Tensor:

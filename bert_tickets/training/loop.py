@@ -74,6 +74,7 @@ def train(
     schedule: Callable[[int], float] | None = None,
     optimizer: str = "adamw",
     start: int = 0,
+    steps: int | None = None,
     moments: Mapping[str, Tensor] | None = None,
     hooks: Sequence[Hook] = (),
     recorder: Recorder | None = None,
@@ -81,11 +82,11 @@ def train(
 ) -> Loop:
     """Train `params`, the network's parameters or any other leaf tensors, to minimize `loss`, from step `start` to the last.
 
-    `schedule` maps a step to its learning rate (default: linear decay to zero). `optimizer` is a key of `step.OPTIMIZERS`,
-    `moments` its initial state. The batch and the dropout of a step depend only on the seed and the step, so that two levels
-    differ only by their masks. Raises `UserError` if memory runs out.
+    `steps` is the number of the last step, if not that of `cfg`. `schedule` maps a step to its learning rate (default: linear
+    decay to zero). `optimizer` is a key of `step.OPTIMIZERS`, `moments` its initial state. The batch and the dropout of a step
+    depend only on the seed and the step, so that two levels differ only by their masks. Raises `UserError` if memory runs out.
     """
-    device, steps = batches.store.device, total_steps(cfg, batches.per_epoch)
+    device, steps = batches.store.device, total_steps(cfg, batches.per_epoch) if steps is None else steps
     step = Step(loss, params, cfg, mask, device, recorder, group, optimizer)
     step.set_moments(moments or {})
     loop = Loop(step, steps, start, schedule or linear_decay(cfg.lr, steps))

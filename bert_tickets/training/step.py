@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from bert_tickets.config import Training
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.packing import Batch
+from bert_tickets.training.bert_adam import BertAdam
 from bert_tickets.training.cuda_graphs import Graphs, Recorder
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -60,9 +62,9 @@ class LossScale:
         self.clean.fill_(state["_growth_tracker"])
 
 
-# Optimizers by name. Each takes `lr`, `eps` and `fused`, and its fused kernel takes `grad_scale` and `found_inf`. In half
-# precision on a GPU, `MaskedAdamW` takes the place of adamw.
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW}
+# Optimizers by name. Each takes `lr`, `eps` and `fused`, and in half precision `grad_scale` and `found_inf` as attributes. There,
+# on a GPU, `MaskedAdamW` takes the place of adamw.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "bert_adam": BertAdam}
 
 
 class Step:
@@ -108,6 +110,9 @@ class Step:
             self.optimizer = MaskedAdamW(groups, masks, half, lr, cfg.adam_epsilon)
         else:
             self.optimizer = OPTIMIZERS[optimizer](groups, lr=lr if recorder else cfg.lr, eps=cfg.adam_epsilon, fused=True)
+        self.max_grad_norm = cfg.max_grad_norm  # of all gradients together
+        if isinstance(self.optimizer, BertAdam):
+            self.optimizer.max_grad_norm, self.max_grad_norm = cfg.max_grad_norm, math.inf
         self.graphs = Graphs(recorder) if recorder else None
 
     def __call__(self, batch: Batch | Sequence[Batch], lr: float) -> Tensor:
@@ -147,7 +152,7 @@ class Step:
         self.group.all_reduce([*(p.grad for p in self.params.values() if p.grad is not None), loss])
         scale = self.loss_scale
         if self.masked_kernels:
-            overflowed = self.optimizer.clip(self.cfg.max_grad_norm, scale.factor if scale else None)
+            overflowed = self.optimizer.clip(self.max_grad_norm, scale.factor if scale else None)
             if scale:
                 scale.update(overflowed)
         else:
@@ -155,7 +160,7 @@ class Step:
             if masks:  # without a gradient where the loss does not depend on a tensor
                 torch._foreach_mul_([grad for grad, _ in masks], [mask for _, mask in masks])
             if self.precision == "fp32":
-                nn.utils.clip_grad_norm_(self.params.values(), self.cfg.max_grad_norm, foreach=True)
+                nn.utils.clip_grad_norm_(self.params.values(), self.max_grad_norm, foreach=True)
             else:
                 grads = [p.grad for p in self.params.values() if p.grad is not None]
                 self._clip_in_adamw(nn.utils.get_total_norm(grads, foreach=True))
@@ -173,7 +178,7 @@ class Step:
         """
         scale, optimizer = self.loss_scale, self.optimizer
         unscaled = norm / scale.factor if scale else norm
-        divisor = ((unscaled + 1e-6) / self.cfg.max_grad_norm).clamp(min=1)
+        divisor = ((unscaled + 1e-6) / self.max_grad_norm).clamp(min=1)
         optimizer.grad_scale = scale.factor * divisor if scale else divisor
         if scale:
             optimizer.found_inf = overflowed = (~norm.isfinite()).float()

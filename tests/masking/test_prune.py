@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
-from bert_tickets.masking.prune import _kth_smallest, magnitude, prune, random_scores
+from bert_tickets.masking.prune import kth_smallest, magnitude, prune, random_scores
 from bert_tickets.training.schedule import fractions
 
 SHAPES = {"query": (30, 40), "bias": (40,), "output": (17, 23), "pooler": (50, 10), "scalar": (1,)}
@@ -112,7 +112,7 @@ def test_the_threshold_is_exact_even_if_the_sample_misses_it(k, order):
     values = torch.rand(5_000_000, generator=torch.Generator().manual_seed(k))
     if order == "misleading":
         values[::4] += 1
-    assert _kth_smallest([values[:2_000_000], values[2_000_000:]], k) == values.kthvalue(k).values
+    assert kth_smallest([values[:2_000_000], values[2_000_000:]], k) == values.kthvalue(k).values
 
 
 # ---- the schedules ----

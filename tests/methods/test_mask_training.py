@@ -1,0 +1,365 @@
+"""Mask training against values of its released code, its invariants, and runs that are killed and resumed (Liu et al. 2022)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from trainrun import Runs, train
+from transformers import BertConfig, BertForSequenceClassification
+
+from bert_tickets.cli import parse
+from bert_tickets.data.batches import TokenStore
+from bert_tickets.data.token_cache import Tokens
+from bert_tickets.errors import UserError
+from bert_tickets.files import read_tensors, sha256_of
+from bert_tickets.masking.mask import Mask
+from bert_tickets.masking.straight_through import initial_scores, masked, refresh
+from bert_tickets.methods.oneshot import oneshot
+from bert_tickets.modeling.loading import load_bert
+from bert_tickets.modeling.parameters import DECODER, WORD_EMBEDDINGS, encoder_weights, prunable
+from bert_tickets.runs.directory import level_dir, results
+from bert_tickets.tasks.distillation import all_positions, as_teacher, distance, hidden_states, real_tokens
+from bert_tickets.training.bert_adam import BertAdam
+from bert_tickets.training.mask_scores import MaskedNetwork
+
+QUERY, POOLER = "bert.encoder.layer.0.attention.self.query.weight", "bert.pooler.dense.weight"
+WHICH = "matrices+embeddings"
+
+# ---- a network that a formula makes ----
+
+
+@pytest.fixture
+def net():
+    """A BERT of three layers in float64, without dropout, whose weights are a formula of their place."""
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    calm = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    made = BertForSequenceClassification(BertConfig(**sizes, **calm, max_position_embeddings=32, num_labels=2)).double().eval()
+    with torch.no_grad():
+        for j, (name, p) in enumerate(sorted(made.named_parameters())):
+            u = torch.sin(0.618 * torch.arange(1, p.numel() + 1, dtype=torch.float64) ** 2 + j).view(p.shape)
+            p.copy_(1 + 0.1 * u if name.endswith("LayerNorm.weight") else 0.1 * u if p.dim() == 1 else 0.3 * u)
+    return made
+
+
+IDS = [[3 + (7 * b + 5 * t + b * t) % 57 for t in range(12)] for b in range(8)]
+LENGTHS = [6 + b % 7 for b in range(8)]
+
+
+@pytest.fixture
+def batch():
+    ids = [row[:length] for row, length in zip(IDS, LENGTHS, strict=True)]
+    return TokenStore(Tokens.of(ids, [[0] * length for length in LENGTHS]), np.zeros(8, int)).batch(torch.arange(8))
+
+
+def padded_states(net, _):
+    """The hidden states of all positions, by transformers, on the formula's tokens also where there is padding."""
+    real = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).long()
+    return [
+        x.flatten(0, 1) for x in net.bert(torch.tensor(IDS), attention_mask=real, output_hidden_states=True).hidden_states[1:]
+    ]
+
+
+def student_of(net, mask):
+    made = MaskedNetwork(net, mask)
+    made.params(head=False)
+    made.scores = {name: scores.detach().double().requires_grad_() for name, scores in made.scores.items()}
+    return made
+
+
+def start_of(net, rounding="round", sparsity=0.7):
+    magnitudes = {name: p.detach().abs() for name, p in prunable(net, WHICH).items()}
+    return refresh(magnitudes, sparsity, rounding)[0]
+
+
+def test_distillation_has_the_released_codes_values(net, batch):
+    mask = start_of(net, "int")
+    assert (len(mask), mask.total, mask.kept, start_of(net).kept) == (20, 27520, 8270, 8251)
+    student, everything = student_of(net, mask), torch.ones(96, dtype=torch.bool)
+    with as_teacher(net, dropout=False):
+        teacher = padded_states(net, None)
+    states = student(padded_states, batch)
+    by_layer = [distance([ours], [theirs], everything).item() for ours, theirs in zip(states, teacher, strict=True)]
+    assert by_layer == pytest.approx([0.414496, 0.493635, 0.615946], abs=1e-6)
+    loss = distance(states, teacher, everything)
+    assert loss.item() == pytest.approx(0.508026, abs=1e-6)
+    assert distance(states, teacher, everything, "mse").item() == pytest.approx(1.022985, abs=1e-6)
+    loss.backward()
+    assert student.scores[QUERY].grad.abs().sum().item() == pytest.approx(0.243055, abs=1e-6)
+    assert student.scores[WORD_EMBEDDINGS].grad.abs().sum().item() == pytest.approx(0.603045, abs=1e-6)
+    assert student.scores[POOLER].grad is None
+    first = student.scores[QUERY].detach().flatten()[:4].clone()
+    BertAdam([{"params": list(student.scores.values())}], lr=2e-5).step()
+    assert first.tolist() == pytest.approx([0, 0.02, 0.02, 0])
+    assert student.scores[QUERY].flatten()[:4].tolist() == pytest.approx([-2.2779e-5, 0.0199423, 0.0199407, 2.6805e-5], abs=5e-8)
+
+
+def test_packed_batches_have_the_loss_of_the_real_tokens(net, batch):
+    student = student_of(net, start_of(net, "int"))
+    states, teacher = student(hidden_states, batch), hidden_states(net, batch)
+    assert distance(states, teacher, real_tokens(batch)).item() == pytest.approx(0.508351, abs=1e-6)
+
+
+def test_padding_counts_where_it_is_asked_for(net, batch):
+    states = hidden_states(net, batch, 14)
+    assert [len(x) for x in states] == [8 * 14] * 3 == [len(all_positions(batch, 14))] * 3
+    ids = torch.zeros(8, 14, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        ids[row, :length] = torch.tensor(IDS[row][:length])
+    real = (torch.arange(14) < torch.tensor(LENGTHS)[:, None]).long()
+    expected = net.bert(ids, attention_mask=real, output_hidden_states=True).hidden_states[1:]
+    for found, wanted in zip(states, expected, strict=True):
+        torch.testing.assert_close(found, wanted.flatten(0, 1), rtol=0, atol=1e-12)
+
+
+def test_only_a_teacher_with_dropout_has_dropout(net, batch):
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    net.train()
+    for dropout in (False, True):
+        with as_teacher(net, dropout):
+            one, two = (hidden_states(net, batch)[-1] for _ in range(2))
+        assert torch.equal(one, two) != dropout
+        assert not one.requires_grad
+        assert net.training
+
+
+# ---- invariants ----
+
+
+def test_scores_begin_with_one_shots_mask_and_a_second_refresh_changes_nothing(net):
+    mask = oneshot(net, 0.7, "magnitude", 0, "tensor", WHICH)
+    scores = initial_scores(mask)
+    assert {round(value, 6) for tensor in scores.values() for value in tensor.unique().tolist()} == {0.0, 0.02}
+    student = MaskedNetwork(net, mask)
+    assert student.kept() == mask.kept
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in student.scores.values():
+            tensor.add_(torch.randn_like(tensor) * 0.01)
+    assert student.kept() != mask.kept
+    first = student.refresh(0.7, "round")
+    assert first != mask
+    assert {name: int(kept.sum()) for name, kept in first.items()} == {
+        n: k.numel() - round(0.7 * k.numel()) for n, k in mask.items()
+    }
+    assert student.refresh(0.7, "round") == first
+    assert student.kept() == first.kept
+
+
+def test_ties_at_the_threshold_go_by_index_or_all(net):
+    scores = {"w": torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.02], [0.02, 0.02, 0.02, 0.02, 0.02]])}
+    mask, thresholds = refresh(scores, 0.25, "round")
+    assert mask["w"].flatten().tolist() == [False, False] + [True] * 8
+    assert thresholds["w"] == 0
+    assert refresh(scores, 0.25, "int")[0]["w"].flatten().tolist() == [False] * 4 + [True] * 6
+    assert refresh({"w": torch.arange(8.0)}, 0.2, "round")[0].kept == 6  # of 1.6
+    assert refresh({"w": torch.arange(8.0)}, 0.2, "int")[0].kept == 7
+
+
+def test_the_gradient_of_a_score_is_weight_times_gradient_of_the_masked_weight():
+    torch.manual_seed(0)
+    weight, scores = torch.randn(5, 4, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64, requires_grad=True)
+    threshold = torch.tensor(0.5, dtype=torch.float64)
+    effective = (weight * (scores > threshold)).requires_grad_()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for made in (masked(weight, scores, threshold), effective):
+        F.linear(x, made).square().sum().backward()
+    torch.testing.assert_close(scores.grad, weight * effective.grad, rtol=0, atol=1e-12)
+    assert scores.grad[scores <= threshold].any()  # also of pruned weights
+
+
+def test_the_dense_mask_is_at_distance_zero_and_training_brings_one_shots_nearer(net, batch):
+    assert distance(student_of(net, Mask.ones(prunable(net, WHICH)))(hidden_states, batch), hidden_states(net, batch),
+                    real_tokens(batch)).item() == pytest.approx(0, abs=1e-12)  # fmt: skip
+    student, losses = student_of(net, start_of(net)), []
+    teacher = [x.detach() for x in hidden_states(net, batch)]
+    before = sha256_of(dict(net.named_parameters()))
+    optimizer = torch.optim.AdamW(student.scores.values(), lr=1e-3, weight_decay=0)
+    for _ in range(30):
+        losses.append(distance(student(hidden_states, batch), teacher, real_tokens(batch)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > 0.4
+    assert losses[-1] < 0.8 * losses[0]
+    assert sha256_of(dict(net.named_parameters())) == before
+    assert torch.equal(student.scores[POOLER].float(), initial_scores(start_of(net))[POOLER])
+
+
+def test_a_masked_embedding_does_not_mask_the_tied_decoder(bert_dir):
+    """Neither while scores are trained nor when the ticket is scored; its scores have no gradient through the decoder."""
+    net = load_bert(str(bert_dir), "mlm", "pretrained", 0)[0].eval()
+    assert net.cls.predictions.decoder.weight is net.get_parameter(WORD_EMBEDDINGS)
+    student = MaskedNetwork(net, oneshot(net, 0.5, "magnitude", 0, "tensor", WHICH))
+    seen = student(lambda net, _: (net.bert.embeddings.word_embeddings.weight, net.cls.predictions.decoder.weight), None)
+    assert float((seen[0] == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert not (seen[1] == 0).any()
+    params = student.params(head=True)
+    assert {name for name in params if not name.startswith("score.")} == {
+        *(f"cls.predictions.transform.{part}" for part in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias")),
+        "cls.predictions.bias",
+    }
+    student(lambda net, _: net.cls(torch.randn(3, net.config.hidden_size)).sum(), None).backward()
+    assert student.scores[WORD_EMBEDDINGS].grad is None
+
+
+# ---- BertAdam ----
+
+
+def test_bert_adam_clips_each_tensor_decays_and_corrects_no_bias():
+    torch.manual_seed(0)
+    start = [torch.randn(3, 4), torch.randn(5)]
+    params = [p.clone().requires_grad_() for p in start]
+    optimizer = BertAdam([{"params": params}], lr=0.1)
+    m, v = ([torch.zeros_like(p) for p in start] for _ in range(2))
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p) * (10 if i else 0.01)
+            g = p.grad * min(1.0, 1.0 / (float(p.grad.norm()) + 1e-6))
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g * g
+            start[i] = start[i] - 0.1 * (m[i] / (v[i].sqrt() + 1e-6) + 0.01 * start[i])
+        optimizer.step()
+        for p, expected in zip(params, start, strict=True):
+            torch.testing.assert_close(p.detach(), expected)
+            assert optimizer.state[p]["step"] == step + 1
+
+
+def test_bert_adam_unscales_and_leaves_out_an_overflowing_step():
+    steps = []
+    for scale, overflow in ((1.0, False), (1024.0, False), (1024.0, True)):
+        p = torch.ones(4).requires_grad_()
+        optimizer = BertAdam([{"params": [p]}], lr=0.1, eps=1e-6)
+        p.grad = torch.tensor([1.0, 2.0, 3.0, float("inf") if overflow else 4.0]) * scale
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(float(overflow))
+        optimizer.step()
+        steps.append((p.detach(), *optimizer.state[p].values()))
+    torch.testing.assert_close(steps[0], steps[1])
+    assert torch.equal(steps[2][0], torch.ones(4))
+    assert not any(state.any() for state in steps[2][1:])
+
+
+# ---- runs ----
+
+
+def words(objective="mlm", *more):
+    given = (
+        f"--method mask-training --sparsity 0.5 --objective {objective} --refresh 2 --save-masks 2 --max-steps 6 --save-steps 1"
+    )
+    return [*given.split(), *more]
+
+
+@pytest.fixture
+def command(commands):
+    """The script's small command without --max-steps and --lr."""
+    given = commands["lt_pretrain.py"]
+    return given[: given.index("--max-steps")] + given[given.index("--limit-eval") : given.index("--lr")] + ["--log-every", "2"]
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(command, tmp_path, monkeypatch, objective):
+    """Scores, thresholds, moments and the MLM head are in the checkpoint; masks that were saved on the way are the same."""
+    runs = Runs("lt_pretrain.py", [*command, *words(objective)], tmp_path, monkeypatch)
+    whole = runs("whole")
+    assert {f"masks/step_000000{step}.safetensors" for step in (2, 4, 6)} <= whole.keys()
+    for step in (2, 4, 6):
+        runs.killed_at(step, f"killed{step}")
+        assert runs(f"killed{step}") == whole
+
+
+def test_the_ticket_is_exact_trains_elsewhere_and_leaves_theta_as_it_was(command, commands, bert_dir, tmp_path):
+    run = train("lt_pretrain.py", [*command, *words("mlm", "--lr", "3e-3", "--output-dir", tmp_path)])
+    (line,) = results(run)
+    ticket, theta = Mask.load(level_dir(run, 0) / "mask.safetensors"), load_bert(str(bert_dir), "mlm", "pretrained", 57)[0]
+    start = oneshot(theta, 0.5, "magnitude", 57, "tensor", WHICH)
+    assert ticket == Mask.load(run / "masks" / "step_0000006.safetensors") != start
+    assert [int(kept.sum()) for kept in ticket.values()] == [int(kept.sum()) for kept in start.values()]
+    assert torch.equal(ticket[POOLER], start[POOLER])
+    assert [record["step"] for record in line["refreshes"]] == [2, 4, 6]
+    assert line["refreshes"][-1]["from_start"] == ticket.distance(start) > 0
+    assert line["refreshes"][-1]["sparsity"] == pytest.approx(0.5, abs=1e-3) != line["refreshes"][-1]["sparsity_before"]
+    assert line["refreshes"][-1]["metrics"] == line["metrics"]  # after the last refresh, with the head that was trained
+    weights = read_tensors(level_dir(run, 0) / "weights.safetensors")
+    for name, p in encoder_weights(theta).items():
+        assert torch.equal(weights[name], p.detach() * ticket[name] if name in ticket else p.detach()), name
+    assert torch.equal(weights[DECODER], theta.get_parameter(WORD_EMBEDDINGS))
+    assert not torch.equal(weights["cls.predictions.bias"], theta.cls.predictions.bias)
+    (after,) = results(train("lt_glue.py", [*commands["lt_glue.py"], "--mask", level_dir(run, 0) / "mask.safetensors",
+                                            "--output-dir", tmp_path / "glue"]))  # fmt: skip
+    assert after["mask_sha256"] == ticket.sha256()
+
+
+def test_without_a_learning_rate_the_ticket_is_one_shots(command, bert_dir, tmp_path):
+    run = train("lt_pretrain.py", [*command, *words("kd", "--lr", "1e-30", "--weight-decay", "0", "--output-dir", tmp_path)])
+    theta = load_bert(str(bert_dir), "mlm", "pretrained", 57)[0]
+    assert Mask.load(level_dir(run, 0) / "mask.safetensors") == oneshot(theta, 0.5, "magnitude", 57, "tensor", WHICH)
+
+
+def test_a_ticket_is_scored_with_the_pre_trained_head(command, bert_dir, tmp_path):
+    """Of the dense network's mask the distances are 0, and MLM's loss is the dense network's."""
+    net = load_bert(str(bert_dir), "mlm", "pretrained", 57)[0]
+    found = {}
+    for sparsity in (0.0, 0.5):
+        path = tmp_path / f"{sparsity}.safetensors"
+        oneshot(net, sparsity, "magnitude", 0, "tensor", WHICH).write(path)
+        run = train("lt_pretrain.py", [*command, "--score", "--mask", path, "--output-dir", tmp_path])
+        (found[sparsity],) = results(run)
+        weights = read_tensors(level_dir(run, 0) / "weights.safetensors")
+        assert torch.equal(weights[DECODER], net.get_parameter(WORD_EMBEDDINGS)) or sparsity == 0
+    (dense,) = results(
+        train("lt_pretrain.py", [*command, "--levels", "1", "--max-steps", "1", "--lr", "1e-30", "--output-dir", tmp_path])
+    )
+    assert found[0.0]["metrics"]["loss"] == pytest.approx(dense["metrics"]["loss"], abs=1e-5)
+    assert found[0.0]["hidden_states"] == {"cosine": pytest.approx(0, abs=1e-6), "mse": pytest.approx(0, abs=1e-12)}
+    assert found[0.5]["hidden_states"]["cosine"] > 0.01 < found[0.5]["hidden_states"]["mse"]
+    assert found[0.5]["steps"] == 0
+
+
+# ---- settings ----
+
+
+def settings(*more):
+    return parse("mlm", None, ["--method", "mask-training", *more])
+
+
+def test_presets_are_the_papers_and_the_released_code_differs_as_documented():
+    mlm, kd, both = (settings("--sparsity", "0.7", "--objective", name) for name in ("mlm", "kd", "mlm+kd"))
+    released = settings("--sparsity", "0.7", "--objective", "kd", "--protocol", "released")
+    for cfg in (mlm, both):
+        assert (cfg.train.lr, cfg.train.weight_decay, cfg.settings.optimizer, cfg.settings.refresh) == (5e-5, 0, "adamw", 1000)
+    assert (kd.train.lr, kd.train.weight_decay, kd.train.adam_epsilon) == (2e-5, 0.01, 1e-6)
+    assert (kd.settings.optimizer, kd.settings.refresh) == ("bert_adam", 100)
+    for cfg in (mlm, kd, both, released):
+        assert (cfg.train.batch_size, cfg.max_length, cfg.train.max_steps, cfg.settings.ticket_step) == (16, 512, 27920, 17000)
+    differs = {key for key, value in vars(released.settings).items() if value != getattr(kd.settings, key)}
+    assert differs == {"teacher_dropout", "kd_padding", "rounding", "refresh_early"}
+    steps = {s: settings("--sparsity", s).settings.ticket_step for s in ("0.2", "0.5", "0.9", "0.55")}
+    assert steps == {"0.2": 3000, "0.5": 11000, "0.9": 22000, "0.55": None}
+
+
+def test_the_released_kd_refreshes_and_saves_a_step_early(command, tmp_path):
+    more = ["--protocol", "released", "--refresh", "3", "--save-masks", "6", "--max-steps", "8", "--ticket-step", "7"]
+    run = train("lt_pretrain.py", [*command, *words("kd"), *more, "--output-dir", tmp_path])
+    (line,) = results(run)
+    assert [record["step"] for record in line["refreshes"]] == [1, 2, 5, 6]
+    assert [path.name for path in (run / "masks").iterdir()] == ["step_0000005.safetensors"]
+    assert line["steps"] == 6
+    assert json.loads((run / "run.json").read_text())["config"]["kd_padding"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--sparsity 1", "between 0 and 1"),
+        ("--sparsity 0.5 --save-masks 1500", "multiples of --refresh"),
+        ("--sparsity 0.5 --save-masks often", "a number of steps"),
+        ("--sparsity 0.5 --refresh 0", "at least 1"),
+        ("--sparsity 0.5 --kd-padding", "no effect with --objective mlm"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(given, message, capsys):
+    with pytest.raises((SystemExit, UserError)):
+        settings(*given.split())
+    assert message in capsys.readouterr().err
