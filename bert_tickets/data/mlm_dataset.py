@@ -126,14 +126,8 @@ def read_tokens(text: Text, tokenizer: Any, most: int | None = None) -> tuple[np
 
 def _write(path: Path, text: Text, tokenizer: Any, most: int | None, dtype: np.dtype) -> str:
     """Tokenize a text into a stream file; returns its sha256. Concurrent processes write the same content."""
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    count, sha, pieces = 0, hashlib.sha256(), text.read()
-    interval = 0.5 if sys.stderr.isatty() else 30
-    bar = tqdm(total=text.size, desc=f"tokenizing {text.name}", unit="B", unit_scale=True, mininterval=interval)
-    with bar, writing(path) as file:
+    count, sha, pieces, backend = 0, hashlib.sha256(), text.read(), text_encoder(tokenizer)
+    with progress_bar(text) as bar, writing(path) as file:
         while count != most and (part := list(islice(pieces, PIECES))):
             encodings = backend.encode_batch_fast(part, add_special_tokens=False)
             ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), dtype)
@@ -146,3 +140,18 @@ def _write(path: Path, text: Text, tokenizer: Any, most: int | None, dtype: np.d
             raise UserError(f"{text.name} is empty")
     write_checksummed(path.with_suffix(".json"), {"sha256": sha.hexdigest()})
     return sha.hexdigest()
+
+
+def text_encoder(tokenizer: Any) -> tokenizers.Tokenizer:
+    """Return a tokenizer of whole texts: without truncation and padding, and `[SEP]` in a text is ordinary text."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def progress_bar(text: Text) -> tqdm:
+    """Return a bar of the bytes of a text that are tokenized."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(total=text.size, desc=f"tokenizing {text.name}", unit="B", unit_scale=True, mininterval=interval)

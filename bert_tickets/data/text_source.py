@@ -83,8 +83,10 @@ def hub_texts(name: str) -> dict[str, Text]:
 
 def _read_hub(data: Dataset, split: str) -> Iterator[str]:
     source = "train" if data.source.name == WIKIPEDIA else split
-    rows: Iterator[str] = (row for (column,) in data.columns(source, ["text"], ROWS) for row in column)
+    end = "\n\n" if data.source.name == WIKIPEDIA else "\n"  # a row is an article, or a line with or without its end
+    columns = data.columns(source, ["text"], ROWS)
+    rows: Iterator[str] = (row.rstrip("\n") + end for (column,) in columns for row in column)
     if data.source.name == WIKIPEDIA:
         rows = islice(rows, HELD_OUT) if split == "validation" else islice(rows, HELD_OUT, None)
     while part := list(islice(rows, ROWS)):
-        yield "\n".join(part)
+        yield "".join(part)

@@ -75,7 +75,11 @@ def cached(tokenizer: Any, columns: Sequence[Sequence[str]], settings: list[Any]
         sha.update(f"\n{len(column)}\n".encode())
         for text in column:
             sha.update(len(text.encode()).to_bytes(4, "little") + text.encode())
-    path = cache_path("tokens-{}.safetensors", tokenizer, sha.hexdigest(), settings)
+    return cached_at(cache_path("tokens-{}.safetensors", tokenizer, sha.hexdigest(), settings), make)
+
+
+def cached_at(path: Path, make: Callable[[], Arrays]) -> Arrays:
+    """Return the arrays in a file of the cache. If it is missing or damaged, make and write them."""
     with suppress(Damaged, OSError):
         return {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
     arrays = make()

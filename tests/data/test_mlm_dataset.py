@@ -253,6 +253,15 @@ def test_wikitext_is_read_once_for_each_revision(cache, hub_cache, tokenizer, tm
     assert len(read_tokens(find_texts(None)["train"], tokenizer)[0]) == 2
 
 
+def test_lines_and_articles_of_the_hub_keep_their_ends(hub_cache, monkeypatch):
+    """A blank line ends a document; the rows of WikiText have their line's end, but blank ones are empty."""
+    monkeypatch.setattr(text_source, "ROWS", 2)
+    put_in(hub_cache, WIKITEXT, "0123", {"train": ["", " = A = \n", "", " the film \n", " a film \n", ""], "validation": ["a"]})
+    assert "".join(find_texts(None)["train"].read()) == "\n = A = \n\n the film \n a film \n\n"
+    put_in(hub_cache, WIKIPEDIA, "0123", {"train": ["good"] * HELD_OUT + ["the film\n\na", "is\n", "bad"]})
+    assert "".join(find_texts(WIKIPEDIA)["train"].read()) == "the film\n\na\n\nis\n\nbad\n\n"
+
+
 def test_wikipedias_first_articles_are_held_out(cache, hub_cache, tokenizer):
     articles = [f"good {OTHERS[0]}" if number < HELD_OUT else "bad" for number in range(HELD_OUT + 7)]
     put_in(hub_cache, WIKIPEDIA, "0123", {"train": articles}, shards=3)
