@@ -42,7 +42,10 @@ class MaskedNetwork:
         self.thresholds = {name: torch.full((), THRESHOLD, device=device) for name in scores}
 
     def params(self, *, head: bool) -> dict[str, Tensor]:
-        """Freeze the network. Return what is trained: scores, as `score.<matrix>`; with `head` the MLM head except its decoder."""
+        """Freeze the network; return what is trained: the scores, as `score.<matrix>`, and with `head` the MLM head.
+
+        The head's decoder stays frozen.
+        """
         self.net.requires_grad_(False)
         found = {f"score.{name}": tensor for name, tensor in self.scores.items()}
         if head:
