@@ -162,6 +162,13 @@ def preset_values(method: str, kind: str, protocol: str, given: Mapping[str, Any
     return values
 
 
+def deciding_flags(method: str, kind: str, protocol: str) -> set[str]:
+    """Return the flags whose values choose a section `"--flag value"` of the method's preset."""
+    section = _preset(method).get(kind, {})
+    found = (section | section.get(protocol, {})).items()
+    return {key.split()[0].removeprefix("--").replace("-", "_") for key, value in found if isinstance(value, dict) and " " in key}
+
+
 # ---- building ----
 
 

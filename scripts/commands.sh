@@ -9,11 +9,11 @@
 #   TASKS   the tasks                         FLAGS       flags of every training command
 #   STEP    percent pruned per level          GLUE_FLAGS  SQUAD_FLAGS  MLM_FLAGS   flags of one training script
 #   LEVELS  levels per run, 0 % included      OUTPUT      folder of runs, masks and weights
-#   PYTHON  the interpreter
+#   PYTHON  the interpreter                   TAMT_FLAGS  flags of mask training, IMP_FLAGS  of IMP (tamt*.sh)
 # The FLAGS variables are split into words as the shell does it: FLAGS="--data-dir 'my data'" holds two words.
 
 : "${MODEL:=bert-base-uncased}" "${STEP:=10}" "${OUTPUT:=runs}" "${PYTHON:=python}"
-: "${FLAGS:=}" "${GLUE_FLAGS:=}" "${SQUAD_FLAGS:=}" "${MLM_FLAGS:=}" "${LEVELS:=}"
+: "${FLAGS:=}" "${GLUE_FLAGS:=}" "${SQUAD_FLAGS:=}" "${MLM_FLAGS:=}" "${LEVELS:=}" "${TAMT_FLAGS:=}" "${IMP_FLAGS:=}"
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=false stage_wanted='' failures=()
@@ -44,7 +44,7 @@ case " $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS " in
 esac
 if [ "$PWD" != "$here" ]; then # the commands run in the repository
   eval "words=($FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS)"
-  [[ $OUTPUT = runs || $OUTPUT = /* ]] || fail "OUTPUT=$OUTPUT: give an absolute path, or start the sweep in $here"
+  [[ $OUTPUT = runs || $OUTPUT = runs_tamt || $OUTPUT = /* ]] || fail "OUTPUT=$OUTPUT: give an absolute path, or start the sweep in $here"
   for word in "$MODEL" "${words[@]}"; do
     [[ ${word#--*=} = /* || ! -e ${word#--*=} ]] || fail "${word#--*=}: give an absolute path, or start the sweep in $here"
   done
@@ -145,8 +145,17 @@ imp() { # task, seed, flags ...
   emit 1 "${command[@]}"
 }
 
-# Set `directory` to the run directory of `imp` with the same arguments, and `mask` to its mask file at a sparsity.
+# Set `directory` to the run directory of `command`.
 declare -A run_dirs=()
+run_directory() {
+  if [ -z "${run_dirs[${command[*]}]-}" ]; then
+    run_dirs[${command[*]}]=$("${command[@]}" --dry-run | sed -n '1s/^would run in //p')
+    [ -n "${run_dirs[${command[*]}]}" ] || fail "the command above is not valid"
+  fi
+  directory=${run_dirs[${command[*]}]}
+}
+
+# Set `directory` to the run directory of `imp` with the same arguments, and `mask` to its mask file at a sparsity.
 ticket() { # sparsity in percent, task, seed, flags ...
   local percent=$1 most=$(((99 + STEP) / STEP))
   shift
@@ -154,12 +163,8 @@ ticket() { # sparsity in percent, task, seed, flags ...
   [ $((percent % STEP)) -eq 0 ] || fail "no level has $percent % sparsity: each prunes $STEP %"
   [ $((percent / STEP)) -lt "${LEVELS:-$most}" ] ||
     fail "$percent % is level $((percent / STEP)), and a run has ${LEVELS:-$most} levels: set LEVELS"
-  if [ -z "${run_dirs[$*]-}" ]; then
-    finding "$@"
-    run_dirs[$*]=$("${command[@]}" --dry-run | sed -n '1s/^would run in //p')
-    [ -n "${run_dirs[$*]}" ] || fail "the command above is not valid"
-  fi
-  directory=${run_dirs[$*]}
+  finding "$@"
+  run_directory
   mask=$(printf '%s/level_%02d/mask.safetensors' "$directory" $((percent / STEP)))
 }
 
@@ -170,12 +175,12 @@ given() { # task, seed, mask, flags ...
 }
 
 # Make a mask without training, and set `mask` to its file.
-oneshot() { # sparsity in percent, magnitude | random, seed
-  script oneshot.py --rate "$(fraction "$1")" --method "$2"
-  mask=$OUTPUT/masks/$2_$1.safetensors
+oneshot() { # sparsity in percent, magnitude | random, seed, flags ...
+  script oneshot.py --rate "$(fraction "$1")" --method "$2" "${@:4}"
+  mask=$OUTPUT/masks/${4:+tamt_}$2_$1.safetensors
   if [ "$2" = random ]; then
     command+=(--seed "$3")
-    mask=$OUTPUT/masks/$2_$1_s$3.safetensors
+    mask=${mask%.safetensors}_s$3.safetensors
   fi
   emit 1 "${command[@]}" --output "$mask"
 }
@@ -185,6 +190,51 @@ perturbed() { # name, seed, flags ...
   weights=$OUTPUT/weights/$1_s$2.safetensors
   script perturb_weight.py "${@:3}" --seed "$2"
   emit 1 "${command[@]}" --output "$weights"
+}
+
+# ---- mask training (tamt*.sh) ----
+
+covering=(--prunable matrices+embeddings --scope tensor) # the 74 matrices that TAMT prunes, each by itself
+
+# Find tickets by IMP on MLM with TAMT's covering; sets `mask` at a sparsity.
+imp_mlm() { # sparsity in percent, seed, steps per level
+  eval "flags=($IMP_FLAGS)"
+  imp mlm "$2" "${covering[@]}" --max-steps "$3" "${flags[@]}"
+  ticket "$1" mlm "$2" "${covering[@]}" --max-steps "$3" "${flags[@]}"
+}
+
+# Set `steps` to those of IMP up to a sparsity: the first STEP percent are pruned before training. To the nearest multiple of EVERY.
+imp_steps() { # sparsity in percent, steps per level
+  steps=$((($1 - STEP) * $2 / STEP))
+  steps=$(((steps + EVERY / 2) / EVERY * EVERY))
+  [ $steps -gt 0 ] || steps=$EVERY
+}
+
+# Train a mask, up to the steps that IMP needs; sets `mask` to the ticket, or to the mask saved at a step on the way.
+mask_training() { # sparsity in percent, objective, seed, [step]
+  imp_steps "$1" "$INTERVAL"
+  training mlm "$3" --method mask-training --sparsity "$(fraction "$1")" --objective "$2" --ticket-step $steps
+  eval "command+=($TAMT_FLAGS)"
+  emit 1 "${command[@]}"
+  run_directory
+  mask=$directory/level_00/mask.safetensors
+  [ "${4:-$steps}" -eq $steps ] || mask=$(printf '%s/masks/step_%07d.safetensors' "$directory" "$4")
+}
+
+# Train the ticket `mask` RUNS times on each task, with seeds of its own: the seed of the mask, and 10, 20, ... more.
+train_ticket() { # seed of the mask
+  local task i
+  for task in $TASKS; do
+    for ((i = 0; i < RUNS; i++)); do
+      given $task $(($1 + 10 * i)) "$mask"
+    done
+  done
+}
+
+# Compute the MLM loss and the distance of the hidden states of the ticket `mask`, without training it.
+score() { # seed
+  training mlm "$1" --score --mask "$mask"
+  emit 2 "${command[@]}"
 }
 
 cd "$here"

@@ -24,6 +24,7 @@ FIGURES = {
     "curves": "the metric over sparsity, a panel per task",
     "transfer": "the scores of all tickets on all tasks, as differences to the dense network",
     "overlap": "the mask overlap between the tickets of different tasks, and of different seeds",
+    "examples": "the metric over the number of training examples (--limit-train), a panel per task",
     "densities": "the weights kept in each layer, by kind of matrix",
 }
 
@@ -35,9 +36,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         figure = figures.add_parser(name, help=words, description=f"Draw {words}.", allow_abbrev=False)
         figure.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold them")
         figure.add_argument("--output", type=picture_file, required=True, metavar="FILE", help="a .png, .svg or .pdf file")
+        figure.add_argument("--tasks", metavar="TASKS", help='only these, such as "cola mnli"')
         figure.add_argument("--setting", metavar="WORDS", help="of runs with several settings, those with these words")
         figure.add_argument("--title", metavar="TEXT", help="the picture's title")
-        if name != "curves":
+        if name not in ("curves", "examples"):
             figure.add_argument("--sparsity", type=float, required=True, metavar="PERCENT", help="pruned weights")
         if name == "transfer":
             relative = "difference to the full BERT or to the target's own ticket (default: dense)"
@@ -47,14 +49,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.report import figures
-    from bert_tickets.report.results import comparable, read_results
+    from bert_tickets.report.results import comparable, of_tasks, read_results
 
     levels, failures = read_results(args.runs, args.setting)
-    levels = comparable(levels)
+    levels = of_tasks(levels, args.tasks)
+    if args.figure != "examples":
+        levels = comparable(levels)
     if levels.empty:
         raise UserError("no finished level" + (f" with the setting {args.setting!r}" if args.setting is not None else ""))
     draw = getattr(figures, f"draw_{args.figure}")
-    more = {} if args.figure == "curves" else {"sparsity": args.sparsity / 100}
+    more = {} if args.figure in ("curves", "examples") else {"sparsity": args.sparsity / 100}
     more |= {"relative": args.relative} if args.figure == "transfer" else {}
     print(draw(levels, args.output, args.title, **more))
     for failure in failures:

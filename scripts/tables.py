@@ -13,6 +13,7 @@ Takes run directories, or folders that hold them. Tables, and the sweeps (script
   transfer  Figure 2: every ticket on every task                                                      transfer
   curves    all tasks over all sparsities                                                             table2
   weights   tickets trained from shuffled and noised weights                                          perturbed
+  tamt      mask training (Liu et al. 2022): tickets found on MLM over sparsities, and their losses   tamt, tamt_cost
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold them")
     parser.add_argument("--table", choices=TABLES, help="one table (default: all that there are runs for)")
     parser.add_argument("--sparsity", type=float, metavar="PERCENT", help="pruned weights, for tables 3 and transfer")
+    parser.add_argument("--tasks", metavar="TASKS", help='only these, such as "cola mnli"')
     parser.add_argument("--setting", metavar="WORDS", help="of runs with several settings, those with these words")
     parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown", help="(default: markdown)")
     parser.add_argument("--sources", action="store_true", help="add the run, level and mask of each number (CSV has them)")
@@ -51,10 +53,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.report import formats
-    from bert_tickets.report.results import comparable, read_results
+    from bert_tickets.report.results import comparable, of_tasks, read_results
     from bert_tickets.report.tables import TABLES, build
 
     levels, failures = read_results(args.runs, args.setting)
+    levels = of_tasks(levels, args.tasks)
+    if args.table == "tamt":
+        levels = levels[levels["task"] != "mlm"]  # the searches, which may have many settings
     levels = comparable(levels)
     if args.setting is not None and levels.empty and not failures:
         raise UserError(f"no run has the setting {args.setting!r}")

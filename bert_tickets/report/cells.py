@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
-from bert_tickets.report.results import FULL
+from bert_tickets.report.rows import FULL
 from bert_tickets.report.significance import holm, match_or_exceed, paired, verdict, within_one_sd
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ def _score(cell: Mapping[str, Any]) -> str:
     """The mean and standard deviation with `count`."""
     if not cell["run"]:
         return NO_RUN
-    spread = "" if math.isnan(cell["sd"]) else f" ± {cell['sd']:.1f}"
-    return (f"{cell['mean']:.1f}{spread}" if cell["n"] else "undefined") + f" ({count(cell, cell['n'])})"
+    digits = 3 if cell["task"] in published.LOSSES else 1
+    spread = "" if math.isnan(cell["sd"]) else f" ± {cell['sd']:.{digits}f}"
+    return (f"{cell['mean']:.{digits}f}{spread}" if cell["n"] else "undefined") + f" ({count(cell, cell['n'])})"
 
 
 def count(cell: Mapping[str, Any], n: int) -> str:

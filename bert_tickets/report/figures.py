@@ -13,7 +13,8 @@ from bert_tickets.report import published
 from bert_tickets.report.cells import percent
 from bert_tickets.report.formats import frame, markdown_grid
 from bert_tickets.report.pictures import draw_heat_map, draw_lines
-from bert_tickets.report.results import FULL, own_tickets
+from bert_tickets.report.results import comparable, own_tickets
+from bert_tickets.report.rows import FULL
 from bert_tickets.report.tables import curves, remarks
 from bert_tickets.report.transfer import transfer
 from bert_tickets.runs.integrity import read_mask
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from bert_tickets.masking.mask import Mask
 
 UNITS = {"accuracy": "accuracy (%)", "f1": "F1 (%)", "matthews": "Matthews × 100", "pearson": "Pearson × 100"}
+UNITS |= {"MLM loss": "cross-entropy", "KD loss": "1 - cosine"}
 MARKED = "a value is undefined or has a warning"
 
 
@@ -66,6 +68,27 @@ def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: 
     unit = f"difference to the {FULL if relative == 'dense' else 'own ticket of the target'} (points)"
     draw_heat_map(output, heading, ("trained on", "ticket"), named, unit, limit)
     return "\n".join([unit, markdown_grid(table.grids[""]), *remarks(shown)])
+
+
+def draw_examples(levels: DataFrame, output: Path, title: str | None) -> str:
+    """Draw the metric over the number of training examples, of runs with --limit-train: one panel per task, one line per row."""
+    import pandas as pd
+
+    sizes = levels["setting"].str.extract(r"\blimit train (\d+)")[0]
+    if sizes.isna().all():
+        raise UserError("no run has --limit-train")
+    tables = {size: curves(comparable(levels[sizes == size])) for size in sorted(sizes.dropna().unique(), key=int)}
+    cells = pd.concat([table.cells.assign(x=float(size)) for size, table in tables.items()])
+    shown = cells[cells["n"] > 0].sort_values("task", key=lambda tasks: tasks.map(published.place), kind="stable")
+    if shown.empty:
+        raise UserError("these runs have no finished level with a defined value")
+    line = shown["row"] + shown["sparsity"].map(lambda sparsity: f", {percent(sparsity)}" if sparsity else "")
+    units = [UNITS.get(metric, f"{metric} × 100") for metric in shown["metric"]]
+    points = shown.assign(panel=shown["task"].map(published.name), unit=units, line=line, hollow=_is_marked(shown))
+    draw_lines(output, title or "Tickets over training examples", "training examples", points, _seeds(points["n"]), log=True)
+    texts = points.assign(examples=points["x"].map("{:.0f}".format), task=points["panel"])
+    wide = texts.pivot_table(index=["line", "examples"], columns="task", values="text", aggfunc="first", sort=False)
+    return "\n".join([markdown_grid(wide.fillna("").reset_index()), *remarks(cells)])
 
 
 def _is_marked(cells: DataFrame) -> Series:

@@ -141,5 +141,6 @@ def csv(tables: Sequence[Table]) -> str:
     cells = pd.concat([table.cells[list(CSV_COLUMNS)].assign(table=table.name) for table in tables])
     for name in ("seeds", "undefined", "run", "level", "mask_sha256"):
         cells[name] = [";".join(map(str, values)) for values in cells[name]]
-    cells.insert(cells.columns.get_loc("mean"), "unit", "x 100")
+    units = cells["task"].map(dict.fromkeys(published.LOSSES, "loss")).fillna("x 100")
+    cells.insert(cells.columns.get_loc("mean"), "unit", units)
     return cells[["table", *cells.columns.drop("table")]].to_csv(index=False)

@@ -63,8 +63,17 @@ def drawing(output: Path) -> Iterator[Figure]:
     write(output, drawn.getvalue())
 
 
-def draw_lines(output: Path, title: str, x: str, points: DataFrame, note: str, ticks: Mapping[float, str] | None = None) -> None:
-    """Draw means with error bars of one standard deviation, under one legend with the title `note`.
+def draw_lines(
+    output: Path,
+    title: str,
+    x: str,
+    points: DataFrame,
+    note: str,
+    ticks: Mapping[float, str] | None = None,
+    *,
+    log: bool = False,
+) -> None:
+    """Draw means with error bars of one standard deviation, under one legend with the title `note`; over log x with `log`.
 
     `points` has the columns panel, unit (of y), line, x, mean, sd and hollow (the marker). Without x a mean is a horizontal line.
     """
@@ -85,6 +94,8 @@ def draw_lines(output: Path, title: str, x: str, points: DataFrame, note: str, t
                 plots[i].tick_params(labelbottom=True)
             if ticks:
                 plots[i].set_xticks(list(ticks), list(ticks.values()))
+            if log:
+                plots[i].set_xscale("log")
             plots[i].grid(color="0.9", linewidth=0.5)
             plots[i].set_axisbelow(True)
             plots[i].spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,5 @@
-"""The numbers of Chen et al. 2020 (published.toml), to be printed beside ours. Sparsities are fractions."""
+"""The numbers of Chen et al. 2020 and, for mask training, of Liu et al. 2022 (published.toml), to be printed beside ours.
+Sparsities are fractions."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any
 DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
 METHOD: str = DATA["method"]  # that finds the paper's tickets
 TASKS: list[str] = DATA["tasks"]  # in the paper's order
+TAMT_TASKS: list[str] = DATA["tamt"]["tasks"]  # over which the means of mask training's paper are
+LOSSES: dict[str, str] = DATA["tamt"]["losses"]  # of scored tickets, which tables have as tasks: task -> name
 TRANSFER_SPARSITY: float = DATA["transfer"]["sparsity"] / 100  # of Figure 2
 
 
@@ -25,11 +28,11 @@ def in_order(found: Iterable[str]) -> list[str]:
 
 def name(task: str) -> str:
     """A task as the paper writes it; an unknown one unchanged."""
-    return _of_task(DATA["names"], task) or task
+    return _of_task(DATA["names"], task) or LOSSES.get(task, task)
 
 
 def source(table: str) -> str:
-    """The mark of the source of `table2`, `table4` or `transfer`: [fig] or [notes]."""
+    """The mark of the source of `table2`, `table4`, `transfer` or `tamt`, such as [fig]."""
     return f"[{DATA[table]['source']}]"
 
 
@@ -72,6 +75,20 @@ def transfer(row: str, target: str) -> float | None:
 def at_least_same_task(row: str) -> int | None:
     """The last column of Figure 2: on how many other targets a ticket scores at least as high as the target's own."""
     return DATA["transfer"]["at_least_same_task"].get(row)
+
+
+def tamt(what: str, row: str, sparsity: float) -> str:
+    """A number of mask training's paper with the mark of its source, or the range over its seeds; "" if there is none.
+
+    `what` is `score`, `mlm_loss` or `kd_loss`. Rows are `full BERT`, `OMP`, `IMP`, `TAMT-MLM`, `TAMT-KD`, `random`.
+    """
+    table = DATA["tamt"]
+    columns = dict(zip(table["sparsities"], table[what].get(row, []), strict=False))
+    value = columns.get(50 if row == "full BERT" else round(100 * sparsity, 1))  # the full BERT's stands in every column
+    if value is None:
+        return ""
+    ends = [value] if isinstance(value, (int, float)) else [min(value), max(value)]
+    return " to ".join(f"{end:g}" if what != "score" else f"{end:.1f}" for end in ends) + f" {source('tamt')}"
 
 
 def _of_task(values: list[Any] | None, task: str) -> Any:

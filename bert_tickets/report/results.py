@@ -12,16 +12,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_tickets.config import COMMON, build, flat
+from bert_tickets.config import COMMON, build, deciding_flags, fields_of, flat, kind_of
 from bert_tickets.content import brief
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.report import published
-from bert_tickets.runs.directory import failure, level_dir, levels_done, read_run
+from bert_tickets.report.rows import FULL, PERTURBED, PRETRAINED, RANDOM, name_rows, plainness
+from bert_tickets.runs.directory import failure, level_dir, levels_done, read_run, results
 from bert_tickets.runs.integrity import check_level
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ COLUMNS = {
     "sparsity": "pruned fraction of the covered weights, to three decimals: small networks cannot prune exactly 40 %",
     "seed": "",
     "metric": "the task's main metric",
-    "value": "of the metric, x 100 as in the paper; NaN if undefined",
+    "value": "of the metric, x 100 as in the paper, losses as they are; NaN if undefined",
     "warnings": "a list",
     "total": "weights that the mask covers",
     "mask_sha256": "",
@@ -49,15 +50,7 @@ COLUMNS = {
     "data": "sha256 of the data, and the precision",
     "model": "sha256 of the encoder before training",
 }
-FULL = "full BERT"
-RANDOM_PRUNING, ONE_SHOT = "random pruning", "one-shot pruning"
-UNTRAINED = {"oneshot random": RANDOM_PRUNING, "oneshot magnitude": ONE_SHOT}  # the paper's names of what oneshot.py makes
-PRETRAINED, RANDOM, SHUFFLED = "pre-trained", "random", "shuffled"  # weights; others as their file says
-PERTURBED = {  # what perturb_weight.py writes: weights in the name of a row
-    "the entries of each matrix shuffled": SHUFFLED,
-    "its layers whole": "layers in another order",
-    "its matrices by layer": "matrices in another order",
-}
+IN_COLUMNS = dict.fromkeys(("mask", "rewind", "levels", "sparsity"))  # settings that rows or other columns say
 
 
 # ---- reading ----
@@ -83,7 +76,8 @@ def read_results(places: Iterable[str | Path], setting: str | None = None) -> tu
         lines += [facts | _facts_of_level(run, level, facts["given"]) for level in range(done)]
         if (failed := failure(run)) and _has_setting(facts["setting"], setting):
             failures.append(f"{run}: level {failed['level']} diverged: {failed['ended']}")
-    _name_rows(lines)  # after runs of other settings, which may have found the tickets
+    lines = [part for line in lines for part in _losses(line)]
+    name_rows(lines)  # after runs of other settings, which may have found the tickets
     lines = [line for line in lines if _has_setting(line["setting"], setting)]
     return pd.DataFrame(lines, columns=list(COLUMNS)), failures
 
@@ -99,7 +93,11 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
     """The columns that all levels of a run share."""
     about = read_run(run)
     config, differs, fingerprint = about["config"], about["differs_from_preset"], about["fingerprint"]
-    setting = {key: value for key, value in differs.items() if key in COMMON and key not in ("seed", "init", "data_dir")}
+    implied = _implied(config, differs)
+    setting = {key: differs.get(key, config[key]) for key in _changed(config, differs, implied) if key in COMMON}
+    for name in ("task", "method", "protocol", "seed", "init", "data_dir"):
+        setting.pop(name, None)
+    own = {key: config[key] for key in _changed(config, differs, implied) if key not in COMMON | IN_COLUMNS}
     setting |= {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
     return {
         "run": str(run),
@@ -108,7 +106,8 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
         "seed": config["seed"],
         "given": config.get("mask") is not None,
         "method": config["method"],
-        "own_settings": _words(_own_settings(config, differs)),
+        "own_settings": _words(own),
+        "scored": config["method"] == "score",
         "rewind": differs.get("rewind", ""),
         "source": config["task"],
         "weights": _weights(config["init"], differs.get("init", ""), fingerprint.get("init") or {}, config["seed"]),
@@ -118,15 +117,27 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
     }
 
 
-def _own_settings(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's own settings that differ from those that the preset and --rewind imply."""
-    own = {key: value for key, value in config.items() if key not in COMMON and key not in ("mask", "rewind", "levels")}
-    asked = {key: config[key] for key in ("task", "method", "protocol", *(differs.keys() & {"rewind"}))}
+def _implied(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the preset has for the flags that decide on others, such as --rewind; {} if that is unknown."""
     try:
-        implied = flat(build(asked)) if own else {}
+        deciding = deciding_flags(config["method"], kind_of(config["task"]), config["protocol"])
+        named = {"task", "method", "protocol"} | differs.keys() & (deciding | IN_COLUMNS.keys())
+        return flat(build({key: config[key] for key in named}))
     except (UserError, TypeError):  # the method is not installed, or has a required flag
-        return {key: value for key, value in own.items() if key in differs}
-    return {key: value for key, value in own.items() if value != implied.get(key)}
+        return {}
+
+
+def _changed(config: Mapping[str, Any], differs: Mapping[str, Any], implied: Mapping[str, Any]) -> list[str]:
+    """The settings that affect the result and differ from those that the preset implies, and those that decide on others."""
+    if not implied:
+        return list(differs)
+    deciding = deciding_flags(config["method"], kind_of(config["task"]), config["protocol"])
+    fields = fields_of(config["method"])
+    return [
+        key
+        for key, value in config.items()
+        if fields[key].metadata["affects_result"] and (value != implied.get(key) or (key in differs and key in deciding))
+    ]
 
 
 def _weights(init: str, sha256: str, facts: Mapping[str, Any], seed: int) -> str:
@@ -151,68 +162,30 @@ def _facts_of_level(run: Path, level: int, given: bool) -> dict[str, Any]:
     if given:
         info = read_facts(level_dir(run, level) / "mask.safetensors")
         facts |= {"method": info.get("method", ""), "source": info.get("task", ""), "own_settings": "", "rewind": ""}
+        facts |= {"step": info.get("step"), "found_by": info.get("run")}
     return facts
 
 
-# ---- names of rows ----
-
-
-def _name_rows(lines: Sequence[dict[str, Any]]) -> None:
-    """Name the rows, and complete `method` by its settings. A given ticket has those of the run that found it, if it is there.
-
-    If several runs found the same mask, as at level 1 if they rewind to different steps, it is the plainest one's.
-    """
-    found = [line for line in lines if not line["given"]]
-    for line in found:
-        _name_row(line)
-    finders: dict[tuple[str, ...], dict[str, Any]] = {}
-    for line in sorted(found, key=lambda line: plainness(line["row"])):
-        finders.setdefault((line["method"].partition(" (")[0], line["source"], line["mask_sha256"]), line)
-    for line in lines:
-        if line["given"]:
-            finder = finders.get((line["method"], line["source"], line["mask_sha256"]), line)
-            line |= {"method": finder["method"], "rewind": finder["rewind"]}
-            _name_row(line)
-
-
-def _name_row(line: dict[str, Any]) -> None:
-    line["method"] += f" ({line['own_settings']})" if line["own_settings"] else ""
-    method, source, weights = line["method"], line["source"], line["weights"]
-    if not line["given"]:
-        found_in = "" if weights == PRETRAINED else f", found in {weights} weights"
-        line["row"] = row_name(method, rewind=line["rewind"]) + found_in
-    elif not source:
-        name = UNTRAINED.get(method, method or f"mask {line['mask_sha256'][:8]}")
-        line["row"] = name + _from(weights)
-    else:
-        again = ", trained again" if source == line["task"] and weights == PRETRAINED else ""
-        other = "" if source == line["task"] else source
-        line["row"] = row_name(method, source=other, rewind=line["rewind"], weights=weights) + again
-
-
-def row_name(method: str, *, source: str = "", rewind: str = "", weights: str = PRETRAINED) -> str:
-    """The row of a method's tickets; `source` is the task they were found on, if another than they are trained on."""
-    of = f" of {published.name(source)}" if source else ""
-    return f"{method} ticket{of}" + (f", rewind {rewind}" if rewind else "") + _from(weights)
-
-
-def _from(weights: str) -> str:
-    if weights == PRETRAINED:
-        return ""
-    return f", {weights}" if " " in weights else f", {weights} weights"
-
-
-def plainness(row: str) -> tuple[int, bool, str]:
-    """A sort key of rows: those with the fewest settings first, then the paper's method."""
-    return len(row.split()), not is_published(row), row
-
-
-def is_published(name: str) -> bool:
-    """Whether a method, or the method of a row, is the paper's."""
-    return name.partition(" ")[0] == published.METHOD
+def _losses(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a level; of a scored ticket one for each of its losses."""
+    if not line["scored"]:
+        return [line]
+    (found,) = results(Path(line["run"]))
+    values = {"mlm_loss": found["metrics"]["loss"], "kd_loss": found["hidden_states"]["cosine"]}
+    return [line | {"task": task, "metric": name, "value": values[task]} for task, name in published.LOSSES.items()]
 
 
 # ---- what may be compared ----
+
+
+def of_tasks(levels: DataFrame, tasks: str | None) -> DataFrame:
+    """The levels of these tasks, separated by spaces; all for None. Raises `UserError` for a task without levels."""
+    if tasks is None:
+        return levels
+    for task in tasks.split():
+        if task not in set(levels["task"]):
+            raise UserError(f"no level of the task {task}; there are {', '.join(published.in_order(levels['task']))}")
+    return levels[levels["task"].isin(tasks.split())]
 
 
 def comparable(levels: DataFrame) -> DataFrame:
@@ -225,7 +198,7 @@ def comparable(levels: DataFrame) -> DataFrame:
 
     if levels.empty:
         return levels
-    advice = "give the runs of one, or choose it with --setting"
+    advice = "give the runs of one, choose it with --setting, or leave the task out with --tasks"
     _refuse_several(levels, ["setting"], ["task"], f"have different settings; {advice}")
     for columns, what, same in (
         (["data"], "data or precision", ["task"]),

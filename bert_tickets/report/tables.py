@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from bert_tickets.report import published
 from bert_tickets.report.cells import fill, full, percent
 from bert_tickets.report.formats import Table, frame, listing, scores
-from bert_tickets.report.results import FULL, PRETRAINED, RANDOM, RANDOM_PRUNING, SHUFFLED, is_published, own_tickets, row_name
+from bert_tickets.report.results import own_tickets
+from bert_tickets.report.rows import FULL, PRETRAINED, RANDOM, RANDOM_PRUNING, SHUFFLED, is_published, row_name
+from bert_tickets.report.tamt import tamt
 from bert_tickets.report.transfer import transfer
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def missing_runs(levels: DataFrame, cells: DataFrame, sweep: str) -> list[str]:
     lacking = cells.assign(missing=[" ".join(map(str, seeds)) for seeds in cells["missing"]])
     groups = lacking[lacking["missing"] != ""].groupby(["task", "sparsity", "sweep", "missing"], sort=False)
     lines += [_missing_seeds(group, *key) for key, group in groups]
-    if left := [task for task in published.TASKS if task not in there]:
+    if left := [task for task in (published.TAMT_TASKS if sweep == "tamt" else published.TASKS) if task not in there]:
         names = ", ".join(map(published.name, left))
         lines.append(f"no run of {names}. To make them: `TASKS='{' '.join(left)}' bash scripts/{sweep}.sh`")
     return lines
@@ -279,4 +281,5 @@ TABLES = {  # name -> function, the sweep that makes its runs
     "transfer": (transfer, "transfer"),
     "curves": (curves, "table2"),
     "weights": (weights, "perturbed"),
+    "tamt": (tamt, "tamt"),
 }

@@ -9,7 +9,8 @@ from bert_tickets.errors import UserError
 from bert_tickets.report import published
 from bert_tickets.report.cells import NO_RUN, count, fill, full, percent, signed
 from bert_tickets.report.formats import Table, frame, listing
-from bert_tickets.report.results import FULL, ONE_SHOT, PRETRAINED, is_published, own_tickets, plainness, row_name
+from bert_tickets.report.results import own_tickets
+from bert_tickets.report.rows import FULL, ONE_SHOT, PRETRAINED, is_published, plainness, row_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -15,7 +15,7 @@ from scipy.stats import ttest_rel
 
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_json
-from bert_tickets.report.results import FULL
+from bert_tickets.report.rows import FULL
 from bert_tickets.report.tables import TABLES
 
 TICKET = "imp (rate 0.2) ticket"

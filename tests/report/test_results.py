@@ -16,7 +16,8 @@ from bert_tickets.errors import Damaged, UserError
 from bert_tickets.files import read_checksummed, write_checksummed
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods.main import run as run_method
-from bert_tickets.report.results import FULL, PRETRAINED, SHUFFLED, comparable, read_results
+from bert_tickets.report.results import comparable, read_results
+from bert_tickets.report.rows import FULL, PRETRAINED, SHUFFLED
 
 
 def read(*places):

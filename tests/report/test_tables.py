@@ -15,7 +15,8 @@ from bert_tickets.errors import UserError
 from bert_tickets.methods import imp
 from bert_tickets.report import formats
 from bert_tickets.report.formats import Table
-from bert_tickets.report.results import FULL, comparable, read_results
+from bert_tickets.report.results import comparable, read_results
+from bert_tickets.report.rows import FULL
 from bert_tickets.report.tables import build
 
 TICKET = "imp (rate 0.2) ticket"
