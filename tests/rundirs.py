@@ -53,6 +53,16 @@ def run(
         given.setdefault("levels", max(1, len(values)))
     given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     cfg = build({"task": task, "seed": seed, **given})
+    folder = describe(place, cfg)
+    found = {key: value for key, value in differences(cfg).items() if key not in ("levels", "output_dir")}
+    for level, value in enumerate(values):
+        mask = _mask(cfg, level, found)
+        write_level(folder, level, mask, value, task, warnings if level == len(values) - 1 else ())
+    return folder
+
+
+def describe(place: Path, cfg: Any) -> Path:
+    """Write the run.json of a configuration under `place`; returns the run directory."""
     folder = place / run_name(cfg)
     about = {
         "format": FORMAT,
@@ -62,10 +72,6 @@ def run(
         "fingerprint": {"init": None if cfg.init in ("pretrained", "random") else read_facts(Path(cfg.init))},
     }
     write_checksummed(folder / "run.json", about)
-    found = {key: value for key, value in differences(cfg).items() if key not in ("levels", "output_dir")}
-    for level, value in enumerate(values):
-        mask = _mask(cfg, level, found)
-        write_level(folder, level, mask, value, task, warnings if level == len(values) - 1 else ())
     return folder
 
 

@@ -47,10 +47,11 @@ COLUMNS = {
     "source": 'the task that the ticket was found on; "" if none',
     "weights": "that the ticket starts from",
     "setting": "settings of the training that differ from the preset; not the folder of the data",
+    "search": "of the run that found the ticket: settings of its training that differ from the preset",
     "data": "sha256 of the data, and the precision",
     "model": "sha256 of the encoder before training",
 }
-IN_COLUMNS = dict.fromkeys(("mask", "rewind", "levels", "sparsity"))  # settings that rows or other columns say
+NOT_IN_ROWS = dict.fromkeys(("mask", "rewind", "levels", "sparsity", "ticket_step", "save_masks"))  # settings that others say
 
 
 # ---- reading ----
@@ -97,7 +98,9 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
     setting = {key: differs.get(key, config[key]) for key in _changed(config, differs, implied) if key in COMMON}
     for name in ("task", "method", "protocol", "seed", "init", "data_dir"):
         setting.pop(name, None)
-    own = {key: config[key] for key in _changed(config, differs, implied) if key not in COMMON | IN_COLUMNS}
+    changed = _changed(config, differs, implied)
+    own = {key: config[key] for key in changed if key not in COMMON | NOT_IN_ROWS}
+    length = {key: config[key] for key in changed if key == "ticket_step"}
     setting |= {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
     return {
         "run": str(run),
@@ -112,6 +115,7 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
         "source": config["task"],
         "weights": _weights(config["init"], differs.get("init", ""), fingerprint.get("init") or {}, config["seed"]),
         "setting": _words(setting),
+        "search": _words(setting | length),
         "data": json.dumps([fingerprint.get(key) for key in ("train", "evaluation", "precision")], sort_keys=True),
         "model": str(fingerprint.get("model")),
     }
@@ -121,7 +125,7 @@ def _implied(config: Mapping[str, Any], differs: Mapping[str, Any]) -> dict[str,
     """The settings that the preset has for the flags that decide on others, such as --rewind; {} if that is unknown."""
     try:
         deciding = deciding_flags(config["method"], kind_of(config["task"]), config["protocol"])
-        named = {"task", "method", "protocol"} | differs.keys() & (deciding | IN_COLUMNS.keys())
+        named = {"task", "method", "protocol"} | differs.keys() & (deciding | {"rewind", "mask", "sparsity"})
         return flat(build({key: config[key] for key in named}))
     except (UserError, TypeError):  # the method is not installed, or has a required flag
         return {}
@@ -172,7 +176,11 @@ def _losses(line: dict[str, Any]) -> list[dict[str, Any]]:
         return [line]
     (found,) = results(Path(line["run"]))
     values = {"mlm_loss": found["metrics"]["loss"], "kd_loss": found["hidden_states"]["cosine"]}
-    return [line | {"task": task, "metric": name, "value": values[task]} for task, name in published.LOSSES.items()]
+    warnings = {"mlm_loss": line["warnings"], "kd_loss": []}
+    return [
+        line | {"task": task, "metric": name, "value": values[task], "warnings": warnings[task]}
+        for task, name in published.LOSSES.items()
+    ]
 
 
 # ---- what may be compared ----

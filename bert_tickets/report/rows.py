@@ -22,14 +22,15 @@ PERTURBED = {  # what perturb_weight.py writes: weights in the name of a row
 def name_rows(lines: Sequence[dict[str, Any]]) -> None:
     """Name the rows, and complete `method` by its settings. A given ticket has those of the run that found it, if it is there.
 
-    If several runs found the same mask, as at level 1 if they rewind to different steps, it is the plainest one's.
+    If several runs found the same mask, as at level 1 if they rewind to different steps, it is the plainest one's. The settings
+    of the search's training are named if several searches of a method differ in them, and the step of a mask saved on the way.
     """
     found = [line for line in lines if not line["given"]]
     for line in found:
         _name_row(line)
-    searches: dict[str, set[str]] = {}
+    searches: dict[tuple, set[str]] = {}
     for line in found:
-        searches.setdefault(line["method"] + line["source"], set()).add(line["setting"])
+        searches.setdefault((line["method"], line["source"], line["sparsity"]), set()).add(line["search"])
     finders: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in sorted(found, key=lambda line: plainness(line["row"])):
         finders.setdefault((line["method"].partition(" (")[0], line["source"], line["mask_sha256"]), line)
@@ -38,8 +39,9 @@ def name_rows(lines: Sequence[dict[str, Any]]) -> None:
         if line["given"]:
             ticket = finders.get((line["method"], line["source"], line["mask_sha256"]))
             finder = ticket or saved_by.get(line["found_by"], line)
-            several = finder is not line and len(searches[finder["method"] + finder["source"]]) > 1
-            words = [finder["setting"] if several else "", "" if ticket or not line["step"] else f"step {line['step']}"]
+            line["search"] = "" if finder is line else finder["search"]
+            several = searches.get((finder["method"], finder["source"], line["sparsity"]), {""})
+            words = [line["search"] if len(several) > 1 else "", "" if ticket or not line["step"] else f"step {line['step']}"]
             line |= {"method": _with_settings(finder["method"], words), "rewind": finder["rewind"]}
             _name_row(line)
 

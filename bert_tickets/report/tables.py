@@ -54,7 +54,7 @@ def remarks(cells: DataFrame) -> Iterator[str]:
 
 def _coverings(levels: DataFrame, cells: DataFrame) -> Iterator[str]:
     """A note for each task whose masks cover different weights."""
-    shown = levels[levels["run"].isin(cells["run"].explode())]
+    shown = levels[levels["run"].isin(cells["run"].explode()) & (levels["sparsity"] > 0)]  # of the full BERT it has no meaning
     for task, totals in shown.groupby("task", sort=False)["total"]:
         if totals.nunique() > 1:
             sizes = " or ".join(f"{total:,}" for total in sorted(totals.unique()))

@@ -23,13 +23,12 @@ PUBLISHED_ROWS = {  # pattern of a row -> its name in published.toml, in the ord
     r"oneshot random by tensor": "random",
 }
 NOTES = (
-    "The published scores are means over five tasks, which are inferred from the released scripts. These report the best of many "
-    "evaluations, and of MNLI mismatched accuracy; their IMP does not rewind. Ours are scores of the last evaluation, and of MNLI "
-    "matched accuracy.",
+    "The published scores are means over five tasks, which are inferred from the released scripts. These report the best of "
+    "many evaluations, and of MNLI mismatched accuracy; their IMP does not rewind. Ours are of MNLI matched accuracy.",
     "The mean over the five tasks needs a run of each. It is taken for each seed; its standard deviation is over seeds.",
-    "MLM loss: of the ticket before training, with the pre-trained head. KD loss: the mean of 1 - cosine of its hidden states and "
-    "the dense network's; whether the published ones are cosine or squared distances is unknown. The published losses of random "
-    "masks are the range over all sparsities.",
+    "MLM loss: of the ticket before training, with the pre-trained head. KD loss: the mean of 1 - cosine of its hidden states "
+    "and the dense network's; whether the published ones are cosine or squared distances is unknown. The published losses of "
+    "random masks are the range over all sparsities.",
 )
 
 
@@ -45,7 +44,9 @@ def tamt(levels: DataFrame, _: float | None) -> Table | None:
     if is_loss.any():
         grids["Losses of the tickets before training"] = _losses(cells[is_loss])
     grids[f"Differences to the {FULL}"] = listing(cells[(cells["reference"] != "") & ~is_loss])
-    notes = [published.explain("tamt"), *NOTES]
+    searches = shown.loc[shown["search"].ne(""), ["row", "search"]].drop_duplicates()
+    found_by = [f"{row}: found by a training with {search}" for row, search in searches.values if row != FULL]
+    notes = [published.explain("tamt"), *NOTES, *found_by]
     return Table("Mask training: tickets over sparsities (Liu et al. 2022)", grids, cells, notes)
 
 
@@ -69,11 +70,15 @@ def _rows(cells: DataFrame) -> list[tuple[str, float, DataFrame]]:
     return sorted(groups, key=lambda group: (order.index(published_row(group[0])), group[:2]))
 
 
+def _place(row: str, sparsity: float) -> dict[str, str]:
+    return {"row": row, "in the paper": published_row(row), "sparsity": percent(sparsity)}
+
+
 def _scores(cells: DataFrame) -> DataFrame:
     tasks = published.in_order(cells["task"])
     lines = []
     for row, sparsity, found in _rows(cells):
-        line = {"row": row, "sparsity": percent(sparsity), "mean of five tasks": mean_over_tasks(found)}
+        line = _place(row, sparsity) | {"mean of five tasks": mean_over_tasks(found)}
         line["published mean"] = published.tamt("score", published_row(row), sparsity)
         texts = dict(zip(found["task"], found["text"], strict=True))
         lines.append(line | {published.name(task): texts.get(task, "") for task in tasks})
@@ -96,7 +101,7 @@ def mean_over_tasks(cells: DataFrame) -> str:
 def _losses(cells: DataFrame) -> DataFrame:
     lines = []
     for row, sparsity, found in _rows(cells):
-        line = {"row": row, "sparsity": percent(sparsity)}
+        line = _place(row, sparsity)
         for cell in found.itertuples():
             name = published.name(cell.task)
             line |= {name: cell.text, f"published {name}": cell.published}

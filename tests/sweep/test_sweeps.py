@@ -12,11 +12,14 @@ from conftest import ROOT
 from test_jobs import MAKERS
 from test_runner import SAVES, wait_for
 
+from bert_tickets.config import COMMON
 from bert_tickets.signals import STOP_SIGNALS
 from bert_tickets.sweep.jobs import TRAINING, plan
 
-SWEEPS = ["table2", "transfer", "rewinding", "oneshot", "similarity", "mlm", "perturbed"]
-SMALL = {"TASKS": "rte squad", "SEEDS": "1 2", "SPARSITIES": "40 70", "NOISE": "0.1 1"}
+NEEDS_LIMIT_SEED = pytest.mark.skipif("limit_seed" not in COMMON, reason="this version has no --limit-seed")
+SWEEPS = ["table2", "transfer", "rewinding", "oneshot", "similarity", "mlm", "perturbed", "tamt", "tamt_cost"]
+SWEEPS.append(pytest.param("tamt_fewshot", marks=NEEDS_LIMIT_SEED))
+SMALL = {"TASKS": "rte squad", "SEEDS": "1 2", "SPARSITIES": "40 70", "NOISE": "0.1 1", "RUNS": "2", "SIZES": "100 3000"}
 TABLE_2 = {"mnli": 70, "qqp": 90, "stsb": 50, "wnli": 90, "qnli": 70, "mrpc": 50, "rte": 60, "sst2": 60, "cola": 50}
 
 
@@ -76,7 +79,7 @@ def test_the_stages_are_the_whole_and_the_first_needs_nothing(name, tmp_path):
     first, second, third = (printed(name, "--stage", stage, **small) for stage in "123")
     assert sorted(first + second + third) == sorted(printed(name, **small))
     assert first
-    assert not any("--mask" in line for line in first)
+    assert not any("--mask " in line for line in first)
 
 
 def test_table_2_is_as_published(tmp_path):
@@ -87,6 +90,60 @@ def test_table_2_is_as_published(tmp_path):
         assert len(given) == 3
         assert all(f"level_0{percent // 10}" in words[words.index("--mask") + 1] for words in given if "--init" in words)
     assert sum("--mask" in words for words in lines("transfer", tmp_path, SEEDS="57")) == 11 * 10 + 11
+
+
+def masks_of(whole: list[list[str]], name: str) -> set[str]:
+    """The masks that the commands train, of runs of a method or in a folder."""
+    return {mask for words in whole if (mask := flag(words, "--mask")) and name in mask}
+
+
+def test_mask_training_runs_to_the_steps_of_imp_and_its_tickets_train_with_seeds_of_their_own(tmp_path):
+    whole = lines("tamt", tmp_path, SEEDS="1 2", TASKS="rte squad", SPARSITIES="50 70 80", STEPS="1000 20000")
+    trained = [words for words in whole if "mask-training" in words]
+    assert {(flag(words, "--sparsity"), flag(words, "--ticket-step")) for words in trained} == {
+        ("0.5", "11000"), ("0.7", "17000"), ("0.8", "20000"),
+    }  # fmt: skip
+    assert len(trained) == 2 * 3 * 3
+    searched = [words for words in whole if words[0] == "lt_pretrain.py" and "--mask" not in words and "--method" not in words]
+    assert [(flag(words, "--seed"), flag(words, "--max-steps"), flag(words, "--scope")) for words in searched] == [
+        ("1", "2792", "tensor"), ("2", "2792", "tensor"),
+    ]  # fmt: skip
+    assert {mask.split("/")[-1] for mask in masks_of(whole, "/masks/step")} == {"step_0001000.safetensors"}  # 20000 is too late
+    given = [words for words in whole if "--mask" in words and words[0] != "lt_pretrain.py"]
+    ours = next(mask for mask in masks_of(whole, "step_"))
+    assert {(words[0], flag(words, "--seed")) for words in given if flag(words, "--mask") == ours} in (
+        {(script, str(seed + more)) for script in ("lt_glue.py", "lt_squad.py") for more in (0, 10, 20)} for seed in (1, 2)
+    )
+    scored = [words for words in whole if "--score" in words]
+    assert len(scored) == 3 + 2 * 3 * (1 + 1 + 2 * 3)  # one-shot once; random, IMP, and of three objectives the ticket and a step
+    assert all("matrices+embeddings" in words and "tensor" in words for words in whole if words[0] == "oneshot.py")
+
+
+def test_the_cost_of_mask_training_is_at_the_steps_of_imp(tmp_path):
+    whole = lines("tamt_cost", tmp_path, SEEDS="1", TASKS="rte", RUNS="1", SPARSITIES="70", OBJECTIVES="kd")
+    assert [flag(words, "--max-steps") for words in whole if words[0] == "lt_pretrain.py" and "kd" not in words] == [
+        "200", "300", "500", "900", "2792",
+    ]  # fmt: skip
+    (run,) = {tuple(words) for words in whole if "kd" in words}
+    assert flag(list(run), "--ticket-step") == "17000"
+    steps = {Path(mask).name for mask in masks_of(whole, "runs/") if "level_07" not in mask}
+    # six times the interval, to the nearest thousand: 1200, 1800, 3000, 5400, and 16,752, the ticket
+    assert steps == {f"step_000{step}000.safetensors" for step in (1, 2, 3, 5)} | {"mask.safetensors"}
+
+
+def test_few_examples_are_the_papers(tmp_path):
+    whole = lines("tamt_fewshot", tmp_path, SEEDS="1")
+    given = [words for words in whole if "--mask" in words]
+    sizes = {task: [] for task in ("mnli", "sst2", "cola", "squad")}
+    for words in given:
+        few = [flag(words, "--limit-train"), flag(words, "--epochs")]
+        sizes[flag(words, "--task") or "squad"].append(few)
+        assert flag(words, "--limit-seed") == "run"
+        assert words[words.index("--limit-train") :].count("runs_tamt_fewshot") == 1
+    assert all(len(found) % 4 == 0 for found in sizes.values())  # one-shot, IMP, mlm and kd
+    assert sizes["cola"][::4] == [["1000", "8"], ["2000", "8"], ["5000", None]]
+    assert sizes["squad"][:8:4] == [["1000", "8"], ["5000", None]]
+    assert sweep("tamt_fewshot", "--dry-run", TASKS="rte", SEEDS="1", PYTHON=stub(tmp_path)).returncode == 2
 
 
 def test_variables_reach_the_commands(tmp_path):
