@@ -5,6 +5,7 @@
   python scripts/figures.py transfer runs --sparsity 70 --output transfer.pdf         # tickets trained on other tasks
   python scripts/figures.py transfer runs --sparsity 70 --relative same-task --output transfer.pdf
   python scripts/figures.py overlap runs --sparsity 70 --output overlap.png           # mask overlap between tasks and seeds
+  python scripts/figures.py examples runs --output examples.png                       # metric over training examples
   python scripts/figures.py densities runs --sparsity 70 --output densities.png       # kept weights by layer and kind of matrix
 
 Takes run directories, or folders that hold them. Runs that differ only in their seed are one line or cell: their mean, with the
