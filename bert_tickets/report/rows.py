@@ -37,11 +37,12 @@ def name_rows(lines: Sequence[dict[str, Any]]) -> None:
     saved_by = {Path(line["run"]).name: line for line in found}
     for line in lines:
         if line["given"]:
-            ticket = finders.get((line["method"], line["source"], line["mask_sha256"]))
-            finder = ticket or saved_by.get(line["found_by"], line)
+            same = finders.get((line["method"], line["source"], line["mask_sha256"]), line)
+            finder = saved_by.get(line["found_by"], same) if line["step"] else same
+            is_ticket = finder is not line and finder["mask_sha256"] == line["mask_sha256"]
             line["search"] = "" if finder is line else finder["search"]
             several = searches.get((finder["method"], finder["source"], line["sparsity"]), {""})
-            words = [line["search"] if len(several) > 1 else "", "" if ticket or not line["step"] else f"step {line['step']}"]
+            words = [line["search"] if len(several) > 1 else "", "" if is_ticket or not line["step"] else f"step {line['step']}"]
             line |= {"method": _with_settings(finder["method"], words), "rewind": finder["rewind"]}
             _name_row(line)
 

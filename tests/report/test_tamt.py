@@ -99,6 +99,16 @@ def test_a_mask_saved_on_the_way_is_a_row_of_its_step(tmp_path):
     }
 
 
+def test_a_saved_mask_that_is_also_another_runs_ticket_is_its_own_runs(tmp_path):
+    """As one-shot's mask is that of every run whose scores have hardly moved."""
+    _, saved = search(tmp_path, "kd")
+    ticket, _ = search(tmp_path, "mlm")
+    same = Mask.load(ticket)
+    Mask(dict(same), Mask.load(saved).info).write(saved)
+    rundirs.run(tmp_path, [0.5], "sst2", 1, mask=saved)
+    assert rows(read(tmp_path)) == {"mask_training (objective kd, step 1000) ticket of MLM"}
+
+
 def test_searches_that_differ_in_their_training_are_rows_of_their_own(tmp_path):
     def find(steps: int) -> None:
         found = rundirs.run(tmp_path, [0.5, 0.4], "mlm", 1, max_steps=steps, **IMP)
