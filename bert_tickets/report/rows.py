@@ -41,8 +41,10 @@ def name_rows(lines: Sequence[dict[str, Any]]) -> None:
             finder = saved_by.get(line["found_by"], same) if line["step"] else same
             is_ticket = finder is not line and finder["mask_sha256"] == line["mask_sha256"]
             line["search"] = "" if finder is line else finder["search"]
-            several = searches.get((finder["method"], finder["source"], line["sparsity"]), {""})
-            words = [line["search"] if len(several) > 1 else "", "" if is_ticket or not line["step"] else f"step {line['step']}"]
+            several = searches.get((finder["method"], finder["source"], line["sparsity"]), {line["search"]})
+            shared = set.intersection(*(set(search.split(", ")) for search in several))
+            words = [word for word in line["search"].split(", ") if word not in shared]
+            words += [] if is_ticket or not line["step"] else [f"step {line['step']}"]
             line |= {"method": _with_settings(finder["method"], words), "rewind": finder["rewind"]}
             _name_row(line)
 

@@ -111,7 +111,7 @@ def test_a_saved_mask_that_is_also_another_runs_ticket_is_its_own_runs(tmp_path)
 
 def test_searches_that_differ_in_their_training_are_rows_of_their_own(tmp_path):
     def find(steps: int) -> None:
-        found = rundirs.run(tmp_path, [0.5, 0.4], "mlm", 1, max_steps=steps, **IMP)
+        found = rundirs.run(tmp_path, [0.5, 0.4], "mlm", 1, max_steps=steps, lr=1e-4, **IMP)
         rundirs.run(tmp_path, [steps / 1000], "sst2", 1, mask=rundirs.mask_of(found, 1))
 
     find(200)
@@ -119,7 +119,7 @@ def test_searches_that_differ_in_their_training_are_rows_of_their_own(tmp_path):
     find(300)
     names = {f"imp (prunable matrices+embeddings, scope tensor, max steps {steps}) ticket of MLM" for steps in (200, 300)}
     assert rows(read(tmp_path)) == names
-    assert set(read(tmp_path)["search"]) == {"max steps 200", "max steps 300"}
+    assert set(read(tmp_path)["search"]) == {f"lr 0.0001, max steps {steps}" for steps in (200, 300)}
 
 
 # ---- the table ----
