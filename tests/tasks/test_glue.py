@@ -170,6 +170,18 @@ def test_limit_train_draws_the_same_examples_for_any_seed_and_limit_eval_takes_t
         assert store.labels.tolist() == whole_evals[split].labels[:3].tolist()
 
 
+def test_limit_train_draws_by_the_runs_seed_where_asked(glue_dir, tokenizer):
+    def drawn(limit, seed):
+        return load("mnli", tokenizer, glue_dir, limit_train=limit, limit_seed="run", train=Training(seed=seed))
+
+    (one, evals), (other, other_evals) = drawn(10, 1), drawn(10, 2)
+    fixed, _ = load("mnli", tokenizer, glue_dir, limit_train=10)
+    assert len({one.sha256, other.sha256, fixed.sha256}) == 3
+    assert drawn(10, 1)[0].sha256 == one.sha256
+    assert drawn(20, 1)[0].lengths[:10].tolist() == one.lengths.tolist()  # a larger limit adds examples
+    assert {name: store.sha256 for name, store in evals.items()} == {name: store.sha256 for name, store in other_evals.items()}
+
+
 def test_a_byte_order_mark_is_no_text_also_without_a_header(glue_dir, tmp_path):
     for task in ("cola", "sst2"):
         path = glue_dir / ROWS[task].folder / "train.tsv"
