@@ -43,7 +43,8 @@ def build(name: str, levels: DataFrame, sparsity: float | None = None, failures:
 def remarks(cells: DataFrame) -> Iterator[str]:
     """The warnings of the runs, undefined values, which means leave out, and scores that are the best of several."""
     if best := best_of(cells["best_of"].explode().dropna()):
-        yield f"Not the last but the {best} evaluations of a level, by the metric and on the set that it is scored on."
+        chosen = "chosen on the set that they are reported on; warnings are about the last evaluation"
+        yield f"Scores are the {best} evaluations of a level, {chosen}."
     for c in cells.itertuples():
         where = f"{published.name(c.task)}, {c.row} at {percent(c.sparsity)}"
         if c.warnings:

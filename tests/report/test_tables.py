@@ -60,7 +60,7 @@ def test_a_best_score_says_of_how_many_evaluations_in_every_format(tmp_path):
         "90.0 ± 0.0 (2, best of 20, all equal)",
         "85.0 ± 0.0 (2, best of 12 to 20, all equal)",
     ]
-    note = "Not the last but the best of 12 to 20 evaluations of a level, by the metric and on the set that it is scored on."
+    note = "Scores are the best of 12 to 20 evaluations of a level, chosen on the set that they are reported on"
     assert note in formats.markdown([table])
     assert note in formats.latex([table])
     assert [line["best_of"] for line in records(table)] == ["20;20", "20;12"]

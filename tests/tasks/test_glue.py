@@ -17,8 +17,10 @@ from small_hub import write_glue
 from test_metrics import put_evaluate
 
 from bert_tickets.config import TASKS, Config, Training
+from bert_tickets.data.batches import subset
 from bert_tickets.data.glue_files import ROWS, read_folder, read_tsv
 from bert_tickets.errors import UserError
+from bert_tickets.seeds import seeded
 from bert_tickets.tasks.glue import Glue
 
 METRIC = {"cola": "matthews", "stsb": "pearson"}  # Table 1 of the paper; accuracy otherwise
@@ -168,6 +170,12 @@ def test_limit_train_draws_the_same_examples_for_any_seed_and_limit_eval_takes_t
         assert len(store) == 3
         assert store.lengths.tolist() == whole_evals[split].lengths[:3].tolist()
         assert store.labels.tolist() == whole_evals[split].labels[:3].tolist()
+
+
+def test_the_same_examples_are_drawn_as_ever():
+    """Finished runs are found again by their settings, whose data must not change."""
+    first = torch.randperm(8, generator=seeded(0, "order", 0))
+    assert subset(list(range(8)), 3) == first[:3].tolist()
 
 
 def test_limit_train_draws_by_the_runs_seed_where_asked(glue_dir, tokenizer):
