@@ -100,6 +100,7 @@ def test_a_mask_from_a_file_is_trained(run, bert_dir, tmp_path):
     [
         (SQUAD, "", 6),
         (MLM, "--graphs on", 3),
+        (MLM, "--graphs on --eval-steps 1", 4),
         (GLUE, "--precision fp32 --grad-accum 2 --rewind none", 6),
     ],
 )
@@ -111,6 +112,15 @@ def test_a_killed_run_resumes_to_the_same_bits(run, monkeypatch, script, words, 
         with pytest.raises(Killed):
             run(script, f"{words} --save-steps 1", "killed")
     assert run(script, f"{words} --save-steps 1", "killed") == whole
+
+
+@pytest.mark.parametrize("script", [GLUE, MLM])
+def test_evaluations_between_steps_change_no_step(run, script):
+    """Also between the replays of CUDA graphs."""
+    (plain, _), (found, _) = run(script, "--graphs on", "plain"), run(script, "--graphs on --eval-steps 1", "evaluated")
+    for before, after in zip(plain, found, strict=True):
+        assert [evaluation["step"] for evaluation in after["evaluations"]] == [1, 2, 3, 4]
+        assert {key: after[key] for key in before if key != "run"} == {key: before[key] for key in before if key != "run"}
 
 
 @only_fake

@@ -363,6 +363,8 @@ def test_the_released_kd_refreshes_and_saves_a_step_early(command, tmp_path):
         ("--sparsity 0.5 --save-masks often", "a number of steps"),
         ("--sparsity 0.5 --refresh 0", "at least 1"),
         ("--sparsity 0.5 --kd-padding", "no effect with --objective mlm"),
+        ("--sparsity 0.5 --eval-steps 5", "evaluated where it is saved"),
+        ("--score --mask m --lr 1e-4", "trains nothing"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(given, message, capsys):
