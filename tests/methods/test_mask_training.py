@@ -145,8 +145,10 @@ def test_scores_begin_with_one_shots_mask_and_a_second_refresh_changes_nothing(n
     assert {name: int(kept.sum()) for name, kept in first.items()} == {
         n: k.numel() - round(0.7 * k.numel()) for n, k in mask.items()
     }
+    thresholds = dict(student.thresholds)
     assert student.refresh(0.7, "round") == first
     assert student.kept() == first.kept
+    assert all(student.thresholds[name] is tensor for name, tensor in thresholds.items())  # which CUDA graphs read
 
 
 def test_ties_at_the_threshold_go_by_index_or_all(net):
@@ -202,6 +204,7 @@ def test_a_masked_embedding_does_not_mask_the_tied_decoder(bert_dir):
         *(f"cls.predictions.transform.{part}" for part in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias")),
         "cls.predictions.bias",
     }
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {n for n in params if not n.startswith("score.")}
     student(lambda net, _: net.cls(torch.randn(3, net.config.hidden_size)).sum(), None).backward()
     assert student.scores[WORD_EMBEDDINGS].grad is None
 
