@@ -84,8 +84,11 @@ class Config:
     init: str = flag("initial encoder weights: pretrained, random, or a safetensors file", "pretrained")
     max_length: int = flag("tokens per example, or per window over SQuAD's contexts; longer ones are truncated", 128)
     doc_stride: int = flag("tokens of the context between the starts of two windows", 128, kind="squad")
-    limit_train: int | None = flag("use N training examples, the same for every seed", None)
+    limit_train: int | None = flag("use N training examples", None)
+    limit_seed: Literal["fixed", "run"] = flag("draw them alike for every seed, or by the run's --seed", "fixed")
     limit_eval: int | None = flag("use the first N examples of each evaluation set", None)
+    eval_steps: int | None = flag("also evaluate every N steps of a level", None)
+    report: Literal["last", "best"] = flag("result in tables: a level's last evaluation, or the best of --eval-steps", "last")
     device: str = flag("auto, cpu, cuda, cuda:1", "auto", affects_result=False)
     keep_models: bool = flag("keep the model of every level as a Hugging Face folder", False, affects_result=False)
     check_metrics: bool = flag("compare the metrics with those of the evaluate package", False, affects_result=False)
@@ -97,6 +100,11 @@ class Config:
     def kind(self) -> str:
         """The kind of the task: glue, squad or mlm."""
         return kind_of(self.task)
+
+    @property
+    def subset_seed(self) -> int | None:
+        """The seed that draws the training examples of `limit_train`; None if they are the same in every run."""
+        return self.train.seed if self.limit_seed == "run" else None
 
 
 COMMON = {f.name: f for part in (Config, Training) for f in dataclasses.fields(part) if f.name not in ("train", "settings")}
@@ -215,11 +223,15 @@ def _check(cfg: Config) -> None:
 
     for name, value in values.items():
         need(not isinstance(value, str) or bool(value.strip()), name, "must not be empty; is a shell variable unset?")
-    for name in ("batch_size", "grad_accum", "log_every", "max_steps", "save_steps", "limit_train", "limit_eval"):
+    for name in ("batch_size", "grad_accum", "log_every", "max_steps", "save_steps", "eval_steps", "limit_train", "limit_eval"):
         need(values[name] is None or 1 <= values[name] <= 2**48, name, "must be at least 1 (and below 2^48)")
     for name in ("epochs", "lr", "max_grad_norm", "adam_epsilon", "save_minutes"):
         need(0 < values[name] < 1e15, name, "must be above 0 and finite")
     need(cfg.train.grad_accum <= cfg.train.batch_size, "grad_accum", f"--batch-size is {cfg.train.batch_size}")
+    need(cfg.report == "last" or cfg.eval_steps is not None, "report", "needs --eval-steps; otherwise a level has one evaluation")
+    if cfg.limit_seed == "run":
+        need(cfg.limit_train is not None, "limit_seed", "has no effect without --limit-train")
+        need(cfg.task != "mlm", "limit_seed", "has no effect on mlm, which takes the first blocks of the text")
     need(cfg.max_length >= 3, "max_length", "must be at least 3")
     if cfg.task == "squad":
         context = cfg.max_length - MAX_QUESTION - 3  # tokens, with the longest question, [CLS] and two [SEP]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bert_tickets.config import build, flat
-from bert_tickets.files import read_facts, write_checksummed, write_tensors
+from bert_tickets.files import read_checksummed, read_facts, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.runs.directory import FORMAT
 from bert_tickets.runs.naming import differences, run_name
@@ -54,7 +54,8 @@ def run(
     given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     cfg = build({"task": task, "seed": seed, **given})
     folder = describe(place, cfg)
-    found = {key: value for key, value in differences(cfg).items() if key not in ("levels", "output_dir")}
+    same = ("levels", "output_dir", "eval_steps", "report")  # do not change the masks
+    found = {key: value for key, value in differences(cfg).items() if key not in same}
     for level, value in enumerate(values):
         mask = _mask(cfg, level, found)
         write_level(folder, level, mask, value, task, warnings if level == len(values) - 1 else ())
@@ -112,6 +113,15 @@ def fail(folder: Path, level: int, why: str) -> None:
 
 def mask_of(folder: Path, level: int) -> Path:
     return folder / f"level_{level:02d}" / "mask.safetensors"
+
+
+def evaluate(folder: Path, level: int, best: float, count: int) -> None:
+    """Add to a level the best of its evaluations, and their number."""
+    path = folder / f"level_{level:02d}" / "metrics.json"
+    line = read_checksummed(path)
+    found = {"step": 5, "metrics": {line["metric"]: best}}
+    last = {"step": 5 * count, "metrics": line["metrics"]}
+    write_checksummed(path, line | {"evaluations": [found] * (count - 1) + [last], "best": found})
 
 
 # ---- several runs ----

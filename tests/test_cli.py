@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_config import GIVEN, OF_IMP
+from test_config import GIVEN, NEEDED, OF_IMP
 
 import oneshot
 from bert_tickets.cli import flags, parse, run_command
@@ -69,7 +69,7 @@ def test_help_answers_in_a_third_of_a_second_and_imports_nothing_heavy(line):
     ("method", "field"), [(method, field) for method, own in METHODS.items() for field in [*GIVEN, *own]], ids=str
 )
 def test_every_flag_sets_its_field_and_no_other(method, field):
-    plain = {"task": "rte"} | ({"mask": "m"} if method == "transfer" else {})
+    plain = {"task": "rte"} | ({"mask": "m"} if method == "transfer" else {}) | NEEDED.get(field, {})
     values = GIVEN | METHODS[method]
     assert values.keys() | {"method"} == flags("glue", method).keys()
     before, after = (flat(parse("glue", None, words(**given))) for given in (plain, plain | {field: values[field]}))
@@ -135,13 +135,18 @@ MISTAKES = [
     ("glue", "--task rte --rewind none --no-rewind-head", "--rewind-head has no effect with --rewind none"),
     ("glue", "--task rte --epochs 1 --max-steps 10", "--epochs has no effect with --max-steps"),
     ("glue", "--task rte --grad-accum 33", "--grad-accum 33: --batch-size is 32"),
+    ("glue", "--task rte --report best", "--report best: needs --eval-steps; otherwise a level has one evaluation"),
+    ("glue", "--task rte --limit-seed run", "--limit-seed run: has no effect without --limit-train"),
+    ("mlm", "--limit-seed run --limit-train 9", "--limit-seed run: has no effect on mlm, which takes the first blocks"),
     ("glue", "--task rte --levels 11", "would prune 100% of the weights; --rate 0.1 allows 10 levels"),
     ("squad", "--doc-stride 318", "--doc-stride 318: must be from 1 to 317"),
     ("squad", "--max-length 67", "--max-length 67: must be at least 68"),
 ]
 OUT_OF_RANGE = {"rate": "0 1 nan", "levels": "0 1000", "epochs": "0 nan inf", "lr": "-1e-5 inf", "weight_decay": "-0.1 1 nan"}
 OUT_OF_RANGE |= {"rewind": "-1 100% -5% nan% 1.5 soon", "seed": f"-1 {2**32}", "max_length": "2", "limit_eval": "-1"}
-OUT_OF_RANGE |= dict.fromkeys(("batch_size", "grad_accum", "max_steps", "limit_train", "log_every", "save_steps"), "0")
+OUT_OF_RANGE |= dict.fromkeys(
+    ("batch_size", "grad_accum", "max_steps", "limit_train", "log_every", "save_steps", "eval_steps"), "0"
+)
 OUT_OF_RANGE |= dict.fromkeys(("max_grad_norm", "save_minutes", "adam_epsilon"), "0")
 for name, values in OUT_OF_RANGE.items():
     flag = f"--{name.replace('_', '-')}"

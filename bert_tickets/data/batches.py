@@ -110,9 +110,13 @@ def order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
 
 
-def subset(examples: list[T], limit: int | None) -> list[T]:
-    """Draw up to `limit` of the examples, the same ones for every seed of a run."""
-    return examples if limit is None else [examples[i] for i in order(len(examples), seed=0, epoch=0)[:limit].tolist()]
+def subset(examples: list[T], limit: int | None, seed: int | None = None) -> list[T]:
+    """Draw up to `limit` of the examples by `seed`; the same ones in every run if it is None. A larger limit adds examples."""
+    if limit is None:
+        return examples
+    count = len(examples)
+    drawn = order(count, seed=0, epoch=0) if seed is None else torch.randperm(count, generator=seeded(seed, "subset"))
+    return [examples[i] for i in drawn[:limit].tolist()]
 
 
 Augment = Callable[[Batch, int], Batch]  # maps a batch and its step to the augmented batch

@@ -89,7 +89,7 @@ def read_lines(text: Text, encoder: Any) -> Iterator[np.ndarray]:
 def pairs_of(document: Iterator[np.ndarray], room: int, equals_sign: int | None, rng: torch.Generator) -> Iterator[Pair]:
     """Yield the pairs of a document's lines, of at most `room` tokens each; none if its first line is a heading or short."""
     first = next(document)
-    if len(first) < FIRST_LINE or (equals_sign is not None and equals_sign in first):
+    if len(first) < FIRST_LINE or equals_sign in first:
         return
     short = float(torch.rand((), generator=rng)) < SHORT_RATE
     target = draw(SHORTEST, room, rng) if short else room

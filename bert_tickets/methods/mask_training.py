@@ -123,6 +123,8 @@ class Settings(MethodSettings):
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `UserError` for a flag without effect."""
+        if "eval_steps" in given:
+            raise UserError("--eval-steps is for training weights: a mask is evaluated where it is saved (--save-masks)")
         if self.objective == "mlm" and (unused := {"teacher_dropout", "kd_padding"} & {*given}):
             raise UserError(f"--{min(unused).replace('_', '-')} has no effect with --objective mlm")
 

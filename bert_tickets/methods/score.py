@@ -3,10 +3,12 @@ the distance of the hidden states from the dense network's."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bert_tickets.config import MethodSettings, flag
+from bert_tickets.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +55,11 @@ class Settings(MethodSettings):
     """The flags of `--method score`."""
 
     mask: str = flag("the ticket to score: a mask file, or a released mask.pt")
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Raise `UserError` for a flag without effect."""
+        if unused := {"eval_steps", "lr", "epochs", "max_steps", "weight_decay"} & {*given}:
+            raise UserError(f"--{min(unused).replace('_', '-')} has no effect with --score, which trains nothing")
 
     def plan(self) -> list[str]:
         """Return the lines that --dry-run prints."""

@@ -64,7 +64,7 @@ def _pool(levels: DataFrame) -> dict[str, Any]:
         "seeds": list(by_seed),
         "undefined": [seed for seed in by_seed if seed not in values],
         "warnings": "; ".join(f"seed {seed}: {warning}" for seed, warnings in seeded for warning in warnings),
-        **{name: list(levels[name]) for name in ("run", "level", "mask_sha256")},
+        **{name: list(levels[name]) for name in ("run", "level", "mask_sha256", "best_of")},
     }
 
 
@@ -104,8 +104,10 @@ def _score(cell: Mapping[str, Any]) -> str:
 
 
 def count(cell: Mapping[str, Any], n: int) -> str:
-    """The number of seeds or pairs, of how many, and marks of undefined values and warnings."""
+    """The number of seeds or pairs, of how many, and marks of best evaluations, undefined values and warnings."""
     marks = [f"{n} of {cell['expected']}" if n < cell["expected"] else str(n)]
+    if best := best_of(cell["best_of"]):
+        marks.append(best)
     if n and cell["undefined"]:
         marks.append(f"{len(cell['undefined'])} undefined")
     if cell["n"] > 1 and len(set(cell["values"].values())) == 1:
@@ -113,6 +115,14 @@ def count(cell: Mapping[str, Any], n: int) -> str:
     if cell["warnings"]:
         marks.append("warning")
     return ", ".join(marks)
+
+
+def best_of(counts: Iterable[int]) -> str:
+    """Of how many evaluations values are the best ones, in words; "" if they are the last ones."""
+    found = sorted(set(counts))
+    if not found or found[-1] == 1:
+        return ""
+    return f"best of {found[0]}" + (f" to {found[-1]}" if found[0] < found[-1] else "")
 
 
 def percent(sparsity: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bert_tickets.errors import UserError
 from bert_tickets.report import published
-from bert_tickets.report.cells import percent
+from bert_tickets.report.cells import best_of, percent
 from bert_tickets.report.formats import frame, markdown_grid
 from bert_tickets.report.pictures import draw_heat_map, draw_lines
 from bert_tickets.report.results import comparable, own_tickets
@@ -43,7 +43,7 @@ def draw_curves(levels: DataFrame, output: Path, title: str | None) -> str:
         hollow=_is_marked(shown),
     )
     tickets = points[points["row"] != FULL]
-    note = _seeds(tickets["n"]) + (f"; hollow: {MARKED}" if tickets["hollow"].any() else "")
+    note = _seeds(tickets["n"]) + _evaluations(shown) + (f"; hollow: {MARKED}" if tickets["hollow"].any() else "")
     draw_lines(output, title or "Tickets over sparsities", "pruned weights (%)", points, note)
     return "\n".join([markdown_grid(table.grids[""]), *remarks(table.cells)])
 
@@ -60,6 +60,7 @@ def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: 
     sizes = sorted(shown["difference"].abs().dropna())
     limit = max(1.0, sizes[math.ceil(0.75 * len(sizes)) - 1]) if sizes else 1.0  # so that outliers do not pale the rest
     heading = (title or f"Transfer of tickets at {percent(sparsity)} sparsity") + f"\n{_seeds(shown['pairs'].dropna())}"
+    heading += _evaluations(shown)
     heading += f"; * {MARKED}" if _is_marked(shown).any() else ""
     spread = shown["difference_sd"].map("±{:.1f}".format, na_action="ignore").fillna("")
     remark = (spread + np.where(_is_marked(shown), "*", "")).where(shown["pairs"] > 0, "no base")
@@ -85,7 +86,8 @@ def draw_examples(levels: DataFrame, output: Path, title: str | None) -> str:
     line = shown["row"] + shown["sparsity"].map(lambda sparsity: f", {percent(sparsity)}" if sparsity else "")
     units = [UNITS.get(metric, f"{metric} × 100") for metric in shown["metric"]]
     points = shown.assign(panel=shown["task"].map(published.name), unit=units, line=line, hollow=_is_marked(shown))
-    draw_lines(output, title or "Tickets over training examples", "training examples", points, _seeds(points["n"]), log=True)
+    note = _seeds(points["n"]) + _evaluations(shown)
+    draw_lines(output, title or "Tickets over training examples", "training examples", points, note, log=True)
     texts = points.assign(examples=points["x"].map("{:.0f}".format), task=points["panel"])
     wide = texts.pivot_table(index=["line", "examples"], columns="task", values="text", aggfunc="first", sort=False)
     return "\n".join([markdown_grid(wide.fillna("").reset_index()), *remarks(cells)])
@@ -94,6 +96,12 @@ def draw_examples(levels: DataFrame, output: Path, title: str | None) -> str:
 def _is_marked(cells: DataFrame) -> Series:
     """Whether a value of each cell is undefined or has a warning."""
     return (cells["undefined"].str.len() > 0) | (cells["warnings"] != "")
+
+
+def _evaluations(cells: DataFrame) -> str:
+    """The number of evaluations of which scores are the best ones."""
+    best = best_of(cells["best_of"].explode().dropna())
+    return f"; {best} evaluations" if best else ""
 
 
 def _seeds(counts: Iterable[float]) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LONG = 40  # lines from which a LaTeX table may break over pages
 CSV_COLUMNS = (
-    *("task", "row", "sparsity", "metric", "mean", "sd", "n", "seeds", "undefined", "warnings"),
+    *("task", "row", "sparsity", "metric", "mean", "sd", "n", "best_of", "seeds", "undefined", "warnings"),
     *("within_one_sd", "match_or_exceed", "published"),
     *("reference", "pairs", "difference", "interval_low", "interval_high", "p_holm", "verdict"),
     *("run", "level", "mask_sha256"),
@@ -139,7 +139,7 @@ def csv(tables: Sequence[Table]) -> str:
     import pandas as pd
 
     cells = pd.concat([table.cells[list(CSV_COLUMNS)].assign(table=table.name) for table in tables])
-    for name in ("seeds", "undefined", "run", "level", "mask_sha256"):
+    for name in ("best_of", "seeds", "undefined", "run", "level", "mask_sha256"):
         cells[name] = [";".join(map(str, values)) for values in cells[name]]
     units = cells["task"].map(dict.fromkeys(published.LOSSES, "loss")).fillna("x 100")
     cells.insert(cells.columns.get_loc("mean"), "unit", units)

@@ -38,6 +38,7 @@ COLUMNS = {
     "seed": "",
     "metric": "the task's main metric",
     "value": "of the metric, x 100 as in the paper, losses as they are; NaN if undefined",
+    "best_of": "the number of evaluations of which the value is the best one; 1 if it is the last one",
     "warnings": "a list",
     "total": "weights that the mask covers",
     "mask_sha256": "",
@@ -48,7 +49,8 @@ COLUMNS = {
     "weights": "that the ticket starts from",
     "setting": "settings of the training that differ from the preset; not the folder of the data",
     "search": "of the run that found the ticket: settings of its training that differ from the preset",
-    "data": "sha256 of the data, and the precision",
+    "data": "sha256 of the data, and the precision; without training data that are drawn by the seed",
+    "subset": 'sha256 of the training data, if they are drawn by the seed; otherwise ""',
     "model": "sha256 of the encoder before training",
 }
 NOT_IN_ROWS = dict.fromkeys(("mask", "rewind", "levels", "sparsity", "ticket_step", "save_masks"))  # settings that others say
@@ -74,7 +76,7 @@ def read_results(places: Iterable[str | Path], setting: str | None = None) -> tu
     failures = []
     for run in runs:
         facts, done = _facts_of_run(run), levels_done(run)
-        lines += [facts | _facts_of_level(run, level, facts["given"]) for level in range(done)]
+        lines += [facts | _facts_of_level(run, level, facts) for level in range(done)]
         if (failed := failure(run)) and _has_setting(facts["setting"], setting):
             failures.append(f"{run}: level {failed['level']} diverged: {failed['ended']}")
     lines = [part for line in lines for part in _losses(line)]
@@ -102,6 +104,9 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
     own = {key: config[key] for key in changed if key not in COMMON | NOT_IN_ROWS}
     length = {key: config[key] for key in changed if key == "ticket_step"}
     setting |= {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
+    if config.get("report", "last") == "last":
+        setting.pop("eval_steps", None)  # more evaluations do not change the last one
+    drawn = config.get("limit_seed") == "run"
     return {
         "run": str(run),
         "levels": config.get("levels", 1),
@@ -116,7 +121,9 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
         "weights": _weights(config["init"], differs.get("init", ""), fingerprint.get("init") or {}, config["seed"]),
         "setting": _words(setting),
         "search": _words(setting | length),
-        "data": json.dumps([fingerprint.get(key) for key in ("train", "evaluation", "precision")], sort_keys=True),
+        "report": config.get("report", "last"),
+        "data": json.dumps([fingerprint.get(key) for key in ("train", "evaluation", "precision")[drawn:]], sort_keys=True),
+        "subset": json.dumps(fingerprint.get("train"), sort_keys=True) if drawn else "",
         "model": str(fingerprint.get("model")),
     }
 
@@ -157,13 +164,15 @@ def _words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {brief(str(value))}" for key, value in sorted(values.items()))
 
 
-def _facts_of_level(run: Path, level: int, given: bool) -> dict[str, Any]:
+def _facts_of_level(run: Path, level: int, of_run: Mapping[str, Any]) -> dict[str, Any]:
     line = check_level(run, level)
-    value = line["metrics"][line["metric"]]
-    facts = {key: line[key] for key in ("level", "metric", "mask_sha256", "warnings")}
+    is_best = of_run["report"] == "best"
+    value = (line["best"] if is_best else line)["metrics"][line["metric"]]
+    facts: dict[str, Any] = {"best_of": len(line["evaluations"]) if is_best else 1}
+    facts |= {key: line[key] for key in ("level", "metric", "mask_sha256", "warnings")}
     facts |= {"value": math.nan if value is None else 100 * value}
     facts |= {"sparsity": round(line["sparsity"], 3), "total": line.get("total", 0)}
-    if given:
+    if of_run["given"]:
         info = read_facts(level_dir(run, level) / "mask.safetensors")
         facts |= {"method": info.get("method", ""), "source": info.get("task", ""), "own_settings": "", "rewind": ""}
         facts |= {"step": info.get("step"), "found_by": info.get("run")}
@@ -210,6 +219,7 @@ def comparable(levels: DataFrame) -> DataFrame:
     _refuse_several(levels, ["setting"], ["task"], f"have different settings; {advice}")
     for columns, what, same in (
         (["data"], "data or precision", ["task"]),
+        (["subset"], "training data", ["task", "seed"]),
         (["model"], "initial weights", ["task", "seed", "weights"]),
         (["value", "mask_sha256"], "results", ["task", "row", "sparsity", "seed"]),
     ):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
-from bert_tickets.report.cells import fill, full, percent
+from bert_tickets.report.cells import best_of, fill, full, percent
 from bert_tickets.report.formats import Table, frame, listing, scores
 from bert_tickets.report.results import own_tickets
 from bert_tickets.report.rows import FULL, PRETRAINED, RANDOM, RANDOM_PRUNING, SHUFFLED, is_published, row_name
@@ -43,7 +43,10 @@ def build(name: str, levels: DataFrame, sparsity: float | None = None, failures:
 
 
 def remarks(cells: DataFrame) -> Iterator[str]:
-    """The warnings of the runs, and undefined values, which means leave out."""
+    """The warnings of the runs, undefined values, which means leave out, and scores that are the best of several."""
+    if best := best_of(cells["best_of"].explode().dropna()):
+        chosen = "chosen on the set that they are reported on; warnings are about the last evaluation"
+        yield f"Scores are the {best} evaluations of a level, {chosen}."
     for c in cells.itertuples():
         where = f"{published.name(c.task)}, {c.row} at {percent(c.sparsity)}"
         if c.warnings:

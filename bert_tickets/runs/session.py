@@ -28,7 +28,7 @@ from bert_tickets.runs.writer import Run
 from bert_tickets.tasks import Task
 from bert_tickets.training.cuda_graphs import Recorder
 from bert_tickets.training.evaluate import evaluate
-from bert_tickets.training.hooks import At, LossCurve, ProgressBar, check_finite
+from bert_tickets.training.hooks import At, Evaluations, LossCurve, ProgressBar, check_finite
 from bert_tickets.training.loop import Hook, Loop, total_steps, train
 from bert_tickets.training.step import Loss
 
@@ -105,8 +105,8 @@ class Session:
         loss = loss or (lambda batch: self.task.loss(net, batch))
         params = params or {name: p for name, p in net.named_parameters() if p.requires_grad}
         try:
-            loop, losses = self._train(level, title, hooks, loss, params, mask=None if found else mask, **training)
-            mask, more = found() if found else (mask, {})
+            trained = self._train(level, title, hooks, loss, params, mask=None if found else mask, **training)
+            (loop, losses, evaluations), (mask, more) = trained, found() if found else (mask, {})
             metrics, noticed = self._evaluate()
         except Diverged as error:
             self.run.fail(level, error, title)
@@ -117,6 +117,9 @@ class Session:
             print(f"{title}: {warning}", flush=True)
         result = self._result(mask, metrics, warnings) | {"steps": steps, "skipped_steps": skipped, "losses": losses}
         result |= more | {"init_sha256": init_sha256, "seconds": loop.seconds}
+        if self.cfg.eval_steps:
+            evaluations.append({"step": loop.at, "metrics": result["metrics"]})
+            result |= {"evaluations": evaluations, "best": _best(evaluations, self.task.metric)}
         labelled = Mask(dict(mask), {**mask.info, **self._origin(level)})
         moments = {} if self.cfg.settings.reset_optimizer else loop.step.moments()
         write_model = self._write_model if self.cfg.keep_models else None
@@ -127,12 +130,13 @@ class Session:
 
     def _train(
         self, level: int, title: str, hooks: Sequence[Hook], loss: Loss, params: Mapping[str, Tensor], **training: Any
-    ) -> tuple[Loop, list[tuple[int, float]]]:
-        """Train with the hooks of every level. Returns the final loop and the loss curve."""
+    ) -> tuple[Loop, list[tuple[int, float]], list[dict[str, Any]]]:
+        """Train with the hooks of every level. Returns the final loop, the loss curve, and the evaluations within the level."""
         cfg, group = self.cfg.train, self.run.group
         with train_log(self.run.dir, level) if group.rank == 0 else nullcontext(lambda line: None) as append:
             curve = LossCurve(cfg.log_every, append)
-            own = [curve, *hooks]
+            evaluations = [Evaluations(n, lambda: _json(self._evaluate()[0]), append)] if (n := self.cfg.eval_steps) else []
+            own = [curve, *hooks, *evaluations]
             checkpoint = Checkpoint(self.run, level, own, cfg.save_minutes, cfg.save_steps)
             every = [*own, checkpoint, ProgressBar(title, curve)]
             self.net.train()
@@ -141,7 +145,7 @@ class Session:
         check_finite(loop)
         if group.world_size > 1:
             group.check_same({"trained weights": sha256_of(dict(self.net.named_parameters()))})
-        return loop, curve.losses
+        return loop, curve.losses, [found for hook in evaluations for found in hook.found]
 
     def _title(self, level: int, mask: Mask) -> str:
         name = f"level {level}/{self.run.levels - 1}" if self.run.levels > 1 else self.cfg.method
@@ -184,7 +188,7 @@ class Session:
             "task": self.task.name,
             "method": self.cfg.method,
             "metric": self.task.metric,
-            "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},  # JSON has no NaN
+            "metrics": _json(metrics),
             "warnings": warnings,
             "sparsity": mask.sparsity,
             "kept": mask.kept,
@@ -205,6 +209,16 @@ class Session:
         """Write the network and its tokenizer as a Hugging Face folder; returns the sha256 of its files."""
         save_model(self.net, self.tokenizer, folder)
         return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+
+
+def _json(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+
+
+def _best(evaluations: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Return the evaluation with the highest metric, the first of equal ones; the last one if it is undefined in all."""
+    defined = [found for found in evaluations if found["metrics"][metric] is not None]
+    return max(defined, key=lambda found: found["metrics"][metric], default=evaluations[-1])
 
 
 def _mask_warnings(mask: Mask) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from bert_tickets.config import Config, flat
 from bert_tickets.content import brief
@@ -49,10 +50,12 @@ def level_lines(run: Path) -> Iterator[str]:
     if lines:
         metric, names = lines[0]["metric"], list(lines[0]["metrics"])
         dense = lines[0]["metrics"][metric] if lines[0]["sparsity"] == 0 else None
-        rows = [["level", "sparsity", *names, f"{metric} - dense", "mask distance", "seconds"]]
+        best = [f"best {metric}"] if any("best" in line for line in lines) else []  # beside the last one, of --eval-steps
+        rows = [["level", "sparsity", *names, *best, f"{metric} - dense", "mask distance", "seconds"]]
         for line in lines:
             level, value, star = line["level"], line["metrics"][metric], "*" * bool(line["warnings"])
             row = [str(level), f"{line['sparsity']:.1%}", *(_number(line["metrics"].get(name)) + star for name in names)]
+            row += [_best(line, metric) for _ in best]
             row.append(f"{value - dense:+.4f}" if dense is not None and value is not None else "-")
             row += [_number(line.get("mask_distance")), f"{spent[level]:.1f}" if level in spent else "-"]
             rows.append(row)
@@ -67,6 +70,11 @@ def level_lines(run: Path) -> Iterator[str]:
         yield f"* level{'s' * (len(found) > 1)} {', '.join(found)}: {warning}"
     if failed := failure(run):
         yield f"level {failed['level']} diverged: {failed['ended']}"
+
+
+def _best(line: Mapping[str, Any], metric: str) -> str:
+    value = _number(line["best"]["metrics"][metric])
+    return f"{value} (step {line['best']['step']}, of {len(line['evaluations'])} evaluations)"
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The loss while a level trains: train.jsonl, and TensorBoard's files where the extra `[tensorboard]` is installed."""
+"""Loss and evaluations while a level trains: train.jsonl, and TensorBoard's files if the extra `[tensorboard]` is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bert_tickets.files import append_line
 
 @contextmanager
 def train_log(run: Path, level: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Open the log of a level: a function that appends step, loss, learning rate and seconds."""
+    """Open the log of a level: a function that appends a line with step, seconds, and loss and learning rate or metrics."""
     board: Any = None
     if importlib.util.find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter
@@ -23,8 +23,9 @@ def train_log(run: Path, level: int) -> Iterator[Callable[[dict[str, Any]], None
     def append(line: dict[str, Any]) -> None:
         append_line(run / "train.jsonl", {"level": level, **line})
         if board is not None:
-            board.add_scalar("loss", line["loss"], line["step"])
-            board.add_scalar("lr", line["lr"], line["step"])
+            for name, value in line.get("metrics", {name: line.get(name) for name in ("loss", "lr")}).items():
+                if value is not None:
+                    board.add_scalar(f"evaluation/{name}" if "metrics" in line else name, value, line["step"])
             board.flush()
 
     try:

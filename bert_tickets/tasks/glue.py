@@ -43,7 +43,7 @@ class Glue(Task):
 
     def load_data(self, cfg: Config, tokenizer: Any, device: torch.device) -> tuple[TokenStore, dict[str, TokenStore]]:
         splits = read_hub(self.name, self.row) if cfg.data_dir is None else read_folder(Path(cfg.data_dir), self.row)
-        train = subset(splits.pop("train"), cfg.limit_train)
+        train = subset(splits.pop("train"), cfg.limit_train, cfg.subset_seed)
         evals = {split: examples[: cfg.limit_eval] for split, examples in splits.items()}
         self.data_warnings: list[str] = []
         for split, examples in evals.items():

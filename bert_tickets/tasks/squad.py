@@ -43,7 +43,7 @@ class Squad(Task):
         found = [(question, answer) for question in splits["train"] if (answer := question.found_answer) is not None]
         if len(found) < len(splits["train"]):
             print(f"skipped {len(splits['train']) - len(found)} of {len(splits['train'])} training questions: {MISPLACED}")
-        train = subset(found, cfg.limit_train)
+        train = subset(found, cfg.limit_train, cfg.subset_seed)
         columns = [q.question for q, _ in train], [q.context for q, _ in train], [answer for _, answer in train]
         arrays = train_windows(tokenizer, *columns, cfg.max_length, cfg.doc_stride)
         if lost := [train[i][0].id for i in arrays["lost"]]:

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: the loss curve, actions at a step, the progress bar. `runs/checkpoint.py` has another."""
+"""Hooks of the training loop: the loss curve, evaluations, actions at a step, progress bar. `runs/checkpoint.py` has another."""
 
 from __future__ import annotations
 
@@ -52,6 +52,29 @@ class LossCurve(Hook):
     def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
         self.total.copy_(tensors["total"])
         self.losses = [(step, loss) for step, loss in facts["losses"]]
+
+
+class Evaluations(Hook):
+    """Evaluate every `every` steps, except after the last one, and call `report` with step, metrics and seconds.
+
+    This does not change the training: `evaluate` restores the network's mode, and a step seeds its own random numbers.
+    """
+
+    def __init__(self, every: int, evaluate: Callable[[], dict], report: Callable[[dict[str, Any]], None]) -> None:
+        self.every, self.evaluate, self.report = every, evaluate, report
+        self.found: list[dict[str, Any]] = []  # step and metrics of each
+
+    def __call__(self, loop: Loop) -> None:
+        if loop.at == loop.steps:
+            return  # the finished level is evaluated, after its checkpoint
+        self.found.append({"step": loop.at, "metrics": self.evaluate()})
+        self.report({**self.found[-1], "seconds": round(loop.seconds, 2)})
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        return {}, {"found": self.found}
+
+    def load_state(self, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
+        self.found = list(facts["found"])
 
 
 class At(Hook):

@@ -88,6 +88,28 @@ def test_whole_run_mixes_no_devices_and_no_step_waits(run, tmp_path, script, wor
     assert about["environment"]["gpu"]
 
 
+@pytest.mark.parametrize("objective", ["mlm", "mlm+kd"])
+def test_a_mask_is_trained_and_scored(commands, tmp_path, one_gpu, objective):
+    """In fp16; a real GPU replays the third step as a CUDA graph, in which the thresholds of the refresh before it hold."""
+    words = (
+        f"--method mask-training --sparsity 0.5 --objective {objective} --refresh 2 --save-masks 2 --max-steps 6 --precision fp16"
+    )
+    with one_gpu():
+        path = train(MLM, [*commands[MLM], *words.split(), "--output-dir", tmp_path])
+        (line,) = results(path)
+        scored = train(MLM, [*_without_training(commands[MLM]), "--score", "--mask", level_dir(path, 0) / "mask.safetensors",
+                             "--output-dir", tmp_path])  # fmt: skip
+    assert line["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert [record["step"] for record in line["refreshes"]] == [2, 4, 6]
+    assert all(np.isfinite(loss) for _, loss in line["losses"])
+    assert results(scored)[0]["hidden_states"]["cosine"] > 0
+
+
+def _without_training(words):
+    """A script's words without the flags of training."""
+    return [word for at, word in enumerate(words) if not {word, words[at - 1]} & {"--max-steps", "--lr"}]
+
+
 def test_a_mask_from_a_file_is_trained(run, bert_dir, tmp_path):
     mask = oneshot(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0], 0.5, "magnitude", 0)
     mask.write(tmp_path / "m.safetensors")
@@ -100,6 +122,7 @@ def test_a_mask_from_a_file_is_trained(run, bert_dir, tmp_path):
     [
         (SQUAD, "", 6),
         (MLM, "--graphs on", 3),
+        (MLM, "--graphs on --eval-steps 1", 4),
         (GLUE, "--precision fp32 --grad-accum 2 --rewind none", 6),
     ],
 )
@@ -111,6 +134,15 @@ def test_a_killed_run_resumes_to_the_same_bits(run, monkeypatch, script, words, 
         with pytest.raises(Killed):
             run(script, f"{words} --save-steps 1", "killed")
     assert run(script, f"{words} --save-steps 1", "killed") == whole
+
+
+@pytest.mark.parametrize("script", [GLUE, MLM])
+def test_evaluations_between_steps_change_no_step(run, script):
+    """Also between the replays of CUDA graphs."""
+    (plain, _), (found, _) = run(script, "--graphs on", "plain"), run(script, "--graphs on --eval-steps 1", "evaluated")
+    for before, after in zip(plain, found, strict=True):
+        assert [evaluation["step"] for evaluation in after["evaluations"]] == [1, 2, 3, 4]
+        assert {key: after[key] for key in before if key != "run"} == {key: before[key] for key in before if key != "run"}
 
 
 @only_fake

@@ -58,6 +58,15 @@ def test_masked_adamw_equals_torchs_on_masked_gradients(device, dtype):
             assert not p[kept[i] == 0].any()
 
 
+def test_the_steps_of_more_tensors_than_a_block_are_counted(device):
+    params = [torch.ones(1, device=device).requires_grad_() for _ in range(300)]
+    optimizer = MaskedAdamW([{"params": params}], {}, torch.float16, torch.tensor(1e-2, device=device), 1e-8)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.clip(1.0)
+    assert {float(optimizer.state[p]["step"]) for p in params} == {1.0}
+
+
 def test_a_step_with_an_infinite_gradient_is_not_taken_in_fp16(device):
     """With a loss scale; without one, as in bf16, it is taken."""
     for value, scale in (("inf", 4.0), ("nan", 4.0), ("nan", None)):

@@ -1,13 +1,15 @@
 """Mask training against values of its released code, its invariants, and runs that are killed and resumed (Liu et al. 2022)."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from formula_net import POOLER, WHICH, formula_batch, formula_net, start_of, student_of
 from trainrun import Runs, train
-from transformers import BertConfig, BertForSequenceClassification
 
 from bert_tickets.cli import parse
 from bert_tickets.data.batches import TokenStore
@@ -16,114 +18,25 @@ from bert_tickets.errors import UserError
 from bert_tickets.files import read_tensors, sha256_of
 from bert_tickets.masking.mask import Mask
 from bert_tickets.masking.straight_through import initial_scores, masked, refresh
+from bert_tickets.methods import mask_training
 from bert_tickets.methods.oneshot import oneshot
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.parameters import DECODER, WORD_EMBEDDINGS, encoder_weights, prunable
 from bert_tickets.runs.directory import level_dir, results
-from bert_tickets.tasks.distillation import all_positions, as_teacher, distance, hidden_states, real_tokens
-from bert_tickets.training.bert_adam import BertAdam
+from bert_tickets.seeds import seeded
+from bert_tickets.tasks.distillation import distance, hidden_states, real_tokens
+from bert_tickets.tasks.mlm import Mlm, mask_tokens
 from bert_tickets.training.mask_scores import MaskedNetwork
-
-QUERY, POOLER = "bert.encoder.layer.0.attention.self.query.weight", "bert.pooler.dense.weight"
-WHICH = "matrices+embeddings"
-
-# ---- a network that a formula makes ----
 
 
 @pytest.fixture
 def net():
-    """A BERT of three layers in float64, without dropout, whose weights are a formula of their place."""
-    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-    calm = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
-    made = BertForSequenceClassification(BertConfig(**sizes, **calm, max_position_embeddings=32, num_labels=2)).double().eval()
-    with torch.no_grad():
-        for j, (name, p) in enumerate(sorted(made.named_parameters())):
-            u = torch.sin(0.618 * torch.arange(1, p.numel() + 1, dtype=torch.float64) ** 2 + j).view(p.shape)
-            p.copy_(1 + 0.1 * u if name.endswith("LayerNorm.weight") else 0.1 * u if p.dim() == 1 else 0.3 * u)
-    return made
-
-
-IDS = [[3 + (7 * b + 5 * t + b * t) % 57 for t in range(12)] for b in range(8)]
-LENGTHS = [6 + b % 7 for b in range(8)]
+    return formula_net()
 
 
 @pytest.fixture
 def batch():
-    ids = [row[:length] for row, length in zip(IDS, LENGTHS, strict=True)]
-    return TokenStore(Tokens.of(ids, [[0] * length for length in LENGTHS]), np.zeros(8, int)).batch(torch.arange(8))
-
-
-def padded_states(net, _):
-    """The hidden states of all positions, by transformers, on the formula's tokens also where there is padding."""
-    real = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).long()
-    return [
-        x.flatten(0, 1) for x in net.bert(torch.tensor(IDS), attention_mask=real, output_hidden_states=True).hidden_states[1:]
-    ]
-
-
-def student_of(net, mask):
-    made = MaskedNetwork(net, mask)
-    made.params(head=False)
-    made.scores = {name: scores.detach().double().requires_grad_() for name, scores in made.scores.items()}
-    return made
-
-
-def start_of(net, rounding="round", sparsity=0.7):
-    magnitudes = {name: p.detach().abs() for name, p in prunable(net, WHICH).items()}
-    return refresh(magnitudes, sparsity, rounding)[0]
-
-
-def test_distillation_has_the_released_codes_values(net, batch):
-    mask = start_of(net, "int")
-    assert (len(mask), mask.total, mask.kept, start_of(net).kept) == (20, 27520, 8270, 8251)
-    student, everything = student_of(net, mask), torch.ones(96, dtype=torch.bool)
-    with as_teacher(net, dropout=False):
-        teacher = padded_states(net, None)
-    states = student(padded_states, batch)
-    by_layer = [distance([ours], [theirs], everything).item() for ours, theirs in zip(states, teacher, strict=True)]
-    assert by_layer == pytest.approx([0.414496, 0.493635, 0.615946], abs=1e-6)
-    loss = distance(states, teacher, everything)
-    assert loss.item() == pytest.approx(0.508026, abs=1e-6)
-    assert distance(states, teacher, everything, "mse").item() == pytest.approx(1.022985, abs=1e-6)
-    loss.backward()
-    assert student.scores[QUERY].grad.abs().sum().item() == pytest.approx(0.243055, abs=1e-6)
-    assert student.scores[WORD_EMBEDDINGS].grad.abs().sum().item() == pytest.approx(0.603045, abs=1e-6)
-    assert student.scores[POOLER].grad is None
-    first = student.scores[QUERY].detach().flatten()[:4].clone()
-    BertAdam([{"params": list(student.scores.values())}], lr=2e-5).step()
-    assert first.tolist() == pytest.approx([0, 0.02, 0.02, 0])
-    assert student.scores[QUERY].flatten()[:4].tolist() == pytest.approx([-2.2779e-5, 0.0199423, 0.0199407, 2.6805e-5], abs=5e-8)
-
-
-def test_packed_batches_have_the_loss_of_the_real_tokens(net, batch):
-    student = student_of(net, start_of(net, "int"))
-    states, teacher = student(hidden_states, batch), hidden_states(net, batch)
-    assert distance(states, teacher, real_tokens(batch)).item() == pytest.approx(0.508351, abs=1e-6)
-
-
-def test_padding_counts_where_it_is_asked_for(net, batch):
-    states = hidden_states(net, batch, 14)
-    assert [len(x) for x in states] == [8 * 14] * 3 == [len(all_positions(batch, 14))] * 3
-    ids = torch.zeros(8, 14, dtype=torch.long)
-    for row, length in enumerate(LENGTHS):
-        ids[row, :length] = torch.tensor(IDS[row][:length])
-    real = (torch.arange(14) < torch.tensor(LENGTHS)[:, None]).long()
-    expected = net.bert(ids, attention_mask=real, output_hidden_states=True).hidden_states[1:]
-    for found, wanted in zip(states, expected, strict=True):
-        torch.testing.assert_close(found, wanted.flatten(0, 1), rtol=0, atol=1e-12)
-
-
-def test_only_a_teacher_with_dropout_has_dropout(net, batch):
-    for module in net.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
-    net.train()
-    for dropout in (False, True):
-        with as_teacher(net, dropout):
-            one, two = (hidden_states(net, batch)[-1] for _ in range(2))
-        assert torch.equal(one, two) != dropout
-        assert not one.requires_grad
-        assert net.training
+    return formula_batch()
 
 
 # ---- invariants ----
@@ -145,8 +58,10 @@ def test_scores_begin_with_one_shots_mask_and_a_second_refresh_changes_nothing(n
     assert {name: int(kept.sum()) for name, kept in first.items()} == {
         n: k.numel() - round(0.7 * k.numel()) for n, k in mask.items()
     }
+    thresholds = dict(student.thresholds)
     assert student.refresh(0.7, "round") == first
     assert student.kept() == first.kept
+    assert all(student.thresholds[name] is tensor for name, tensor in thresholds.items())  # which CUDA graphs read
 
 
 def test_ties_at_the_threshold_go_by_index_or_all(net):
@@ -202,43 +117,32 @@ def test_a_masked_embedding_does_not_mask_the_tied_decoder(bert_dir):
         *(f"cls.predictions.transform.{part}" for part in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias")),
         "cls.predictions.bias",
     }
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {n for n in params if not n.startswith("score.")}
     student(lambda net, _: net.cls(torch.randn(3, net.config.hidden_size)).sum(), None).backward()
     assert student.scores[WORD_EMBEDDINGS].grad is None
 
 
-# ---- BertAdam ----
-
-
-def test_bert_adam_clips_each_tensor_decays_and_corrects_no_bias():
-    torch.manual_seed(0)
-    start = [torch.randn(3, 4), torch.randn(5)]
-    params = [p.clone().requires_grad_() for p in start]
-    optimizer = BertAdam([{"params": params}], lr=0.1)
-    m, v = ([torch.zeros_like(p) for p in start] for _ in range(2))
-    for step in range(3):
-        for i, p in enumerate(params):
-            p.grad = torch.randn_like(p) * (10 if i else 0.01)
-            g = p.grad * min(1.0, 1.0 / (float(p.grad.norm()) + 1e-6))
-            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g * g
-            start[i] = start[i] - 0.1 * (m[i] / (v[i].sqrt() + 1e-6) + 0.01 * start[i])
-        optimizer.step()
-        for p, expected in zip(params, start, strict=True):
-            torch.testing.assert_close(p.detach(), expected)
-            assert optimizer.state[p]["step"] == step + 1
-
-
-def test_bert_adam_unscales_and_leaves_out_an_overflowing_step():
-    steps = []
-    for scale, overflow in ((1.0, False), (1024.0, False), (1024.0, True)):
-        p = torch.ones(4).requires_grad_()
-        optimizer = BertAdam([{"params": [p]}], lr=0.1, eps=1e-6)
-        p.grad = torch.tensor([1.0, 2.0, 3.0, float("inf") if overflow else 4.0]) * scale
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(float(overflow))
-        optimizer.step()
-        steps.append((p.detach(), *optimizer.state[p].values()))
-    torch.testing.assert_close(steps[0], steps[1])
-    assert torch.equal(steps[2][0], torch.ones(4))
-    assert not any(state.any() for state in steps[2][1:])
+def test_the_objectives_are_the_losses_and_their_sum(calm_bert_dir):
+    """Without dropout, on masked text; positions that do not count have no part in the distance."""
+    net, task = load_bert(str(calm_bert_dir), "mlm", "pretrained", 0)[0], Mlm()
+    ids = [[5 + (3 * i + j) % 90 for j in range(12)] for i in range(6)]
+    store = TokenStore(Tokens.of(ids, [[0] * 12] * 6), np.zeros(6, int))
+    batch = store.batch(torch.arange(6))
+    batch = mask_tokens(replace(batch, labels=batch.input_ids[0]), [seeded(1, "masks")], 4, net.config.vocab_size)
+    student = MaskedNetwork(net, oneshot(net, 0.5, "magnitude", 0, "tensor", WHICH))
+    session = SimpleNamespace(task=task, net=net)
+    given = {name: settings("--sparsity", "0.5", "--objective", name) for name in ("mlm", "kd", "mlm+kd")}
+    values = {}
+    for name, cfg in given.items():
+        session.cfg = cfg
+        values[name] = mask_training.loss(session, cfg.settings, student, batch).item()
+    assert values["mlm+kd"] == pytest.approx(values["mlm"] + values["kd"], rel=1e-6)
+    assert min(values.values()) > 0.001
+    states, teacher = student(hidden_states, batch), hidden_states(net, batch)
+    counted = torch.arange(72) < 30
+    first = [[x[:30] for x in both] for both in (states, teacher)]
+    expected = distance(*first, torch.ones(30, dtype=torch.bool)).item()
+    assert distance(states, teacher, counted).item() == pytest.approx(expected, rel=1e-6) != values["kd"]
 
 
 # ---- runs ----
@@ -363,6 +267,8 @@ def test_the_released_kd_refreshes_and_saves_a_step_early(command, tmp_path):
         ("--sparsity 0.5 --save-masks often", "a number of steps"),
         ("--sparsity 0.5 --refresh 0", "at least 1"),
         ("--sparsity 0.5 --kd-padding", "no effect with --objective mlm"),
+        ("--sparsity 0.5 --eval-steps 5", "evaluated where it is saved"),
+        ("--score --mask m --lr 1e-4", "trains nothing"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(given, message, capsys):

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import figures
@@ -56,6 +57,20 @@ def made_once(tmp_path_factory) -> Path:
 @pytest.fixture
 def grid(made_once, tmp_path) -> Path:
     return Path(shutil.copytree(made_once, tmp_path / "grid"))
+
+
+@pytest.mark.parametrize("report", ["best", "last"])
+def test_pictures_of_best_scores_say_of_how_many_evaluations(plot, tmp_path, report):
+    flags = {"eval_steps": 5, "report": report}
+    for (task, other), seed in product((("sst2", "qqp"), ("qqp", "sst2")), (1, 2)):
+        run = rundirs.run(tmp_path, [0.8, 0.7], task, seed, **flags)
+        moved = rundirs.run(tmp_path, [0.74 + seed / 100], other, seed, mask=rundirs.mask_of(run, 1), **flags)
+        for folder, level in ((run, 0), (run, 1), (moved, 0)):
+            rundirs.evaluate(folder, level, 0.8 + seed / 100, 20)
+    for words in (["curves"], ["transfer", "--sparsity", "10"]):
+        out, picture = plot(*words, tmp_path), (tmp_path / "f.svg").read_text()
+        for text in (out, picture):
+            assert ("best of 20 evaluations" in text) == (report == "best")
 
 
 def test_curves_have_panels_with_units_and_a_legend(plot, tmp_path):

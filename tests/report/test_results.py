@@ -183,6 +183,43 @@ def test_two_settings_are_refused_and_one_can_be_chosen(tmp_path):
     assert list(comparable(read_results([tmp_path], "")[0])["value"]) == [50.0]
 
 
+def test_the_result_is_the_last_evaluation_unless_the_run_reports_the_best(tmp_path):
+    plain, last, best = (
+        rundirs.run(tmp_path / name, [0.5, 0.4], **flags)
+        for name, flags in (("plain", {}), ("last", {"eval_steps": 5}), ("best", {"eval_steps": 5, "report": "best"}))
+    )
+    for folder in (last, best):
+        rundirs.evaluate(folder, 0, 0.6, 3)
+        rundirs.evaluate(folder, 1, 0.7, 9)
+    columns = ["value", "best_of", "setting"]
+    assert read(plain)[columns].values.tolist() == read(last)[columns].values.tolist() == [[50.0, 1, ""], [40.0, 1, ""]]
+    setting = "eval steps 5, report best"
+    assert read(best)[columns].round(9).values.tolist() == [[60.0, 3, setting], [70.0, 9, setting]]
+    assert len(comparable(read(plain, last))) == 2  # equal copies: evaluations change no training
+    with pytest.raises(UserError, match="have different settings"):
+        comparable(read(plain, best))
+
+
+def test_training_data_drawn_by_the_seed_may_differ_between_seeds_only(tmp_path):
+    def drawn(place, seed, train, evaluation="e", **flags):
+        file = rundirs.run(tmp_path / place, [0.8], seed=seed, limit_train=9, **flags) / "run.json"
+        facts = {"train": {"sha256": train}, "evaluation": evaluation, "model": "m"}
+        write_checksummed(file, read_checksummed(file) | {"fingerprint": facts})
+
+    for seed in (1, 2):
+        drawn("run", seed, f"of seed {seed}", limit_seed="run")
+        drawn("fixed", seed, f"of seed {seed}")
+    assert list(comparable(read(tmp_path / "run"))["seed"]) == [1, 2]
+    with pytest.raises(UserError, match="different data or precision"):
+        comparable(read(tmp_path / "fixed"))
+    drawn("again", 1, "another", limit_seed="run", scope="tensor")
+    with pytest.raises(UserError, match=r"seed 1\) have the same settings, but different training data"):
+        comparable(read(tmp_path / "run", tmp_path / "again"))
+    drawn("other", 3, "of seed 3", "another", limit_seed="run")
+    with pytest.raises(UserError, match="different data or precision"):
+        comparable(read(tmp_path / "run", tmp_path / "other"))
+
+
 def test_other_data_or_weights_with_equal_settings_are_refused(tmp_path):
     for seed, data, model in ((1, "a", "m"), (2, "a", "n"), (3, "b", "m")):
         file = rundirs.run(tmp_path, [0.8], seed=seed) / "run.json"

@@ -48,6 +48,32 @@ def records(*tables: Table) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(formats.csv(tables))))
 
 
+# ---- the best of several evaluations ----
+
+
+def test_a_best_score_says_of_how_many_evaluations_in_every_format(tmp_path):
+    found = rundirs.find(tmp_path, {57: [0.80, 0.70], 58: [0.82, 0.72]}, eval_steps=5, report="best")
+    for seed, folder in found.items():
+        rundirs.evaluate(folder, 0, 0.90, 20)
+        rundirs.evaluate(folder, 1, 0.85, 20 if seed == 57 else 12)
+    table = made("curves", tmp_path)
+    assert [line["SST-2"].removesuffix(" *") for line in grid(table)] == [
+        "90.0 ± 0.0 (2, best of 20, all equal)",
+        "85.0 ± 0.0 (2, best of 12 to 20, all equal)",
+    ]
+    note = "Scores are the best of 12 to 20 evaluations of a level, chosen on the set that they are reported on"
+    assert note in formats.markdown([table])
+    assert note in formats.latex([table])
+    assert [line["best_of"] for line in records(table)] == ["20;20", "20;12"]
+
+
+def test_last_scores_say_nothing_of_evaluations(tmp_path):
+    rundirs.evaluate(rundirs.find(tmp_path, {57: [0.80, 0.70]}, eval_steps=5)[57], 1, 0.85, 20)
+    table = made("curves", tmp_path)
+    assert [line["SST-2"] for line in grid(table)] == ["80.0 (1)", "70.0 (1)"]
+    assert "best" not in formats.markdown([table])
+
+
 # ---- Tables 2 and 4 ----
 
 

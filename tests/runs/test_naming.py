@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_config import GIVEN, OF_IMP
+from test_config import GIVEN, NEEDED, OF_IMP
 from trainrun import Killed, contents, dying, train
 
 import oneshot
@@ -40,7 +40,8 @@ def test_a_name_does_not_depend_on_the_order_of_the_flags():
 
 @pytest.mark.parametrize("field", sorted((GIVEN | OF_IMP).keys()))
 def test_a_name_depends_on_what_affects_the_result(field):
-    assert (name(**{field: (GIVEN | OF_IMP)[field]}) == name()) == (field in NOT_IN_THE_NAME)
+    needed = NEEDED.get(field, {})
+    assert (name(**needed, **{field: (GIVEN | OF_IMP)[field]}) == name(**needed)) == (field in NOT_IN_THE_NAME)
 
 
 def test_other_words_for_the_same_settings_change_no_name():

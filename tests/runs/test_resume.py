@@ -24,9 +24,12 @@ from bert_tickets.signals import STOP_SIGNALS
 from bert_tickets.training.step import Step
 
 VARIANTS = [
-    *(("lt_glue.py", words) for words in ("", "--protocol released", "--rewind 3 --prunable matrices+biases")),
+    *(
+        ("lt_glue.py", words)
+        for words in ("", "--eval-steps 2 --report best", "--protocol released", "--rewind 3 --prunable matrices+biases")
+    ),
     ("lt_glue.py", "--rewind none --prune-first --decay once --prunable matrices+embeddings --grad-accum 2"),
-    ("lt_squad.py", ""),
+    ("lt_squad.py", "--eval-steps 3"),
     ("lt_pretrain.py", "--protocol released"),
     ("lt_pretrain.py", "--prunable matrices+embeddings"),
 ]

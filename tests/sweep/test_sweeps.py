@@ -12,13 +12,10 @@ from conftest import ROOT
 from test_jobs import MAKERS
 from test_runner import SAVES, wait_for
 
-from bert_tickets.config import COMMON
 from bert_tickets.signals import STOP_SIGNALS
 from bert_tickets.sweep.jobs import TRAINING, plan
 
-NEEDS_LIMIT_SEED = pytest.mark.skipif("limit_seed" not in COMMON, reason="this version has no --limit-seed")
-SWEEPS = ["table2", "transfer", "rewinding", "oneshot", "similarity", "mlm", "perturbed", "tamt", "tamt_cost"]
-SWEEPS.append(pytest.param("tamt_fewshot", marks=NEEDS_LIMIT_SEED))
+SWEEPS = ["table2", "transfer", "rewinding", "oneshot", "similarity", "mlm", "perturbed", "tamt", "tamt_cost", "tamt_fewshot"]
 SMALL = {"TASKS": "rte squad", "SEEDS": "1 2", "SPARSITIES": "40 70", "NOISE": "0.1 1", "RUNS": "2", "SIZES": "100 3000"}
 TABLE_2 = {"mnli": 70, "qqp": 90, "stsb": 50, "wnli": 90, "qnli": 70, "mrpc": 50, "rte": 60, "sst2": 60, "cola": 50}
 

@@ -17,8 +17,10 @@ from small_hub import write_glue
 from test_metrics import put_evaluate
 
 from bert_tickets.config import TASKS, Config, Training
+from bert_tickets.data.batches import subset
 from bert_tickets.data.glue_files import ROWS, read_folder, read_tsv
 from bert_tickets.errors import UserError
+from bert_tickets.seeds import seeded
 from bert_tickets.tasks.glue import Glue
 
 METRIC = {"cola": "matthews", "stsb": "pearson"}  # Table 1 of the paper; accuracy otherwise
@@ -168,6 +170,24 @@ def test_limit_train_draws_the_same_examples_for_any_seed_and_limit_eval_takes_t
         assert len(store) == 3
         assert store.lengths.tolist() == whole_evals[split].lengths[:3].tolist()
         assert store.labels.tolist() == whole_evals[split].labels[:3].tolist()
+
+
+def test_the_same_examples_are_drawn_as_ever():
+    """Finished runs are found again by their settings, whose data must not change."""
+    first = torch.randperm(8, generator=seeded(0, "order", 0))
+    assert subset(list(range(8)), 3) == first[:3].tolist()
+
+
+def test_limit_train_draws_by_the_runs_seed_where_asked(glue_dir, tokenizer):
+    def drawn(limit, seed):
+        return load("mnli", tokenizer, glue_dir, limit_train=limit, limit_seed="run", train=Training(seed=seed))
+
+    (one, evals), (other, other_evals) = drawn(10, 1), drawn(10, 2)
+    fixed, _ = load("mnli", tokenizer, glue_dir, limit_train=10)
+    assert len({one.sha256, other.sha256, fixed.sha256}) == 3
+    assert drawn(10, 1)[0].sha256 == one.sha256
+    assert drawn(20, 1)[0].lengths[:10].tolist() == one.lengths.tolist()  # a larger limit adds examples
+    assert {name: store.sha256 for name, store in evals.items()} == {name: store.sha256 for name, store in other_evals.items()}
 
 
 def test_a_byte_order_mark_is_no_text_also_without_a_header(glue_dir, tmp_path):

@@ -136,6 +136,9 @@ def test_limits_are_of_questions_and_the_same_for_every_seed(squad_dir, tokenize
     assert stores[0].sha256 == stores[1].sha256 != whole.sha256
     assert 8 <= len(stores[0]) < len(whole)
     assert stores[0].lengths.tolist() != whole.lengths[: len(stores[0])].tolist()  # drawn from the whole set
+    drawn = [load(squad_dir, tokenizer, limit_train=8, limit_seed="run", seed=seed)[1].sha256 for seed in (1, 2, 2)]
+    assert len({*drawn, stores[0].sha256}) == 3
+    assert drawn[1] == drawn[2]
     few, _, first = load(squad_dir, tokenizer, limit_eval=5)
     assert [q.id for q in few.asked] == [f"q{n}" for n in range(5)]
     assert first.lengths.tolist() == evals.lengths[: len(first)].tolist()

@@ -19,6 +19,7 @@ from bert_tickets.errors import UserError
 from bert_tickets.modeling.bert import classify
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.packing import max_padding
+from bert_tickets.training import cuda_graphs
 from bert_tickets.training.cuda_graphs import Recorder, bucket_of, recorder, tensors
 
 
@@ -163,3 +164,10 @@ def test_graphs_are_for_one_process_on_a_gpu():
         recorder("on", torch.device("cpu"), 1)
     with pytest.raises(UserError, match="--graphs on is for one process"):
         recorder("on", torch.device("cuda"), 2)
+
+
+def test_tensors_of_every_dtype_reach_the_captured_inputs():
+    values = {"ids": torch.arange(4), "labels": torch.tensor([0.5, 2.0]), "chosen": torch.arange(3)}
+    into = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    cuda_graphs._copy(into, values)
+    assert all(torch.equal(into[name], tensor) for name, tensor in values.items())

@@ -100,7 +100,7 @@ def test_processes_with_different_weights_have_no_result(run, commands, tmp_path
 def test_processes_that_are_stopped_save_once_and_continue_with_the_same_bits(run, commands, tmp_path):
     """One of them receives the signal, as from a cluster."""
     script, stopped = "lt_glue.py", tmp_path / "stopped"
-    arguments = [*commands[script], "--levels", 2, "--batch-size", 7, "--rewind", 3]
+    arguments = [*commands[script], "--levels", 2, "--batch-size", 7, "--rewind", 3, "--eval-steps", 2]
     codes, out = run(2, tmp_path / "whole", script, *arguments)
     assert codes == [0, 0], out
     codes, out = run(2, stopped, script, *arguments, fault=Fault("SIGTERM", STEP, 8))
