@@ -12,7 +12,9 @@ from formula_net import POOLER, WHICH, formula_batch, formula_net, start_of, stu
 from trainrun import Runs, train
 
 from bert_tickets.cli import parse
-from bert_tickets.data.batches import TokenStore
+from bert_tickets.data.batches import Batches, TokenStore
+from bert_tickets.data.mlm_dataset import load_corpus
+from bert_tickets.data.text_source import find_texts
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_tensors, sha256_of
@@ -26,6 +28,7 @@ from bert_tickets.runs.directory import level_dir, results
 from bert_tickets.seeds import seeded
 from bert_tickets.tasks.distillation import distance, hidden_states, real_tokens
 from bert_tickets.tasks.mlm import Mlm, mask_tokens
+from bert_tickets.training.distributed import SINGLE_PROCESS
 from bert_tickets.training.mask_scores import MaskedNetwork
 
 
@@ -223,8 +226,28 @@ def test_a_ticket_is_scored_with_the_pre_trained_head(command, bert_dir, tmp_pat
     )
     assert found[0.0]["metrics"]["loss"] == pytest.approx(dense["metrics"]["loss"], abs=1e-5)
     assert found[0.0]["hidden_states"] == {"cosine": pytest.approx(0, abs=1e-6), "mse": pytest.approx(0, abs=1e-12)}
-    assert found[0.5]["hidden_states"]["cosine"] > 0.01 < found[0.5]["hidden_states"]["mse"]
+    tokenizer = load_bert(str(bert_dir), "mlm", "pretrained", 57)[1]
+    text = load_corpus(find_texts(command[command.index("--data-dir") + 1])["validation"], tokenizer, 16, 9).batch(
+        torch.arange(9)
+    )
+    student = MaskedNetwork(net.eval(), Mask.load(tmp_path / "0.5.safetensors"))
+    states = student(hidden_states, text), hidden_states(net, text)
+    for kind, value in found[0.5]["hidden_states"].items():  # of the text without masked tokens
+        assert value == pytest.approx(distance(*states, real_tokens(text), kind).item(), rel=1e-4)
     assert found[0.5]["steps"] == 0
+
+
+def test_distillation_reads_pairs_that_are_not_corrupted(command, bert_dir):
+    cfg = settings(
+        "--sparsity", "0.5", "--objective", "kd", "--max-length", "40", "--data-dir", command[command.index("--data-dir") + 1]
+    )
+    store = TokenStore(Tokens.of([[5]], [[0]]), np.zeros(1, int))
+    batches = Batches(store, 4, 0, augment_batch=lambda batch, step: pytest.fail("the text is corrupted"))
+    tokenizer = load_bert(str(bert_dir), "mlm", "pretrained", 57)[1]
+    session = SimpleNamespace(cfg=cfg, batches=batches, tokenizer=tokenizer, run=SimpleNamespace(group=SINGLE_PROCESS))
+    (batch,) = mask_training.pairs(session).parts(0)
+    assert (len(batch.lengths), bool(batch.token_type_ids.any())) == (4, True)
+    assert tokenizer.mask_token_id not in batch.input_ids
 
 
 # ---- settings ----
