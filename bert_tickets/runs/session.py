@@ -151,9 +151,9 @@ class Session:
         name = f"level {level}/{self.run.levels - 1}" if self.run.levels > 1 else self.cfg.method
         return f"{name}, {mask.sparsity:.0%} pruned"
 
-    def evaluate(self, predict: Callable[[Batch], Tensor]) -> dict[str, float]:
-        """Compute the task's metrics of predictions on all its evaluation sets."""
-        return self.task.compute_metrics(self._predict(predict), self.evals)
+    def evaluate(self, predict: Callable[[Batch], Tensor]) -> dict[str, float | None]:
+        """Compute the task's metrics of predictions on all its evaluation sets; None for those that are not finite."""
+        return _json(self.task.compute_metrics(self._predict(predict), self.evals))
 
     def save_mask(self, mask: Mask, step: int) -> None:
         """Save the mask of a step within level 0, as a file that `--mask` takes."""
