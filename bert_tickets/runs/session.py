@@ -106,7 +106,10 @@ class Session:
         params = params or {name: p for name, p in net.named_parameters() if p.requires_grad}
         try:
             trained = self._train(level, title, hooks, loss, params, mask=None if found else mask, **training)
-            (loop, losses, evaluations), (mask, more) = trained, found() if found else (mask, {})
+            (loop, losses, evaluations), more = trained, {"init_sha256": init_sha256}
+            if found:
+                mask, more = found()
+                more |= {"init_sha256": sha256_of(encoder_weights(net))}  # of the ticket, m * theta
             metrics, noticed = self._evaluate()
         except Diverged as error:
             self.run.fail(level, error, title)
@@ -116,7 +119,7 @@ class Session:
         for warning in warnings:
             print(f"{title}: {warning}", flush=True)
         result = self._result(mask, metrics, warnings) | {"steps": steps, "skipped_steps": skipped, "losses": losses}
-        result |= more | {"init_sha256": init_sha256, "seconds": loop.seconds}
+        result |= more | {"seconds": loop.seconds}
         if self.cfg.eval_steps:
             evaluations.append({"step": loop.at, "metrics": result["metrics"]})
             result |= {"evaluations": evaluations, "best": _best(evaluations, self.task.metric)}

@@ -197,6 +197,7 @@ def test_the_ticket_is_exact_trains_elsewhere_and_leaves_theta_as_it_was(command
     weights = read_tensors(level_dir(run, 0) / "weights.safetensors")
     for name, p in encoder_weights(theta).items():
         assert torch.equal(weights[name], p.detach() * ticket[name] if name in ticket else p.detach()), name
+    assert line["init_sha256"] == sha256_of({name: weights[name] for name in encoder_weights(theta)})  # which export.py restores
     assert torch.equal(weights[DECODER], theta.get_parameter(WORD_EMBEDDINGS))
     assert not torch.equal(weights["cls.predictions.bias"], theta.cls.predictions.bias)
     (after,) = results(train("lt_glue.py", [*commands["lt_glue.py"], "--mask", level_dir(run, 0) / "mask.safetensors",
