@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 def run(session: Session, s: Settings) -> None:
     """Train the scores S of f(theta_0 * 1[S > phi]); the ticket is the mask after the last refresh of the thresholds phi."""
     from bert_tickets.methods.oneshot import oneshot
+    from bert_tickets.training.loop import total_steps
     from bert_tickets.training.mask_scores import MaskedNetwork, Refresh
 
     if session.finished(0):
         return
-    cfg, horizon = session.cfg, session.steps
+    cfg, batches = session.cfg, pairs(session) if s.objective == "kd" else session.batches
+    horizon = total_steps(cfg.train, batches.per_epoch)  # of the learning rate's decay
     start = oneshot(session.net, s.sparsity, s.mask_init, cfg.train.seed, "tensor", s.prunable)  # S = 0.02 where it keeps, else 0
     student = MaskedNetwork(session.net, start)
 
@@ -44,7 +46,7 @@ def run(session: Session, s: Settings) -> None:
         found=refresh.found,
         loss=lambda batch: loss(session, s, student, batch),
         params=student.params(head=s.objective != "kd"),
-        batches=pairs(session) if s.objective == "kd" else session.batches,
+        batches=batches,
         optimizer=s.optimizer,
         schedule=linear_decay(cfg.train.lr, horizon),
         steps=min(s.ticket_step - s.refresh_early if s.ticket_step else horizon, horizon),

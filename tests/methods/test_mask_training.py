@@ -14,6 +14,7 @@ from trainrun import Runs, train
 from bert_tickets.cli import parse
 from bert_tickets.data.batches import Batches, TokenStore
 from bert_tickets.data.mlm_dataset import load_corpus
+from bert_tickets.data.pair_dataset import load_pairs
 from bert_tickets.data.text_source import find_texts
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
@@ -152,10 +153,8 @@ def test_the_objectives_are_the_losses_and_their_sum(calm_bert_dir):
 
 
 def words(objective="mlm", *more):
-    given = (
-        f"--method mask-training --sparsity 0.5 --objective {objective} --refresh 2 --save-masks 2 --max-steps 6 --save-steps 1"
-    )
-    return [*given.split(), *more]
+    steps = "--refresh 2 --save-masks 2 --max-steps 6 --save-steps 1"
+    return [*f"--method mask-training --sparsity 0.5 --objective {objective} {steps}".split(), *more]
 
 
 @pytest.fixture
@@ -238,7 +237,7 @@ def test_a_ticket_is_scored_with_the_pre_trained_head(command, bert_dir, tmp_pat
     assert found[0.5]["steps"] == 0
 
 
-def test_distillation_reads_pairs_that_are_not_corrupted(command, bert_dir):
+def test_distillation_reads_pairs_that_are_not_corrupted(command, bert_dir, tmp_path):
     cfg = settings(
         "--sparsity", "0.5", "--objective", "kd", "--max-length", "40", "--data-dir", command[command.index("--data-dir") + 1]
     )
@@ -246,9 +245,13 @@ def test_distillation_reads_pairs_that_are_not_corrupted(command, bert_dir):
     batches = Batches(store, 4, 0, augment_batch=lambda batch, step: pytest.fail("the text is corrupted"))
     tokenizer = load_bert(str(bert_dir), "mlm", "pretrained", 57)[1]
     session = SimpleNamespace(cfg=cfg, batches=batches, tokenizer=tokenizer, run=SimpleNamespace(group=SINGLE_PROCESS))
-    (batch,) = mask_training.pairs(session).parts(0)
+    pairs = mask_training.pairs(session)
+    (batch,) = pairs.parts(0)
     assert (len(batch.lengths), bool(batch.token_type_ids.any())) == (4, True)
     assert tokenizer.mask_token_id not in batch.input_ids
+    epoch = f"--method mask-training --sparsity 0.5 --objective kd --epochs 1 --output-dir {tmp_path}".split()
+    (line,) = results(train("lt_pretrain.py", [*command, *epoch]))
+    assert line["steps"] == -(-len(load_pairs(find_texts(cfg.data_dir)["train"], tokenizer, 16, 57)) // 8)  # of pairs, not blocks
 
 
 # ---- settings ----
