@@ -3,6 +3,7 @@
   python scripts/bench.py --model DIR --data-dir glue --tasks cola sst2 mnli rte
   python scripts/bench.py --model random --tasks mlm squad --batch-size 16         # BERT-base of random weights, random tokens
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # time of a step by kernel or operator
+  python scripts/bench.py --model random --tasks mlm --mask-training               # mask training, beside training of weights
 
 All sides train the same network at the same sparsity on the same examples, in turns of a few steps; figures are medians over the
 turns. FLOPs are counted on real tokens only, and compared with the machine's rate for a large matrix product.
@@ -41,12 +42,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turn-steps", type=int, metavar="N", help="steps a turn (default: 4; on a GPU 16)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp16", "bf16", "fp32"), help="(default: auto)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="(default: auto)")
-    parser.add_argument("--profile", action="store_true", help="measure the time of a step by kernel or operator instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--profile", action="store_true", help="measure the time of a step by kernel or operator instead")
+    instead.add_argument("--mask-training", action="store_true", help="measure --method mask-training instead, by each objective")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, with the machine and the versions")
     args = parser.parse_args(normalize_argv())
     for name in ("turns", "turn_steps", "batch_size", "max_length"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.mask_training and args.tasks != ["mlm"]:
+        parser.error("--mask-training is for --tasks mlm")
     if not 0 <= args.sparsity < 1:
         parser.error(f"--sparsity {args.sparsity}: must be at least 0 and below 1")
     return args
@@ -67,7 +72,7 @@ def measure_task(name: str, args: argparse.Namespace) -> Figures:
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     turn_steps = args.turn_steps or (16 if on_gpu else 4)  # a turn begins with an idle device
     given["limit_train"] = batch_size * turn_steps * (args.turns + 1)
-    function = measure.profile if args.profile else measure.compare
+    function = measure.profile if args.profile else measure.compare_mask_training if args.mask_training else measure.compare
     return function(make_case(name, given, args.sparsity), args.turns, turn_steps)
 
 

@@ -1,7 +1,7 @@
 """The training steps that bench.py compares: ours, eager and by CUDA graphs, and the released code's.
 
 `eager`, `graphs` and `released` take a `Case` and return a function that takes the training step with a given index. Each trains
-a copy of the network, at the same sparsity on the same examples.
+a copy of the network, at the same sparsity on the same examples. `mask_training` trains a mask of it instead.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,9 +25,12 @@ from bert_tickets.data.batches import Batches, Store, TokenStore
 from bert_tickets.data.mlm_dataset import Corpus
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.masking.mask import Mask
+from bert_tickets.methods.mask_training import Settings
+from bert_tickets.methods.mask_training import loss as mask_loss
 from bert_tickets.methods.oneshot import oneshot
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.dropout import Dropout
+from bert_tickets.modeling.packing import Batch
 from bert_tickets.modeling.parameters import prunable
 from bert_tickets.tasks import Task
 from bert_tickets.tasks.create import create
@@ -35,6 +38,7 @@ from bert_tickets.tasks.mlm import MASK_RATE, MASKED, RANDOM, Mlm
 from bert_tickets.tasks.squad import Squad
 from bert_tickets.training.cuda_graphs import Recorder
 from bert_tickets.training.device import prepare_device
+from bert_tickets.training.mask_scores import MaskedNetwork
 from bert_tickets.training.step import Step, autocast, precision_of
 
 # Mean tokens of a training example (at most 128), and the standard deviation of their logarithm. Measured with BERT's uncased
@@ -114,26 +118,54 @@ def eager(case: Case) -> TrainStep:
 
 def graphs(case: Case) -> TrainStep:
     """Build the package's step with CUDA graphs, and capture every bucket of the case."""
-    step = packed_step(case, Recorder(required=True))[1]
-    take_steps(step, [*range(len(case.store) // case.cfg.train.batch_size)] * 2)
-    return step
+    return captured(case, packed_step(case, Recorder(required=True))[1])
 
 
 def packed_step(case: Case, recorder: Recorder | None = None) -> tuple[Step, TrainStep]:
     """Build the package's step, as a `Step` and as a function."""
-    net, cfg = copy.deepcopy(case.net), case.cfg.train
+    net = copy.deepcopy(case.net)
     case.mask.apply(prunable(net))
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    step = Step(lambda batch: case.task.loss(net, batch), params, cfg, case.mask, case.device, recorder)
-    batches = Batches(
-        case.store,
-        cfg.batch_size,
-        0,
-        bucketed=recorder is not None,
-        augment_batch=partial(case.task.augment_batch, seed=0),
-        grad_accum=cfg.grad_accum,
+    step = Step(lambda batch: case.task.loss(net, batch), params, case.cfg.train, case.mask, case.device, recorder)
+    return step, on_batches(case, step, partial(case.task.augment_batch, seed=0))
+
+
+def on_batches(case: Case, step: Step, augment_batch: Callable[[Batch, int], Batch]) -> TrainStep:
+    """Let `step` take the case's batches."""
+    cfg = case.cfg.train
+    bucketed = step.graphs is not None
+    batches = Batches(case.store, cfg.batch_size, 0, bucketed=bucketed, augment_batch=augment_batch, grad_accum=cfg.grad_accum)
+    return lambda i: step(batches.parts(i), cfg.lr)
+
+
+def captured(case: Case, step: TrainStep) -> TrainStep:
+    """Take a step with CUDA graphs twice on each batch of the case, so that every bucket is captured; returns it."""
+    take_steps(step, [*range(len(case.store) // case.cfg.train.batch_size)] * 2)
+    return step
+
+
+# ---- mask training ----
+
+
+def mask_training(objective: str, case: Case) -> TrainStep:
+    """Build a step that trains a mask (`--method mask-training`), with CUDA graphs on a GPU."""
+    cfg = build({"task": case.task.name, "method": "mask_training", "objective": objective, "sparsity": case.mask.sparsity})
+    cfg, settings = replace(cfg, max_length=case.cfg.max_length), cast(Settings, cfg.settings)
+    train = replace(cfg.train, batch_size=case.cfg.train.batch_size, precision=case.cfg.train.precision)
+    net = copy.deepcopy(case.net)
+    student = MaskedNetwork(net, oneshot(net, settings.sparsity, settings.mask_init, 0, "tensor", settings.prunable))
+    step = Step(
+        lambda batch: mask_loss(cfg, settings, case.task, student, batch),
+        student.params(head=objective != "kd"),
+        train,
+        None,
+        case.device,
+        Recorder(required=True) if case.device.type == "cuda" else None,
+        optimizer=settings.optimizer,
     )
-    return step, lambda i: step(batches.parts(i), cfg.lr)
+    augment = (lambda batch, i: batch) if objective == "kd" else partial(case.task.augment_batch, seed=0)
+    taken = on_batches(case, step, augment)
+    return captured(case, taken) if step.graphs else taken
 
 
 # ---- the released code's ----
@@ -187,6 +219,7 @@ def released(case: Case) -> TrainStep:
 
 
 SIDES = {"eager": eager, "graphs": graphs, "released": released}
+OBJECTIVES = ("mlm", "kd", "mlm+kd")  # of mask training
 
 
 def padded_data(case: Case) -> TensorDataset:

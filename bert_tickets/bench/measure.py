@@ -9,12 +9,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from bert_tickets.bench.baselines import SIDES, Case, TrainStep, eager, graphs, take_steps
+from bert_tickets.bench.baselines import OBJECTIVES, SIDES, Case, TrainStep, eager, graphs, mask_training, take_steps
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.parameters import prunable
 from bert_tickets.tasks.mlm import MASK_RATE
@@ -26,7 +27,7 @@ def compare(case: Case, turns: int, steps: int) -> Figures:
     """Measure our step (eager; on a GPU also with graphs) and the released loop's."""
     device, on_gpu, batch_size = case.device, case.device.type == "cuda", case.cfg.train.batch_size
     names = [name for name in SIDES if name != "graphs" or on_gpu]
-    built = {name: _with_memory(name, case) for name in names}
+    built = {name: _with_memory(SIDES[name], case) for name in names}
     sides = {name: step for name, (step, _) in built.items()}
     before = gemm_rate(case.precision, device)
     seconds = time_in_turns(sides, turns, steps, device)
@@ -46,6 +47,18 @@ def compare(case: Case, turns: int, steps: int) -> Figures:
             figures |= {f"{name}: kernels a step": count, f"{name}: GPU busy, %": 100 * busy / each}
             figures[f"{name}: memory reserved, MiB"] = built[name][1]
     return figures | {f"{name} over released, times": seconds["released"] / seconds[name] for name in names if name != "released"}
+
+
+def compare_mask_training(case: Case, turns: int, steps: int) -> Figures:
+    """Measure mask training by each objective, and training of the weights; on a GPU with graphs."""
+    on_gpu = case.device.type == "cuda"
+    builders = {"weights": graphs if on_gpu else eager} | {name: partial(mask_training, name) for name in OBJECTIVES}
+    built = {name: _with_memory(build, case) for name, build in builders.items()}
+    seconds = time_in_turns({name: step for name, (step, _) in built.items()}, turns, steps, case.device)
+    figures = {f"{name}: steps/s": 1 / each for name, each in seconds.items()}
+    if on_gpu:
+        figures |= {f"{name}: memory reserved, MiB": memory for name, (_, memory) in built.items()}
+    return figures | {f"{name} over weights, times as long": seconds[name] / seconds["weights"] for name in OBJECTIVES}
 
 
 def profile(case: Case, turns: int, steps: int) -> Figures:
@@ -96,15 +109,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _with_memory(name: str, case: Case) -> tuple[TrainStep, float]:
+def _with_memory(build: Callable[[Case], TrainStep], case: Case) -> tuple[TrainStep, float]:
     """Build a side and take three steps. Returns it with the peak of reserved GPU memory, in MiB (0 on a CPU)."""
     if case.device.type != "cuda":
-        return SIDES[name](case), 0.0
+        return build(case), 0.0
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(case.device)
     torch.cuda.reset_peak_memory_stats(case.device)
-    step = SIDES[name](case)
+    step = build(case)
     take_steps(step, range(3))
     return step, (torch.cuda.max_memory_reserved(case.device) - before) / 2**20
 

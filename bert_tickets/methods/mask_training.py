@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from bert_tickets.config import MethodSettings, Prunable, flag
+from bert_tickets.config import Config, MethodSettings, Prunable, flag
 from bert_tickets.errors import UserError
 from bert_tickets.training.schedule import linear_decay
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bert_tickets.masking.mask import Mask
     from bert_tickets.modeling.packing import Batch
     from bert_tickets.runs.session import Session
+    from bert_tickets.tasks import Task
     from bert_tickets.training.mask_scores import MaskedNetwork
 
 
@@ -44,7 +45,7 @@ def run(session: Session, s: Settings) -> None:
         0,
         start,
         found=refresh.found,
-        loss=lambda batch: loss(session, s, student, batch),
+        loss=lambda batch: loss(cfg, s, session.task, student, batch),
         params=student.params(head=s.objective != "kd"),
         batches=batches,
         optimizer=s.optimizer,
@@ -54,14 +55,13 @@ def run(session: Session, s: Settings) -> None:
     )
 
 
-def loss(session: Session, s: Settings, student: MaskedNetwork, batch: Batch) -> Tensor:
+def loss(cfg: Config, s: Settings, task: Task, student: MaskedNetwork, batch: Batch) -> Tensor:
     """Compute the objective: the MLM loss, the distance of the hidden states from the dense network's, or their sum."""
     from bert_tickets.tasks.distillation import all_positions, as_teacher, distance, hidden_states, real_tokens
 
-    task, net = session.task, session.net
     if s.objective == "mlm":
         return student(task.loss, batch)
-    padded_to = session.cfg.max_length if s.kd_padding else None
+    net, padded_to = student.net, cfg.max_length if s.kd_padding else None
     with as_teacher(net, s.teacher_dropout):
         teacher = hidden_states(net, batch, padded_to)
     counted = real_tokens(batch) if padded_to is None else all_positions(batch, padded_to)

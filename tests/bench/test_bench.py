@@ -48,6 +48,26 @@ def test_a_step_is_profiled_by_operator(run_bench, bert_dir):
     assert "aten::addmm" in run_bench("--model", bert_dir, "--tasks", "rte", "--profile")["figures"]["rte"]
 
 
+def test_mask_training_is_measured_beside_training_of_weights(run_bench, bert_dir, capsys):
+    found = run_bench("--model", bert_dir, "--tasks", "mlm", "--mask-training")["figures"]["mlm"]
+    for objective in ("mlm", "kd", "mlm+kd"):
+        assert found[f"{objective} over weights, times as long"] == pytest.approx(
+            found["weights: steps/s"] / found[f"{objective}: steps/s"]
+        )
+    with pytest.raises(SystemExit):
+        run_bench("--model", bert_dir, "--tasks", "mlm", "cola", "--mask-training")
+    assert "--mask-training is for --tasks mlm" in capsys.readouterr().err
+
+
+def test_mask_training_is_measured_by_its_own_objectives(bert_dir):
+    given = {"model": str(bert_dir), "batch_size": 4, "max_length": 48, "limit_train": 8, "device": "cpu"}
+    case = baselines.make_case("mlm", given, sparsity=0.5)
+    mlm, kd, both = (float(baselines.mask_training(objective, case)(0)) for objective in baselines.OBJECTIVES)
+    assert 0 < kd < 2  # a mean of 1 - cosine
+    assert mlm > 2
+    assert both > mlm
+
+
 def test_time_in_which_two_kernels_run_counts_once():
     assert measure.covered([]) == 0
     assert measure.covered([(5, 7), (0, 2), (1, 4), (1.5, 2), (7, 8)]) == 7
