@@ -230,6 +230,17 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def documents_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text of `corpus_dir` in longer lines, and in documents that are long enough for pairs of segments."""
+    folder = tmp_path_factory.mktemp("documents")
+    for path in corpus_dir.iterdir():
+        lines = path.read_text().split("\n")
+        joined = [" ".join(lines[at : at + 4]) for at in range(0, len(lines), 4)]
+        (folder / path.name).write_text("\n".join(f"{line}\n" * (at % 3 == 2) + line for at, line in enumerate(joined)))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def commands(bert_dir: Path, glue_dir: Path, squad_dir: Path, corpus_dir: Path) -> dict[str, list[str]]:
     """Small settings for each training script: some dozen steps of a level, no levels said."""
     words = {

@@ -88,14 +88,14 @@ def test_whole_run_mixes_no_devices_and_no_step_waits(run, tmp_path, script, wor
     assert about["environment"]["gpu"]
 
 
-@pytest.mark.parametrize("objective", ["mlm", "mlm+kd"])
-def test_a_mask_is_trained_and_scored(commands, tmp_path, one_gpu, objective):
+@pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
+def test_a_mask_is_trained_and_scored(commands, documents_dir, tmp_path, one_gpu, objective):
     """In fp16; a real GPU replays the third step as a CUDA graph, in which the thresholds of the refresh before it hold."""
     words = (
         f"--method mask-training --sparsity 0.5 --objective {objective} --refresh 2 --save-masks 2 --max-steps 6 --precision fp16"
     )
     with one_gpu():
-        path = train(MLM, [*commands[MLM], *words.split(), "--output-dir", tmp_path])
+        path = train(MLM, [*commands[MLM], *words.split(), "--data-dir", documents_dir, "--output-dir", tmp_path])
         (line,) = results(path)
         scored = train(MLM, [*_without_training(commands[MLM]), "--score", "--mask", level_dir(path, 0) / "mask.safetensors",
                              "--output-dir", tmp_path])  # fmt: skip

@@ -154,15 +154,10 @@ def words(objective="mlm", *more):
 
 
 @pytest.fixture
-def command(commands, corpus_dir, tmp_path):
+def command(commands, documents_dir):
     """The script's small command without --max-steps and --lr, on a text whose documents are long enough for pairs."""
-    given, text = [*commands["lt_pretrain.py"]], tmp_path / "text"
-    text.mkdir()
-    for name in ("en.train", "en.valid"):
-        lines = (corpus_dir / name).read_text().split("\n")
-        joined = [" ".join(lines[at : at + 4]) for at in range(0, len(lines), 4)]
-        (text / name).write_text("\n".join(f"{line}\n" * (at % 3 == 2) + line for at, line in enumerate(joined)))
-    given[given.index("--data-dir") + 1] = str(text)
+    given = [*commands["lt_pretrain.py"]]
+    given[given.index("--data-dir") + 1] = str(documents_dir)
     return given[: given.index("--max-steps")] + given[given.index("--limit-eval") : given.index("--lr")] + ["--log-every", "2"]
 
 
