@@ -89,6 +89,7 @@ class Config:
     limit_eval: int | None = flag("use the first N examples of each evaluation set", None)
     eval_steps: int | None = flag("also evaluate every N steps of a level", None)
     report: Literal["last", "best"] = flag("result in tables: a level's last evaluation, or the best of --eval-steps", "last")
+    metric: str | None = flag("another metric as the score: f1, spearman, accuracy_mm (MNLI mismatched)", None, kind="glue")
     device: str = flag("auto, cpu, cuda, cuda:1", "auto", affects_result=False)
     keep_models: bool = flag("keep the model of every level as a Hugging Face folder", False, affects_result=False)
     check_metrics: bool = flag("compare the metrics with those of the evaluate package", False, affects_result=False)

@@ -9,7 +9,16 @@ from bert_tickets.config import TASKS, build, flat, methods
 # A value for every field of a run on GLUE, none of them the default.
 GIVEN = {"task": "mrpc", "model": "some/folder", "data_dir": "glue_data", "output_dir": "elsewhere", "protocol": "released"}
 GIVEN |= {"init": "random", "max_length": 64, "limit_train": 100, "limit_eval": 50, "device": "cuda:1", "keep_models": True}
-GIVEN |= {"check_metrics": True, "dry_run": True, "epochs": 0.5, "batch_size": 16, "grad_accum": 2, "lr": 3e-5, "max_steps": 7}
+GIVEN |= {
+    "metric": "f1",
+    "check_metrics": True,
+    "dry_run": True,
+    "epochs": 0.5,
+    "batch_size": 16,
+    "grad_accum": 2,
+    "lr": 3e-5,
+    "max_steps": 7,
+}
 GIVEN |= {"weight_decay": 0.01, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "graphs": "off", "tf32": True, "precision": "bf16"}
 GIVEN |= {
     "eval_steps": 5,

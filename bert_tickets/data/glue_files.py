@@ -33,6 +33,11 @@ class Row:
         """The names of the classes, in order; empty for a score."""
         return self.meanings or self.labels
 
+    @property
+    def all_metrics(self) -> tuple[str, ...]:
+        """The names of the results: the metrics, and with `_mm` those of MNLI's mismatched set."""
+        return tuple(metric + suffix for suffix in ("", "_mm")[: len(self.dev)] for metric in self.metrics)
+
 
 PAIR, ACCURACY, AND_F1 = ("sentence1", "sentence2"), ("accuracy",), ("accuracy", "f1")
 ENTAILMENT = ("entailment", "not_entailment")

@@ -15,6 +15,7 @@ from bert_tickets.config import Config
 from bert_tickets.data.batches import TokenStore, subset
 from bert_tickets.data.glue_files import MAX_BROKEN, ROWS, Example, read_folder, read_hub
 from bert_tickets.data.token_cache import tokenize
+from bert_tickets.errors import UserError
 from bert_tickets.modeling.bert import Net, classify
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.packing import Batch, at_least_fp32
@@ -34,6 +35,9 @@ class Glue(Task):
         self.regression = not self.row.labels
 
     def load_net(self, cfg: Config) -> tuple[Net, Any]:
+        self.metric = cfg.metric or self.row.metrics[0]
+        if self.metric not in self.row.all_metrics:
+            raise UserError(f"--metric {self.metric}: {self.name} has {' and '.join(self.row.all_metrics)}")
         net, tokenizer = load_bert(cfg.model, "classifier", cfg.init, cfg.train.seed, labels=len(self.row.labels) or 1)
         if not self.regression:
             net.config.id2label = dict(enumerate(self.row.classes))
@@ -99,10 +103,11 @@ class Glue(Task):
                 found.append(f"all {len(predicted)} predictions on {split} are {self._answer(predicted[0])}")
             if np.ptp(labels) == 0 or np.ptp(predicted) < 1e-4:
                 continue
-            value = glue_metric(self.metric, predicted, labels)
-            chance = np.bincount(labels).max() / len(labels) if self.metric == "accuracy" else 0.0
+            metric = self.row.metrics[0]
+            value = glue_metric(metric, predicted, labels)
+            chance = np.bincount(labels).max() / len(labels) if metric == "accuracy" else 0.0
             if value < chance:
-                found.append(f"{self.metric} {value:.4f} on {split} is below chance ({chance:.4f})")
+                found.append(f"{metric} {value:.4f} on {split} is below chance ({chance:.4f})")
         return found
 
     def _answer(self, value: float) -> str:

@@ -5,12 +5,13 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from bert_tickets.errors import Diverged
+from bert_tickets.errors import Diverged, UserError
 from bert_tickets.files import read_tensors, sha256_of
 from bert_tickets.methods import imp
 from bert_tickets.runs import session
 from bert_tickets.runs.directory import events, results
 from bert_tickets.runs.session import _best
+from bert_tickets.tasks.glue import Glue
 
 ADDED = ("run", "evaluations", "best")  # the run's name, which has the flags' hash
 
@@ -78,6 +79,17 @@ def test_a_run_that_diverges_before_an_evaluation_has_no_result(runs, monkeypatc
         with pytest.raises(Diverged, match="predictions on validation are not finite"):
             runs("run", "--levels", "1", "--eval-steps", "2")
     assert runs("run", "--levels", "1", "--eval-steps", "2") == runs("undisturbed", "--levels", "1", "--eval-steps", "2")
+
+
+def test_another_metric_is_the_score_and_chooses_the_best_evaluation(runs, monkeypatch, capsys):
+    values = {"accuracy": [0.5, 0.4, 0.6], "accuracy_mm": [0.2, 0.7, 0.1]}
+    monkeypatch.setattr(Glue, "compute_metrics", lambda *_: {name: found.pop(0) for name, found in values.items()})
+    runs("mm", "--task", "mnli", "--levels", "1", "--eval-steps", "2", "--metric", "accuracy_mm")
+    (line,) = results(runs.dir("mm"))
+    assert (line["metric"], line["best"]["step"]) == ("accuracy_mm", 4)
+    assert "best accuracy_mm" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--metric f1: mnli has accuracy and accuracy_mm"):
+        runs("f1", "--task", "mnli", "--metric", "f1")
 
 
 def test_the_closing_table_has_the_best_evaluation(runs, capsys):
