@@ -92,8 +92,8 @@ forward_signals() { # command ...
   return $code
 }
 
-# Make the table or figure when all runs have ended, and list the failed commands; a dry run only names the command.
-finally() { # command ...
+# Make a table or figure when all runs have ended; a dry run only names the command.
+at_end() { # command ...
   if $dry_run; then
     printf '# at the end: ' >&2
     printf '%q ' "$@" >&2
@@ -101,6 +101,11 @@ finally() { # command ...
   elif [ -z "$stage_wanted" ]; then
     emit last "$@"
   fi
+}
+
+# The same for the last table or figure, and list the failed commands.
+finally() { # command ...
+  at_end "$@"
   if [ ${#failures[@]} -gt 0 ]; then
     printf '\n%d command(s) failed:\n' ${#failures[@]} >&2
     printf '  %s\n' "${failures[@]}" >&2

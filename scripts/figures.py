@@ -1,4 +1,4 @@
-"""Draw the paper's figures over run directories, and print the table behind each.
+"""Draw the papers' figures over run directories, and print the table behind each.
 
   python scripts/figures.py curves runs --output curves.svg                           # metric over sparsity, a panel per task
   python scripts/figures.py curves runs/sst2-* --title "SST-2" --output sst2.png
@@ -7,6 +7,8 @@
   python scripts/figures.py overlap runs --sparsity 70 --output overlap.png           # mask overlap between tasks and seeds
   python scripts/figures.py examples runs --output examples.png                       # metric over training examples
   python scripts/figures.py densities runs --sparsity 70 --output densities.png       # kept weights by layer and kind of matrix
+  python scripts/figures.py distance runs_tamt --output distance.png                  # how far mask training moved its masks
+  python scripts/figures.py losses runs_tamt --output losses.png                      # scores over losses without training
 
 Takes run directories, or folders that hold them. Runs that differ only in their seed are one line or cell: their mean, with the
 standard deviation of single runs. Masks outside of run directories: scripts/compare.py.
@@ -27,7 +29,11 @@ FIGURES = {
     "overlap": "the mask overlap between the tickets of different tasks, and of different seeds",
     "examples": "the metric over the number of training examples (--limit-train), a panel per task",
     "densities": "the weights kept in each layer, by kind of matrix",
+    "distance": "the distance of masks in mask training from their initial masks over steps, a panel per sparsity",
+    "losses": "the scores of tickets over their losses without training (--score), a panel per task and loss",
 }
+OF_TAMT = ("distance", "losses")  # drawn by report/tamt_figures.py
+CHOOSING = ("examples", *OF_TAMT)  # figures that choose comparable levels themselves
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         figure.add_argument("--tasks", metavar="TASKS", help='only these, such as "cola mnli"')
         figure.add_argument("--setting", metavar="WORDS", help="of runs with several settings, those with these words")
         figure.add_argument("--title", metavar="TEXT", help="the picture's title")
-        if name not in ("curves", "examples"):
+        if name in ("transfer", "overlap", "densities"):
             figure.add_argument("--sparsity", type=float, required=True, metavar="PERCENT", help="pruned weights")
         if name == "transfer":
             relative = "difference to the full BERT or to the target's own ticket (default: dense)"
@@ -49,17 +55,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from bert_tickets.report import figures
+    from bert_tickets.report import figures, tamt_figures
     from bert_tickets.report.results import comparable, of_tasks, read_results
 
     levels, failures = read_results(args.runs, args.setting)
     levels = of_tasks(levels, args.tasks)
-    if args.figure != "examples":
+    if args.figure not in CHOOSING:
         levels = comparable(levels)
     if levels.empty:
         raise UserError("no finished level" + (f" with the setting {args.setting!r}" if args.setting is not None else ""))
-    draw = getattr(figures, f"draw_{args.figure}")
-    more = {} if args.figure in ("curves", "examples") else {"sparsity": args.sparsity / 100}
+    draw = getattr(tamt_figures if args.figure in OF_TAMT else figures, f"draw_{args.figure}")
+    more = {"sparsity": args.sparsity / 100} if "sparsity" in args else {}
     more |= {"relative": args.relative} if args.figure == "transfer" else {}
     print(draw(levels, args.output, args.title, **more))
     for failure in failures:

@@ -39,4 +39,6 @@ for seed in $SEEDS; do
 done
 
 panels="$TASKS mlm_loss kd_loss"
+at_end "$PYTHON" scripts/figures.py distance "$OUTPUT" --output "$OUTPUT/tamt_distance.png"
+at_end "$PYTHON" scripts/figures.py losses "$OUTPUT" --tasks "$panels" --output "$OUTPUT/tamt_losses.png"
 finally "$PYTHON" scripts/figures.py curves "$OUTPUT" --tasks "$panels" --title "Mask training" --output "$OUTPUT/tamt.png"

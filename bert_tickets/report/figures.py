@@ -40,10 +40,10 @@ def draw_curves(levels: DataFrame, output: Path, title: str | None) -> str:
         unit=[UNITS.get(metric, f"{metric} × 100") for metric in shown["metric"]],
         line=shown["row"],
         x=(100 * shown["sparsity"]).where(shown["row"] != FULL),
-        hollow=_is_marked(shown),
+        hollow=is_marked(shown),
     )
     tickets = points[points["row"] != FULL]
-    note = _seeds(tickets["n"]) + _evaluations(shown) + (f"; hollow: {MARKED}" if tickets["hollow"].any() else "")
+    note = seeds_note(tickets["n"]) + evaluations_note(shown) + (f"; hollow: {MARKED}" if tickets["hollow"].any() else "")
     draw_lines(output, title or "Tickets over sparsities", "pruned weights (%)", points, note)
     return "\n".join([markdown_grid(table.grids[""]), *remarks(table.cells)])
 
@@ -59,11 +59,11 @@ def draw_transfer(levels: DataFrame, output: Path, title: str | None, sparsity: 
     shown = cells[(cells["ticket"] != "") & (cells.groupby("ticket")["n"].transform("sum") > 0)]
     sizes = sorted(shown["difference"].abs().dropna())
     limit = max(1.0, sizes[math.ceil(0.75 * len(sizes)) - 1]) if sizes else 1.0  # so that outliers do not pale the rest
-    heading = (title or f"Transfer of tickets at {percent(sparsity)} sparsity") + f"\n{_seeds(shown['pairs'].dropna())}"
-    heading += _evaluations(shown)
-    heading += f"; * {MARKED}" if _is_marked(shown).any() else ""
+    heading = (title or f"Transfer of tickets at {percent(sparsity)} sparsity") + f"\n{seeds_note(shown['pairs'].dropna())}"
+    heading += evaluations_note(shown)
+    heading += f"; * {MARKED}" if is_marked(shown).any() else ""
     spread = shown["difference_sd"].map("±{:.1f}".format, na_action="ignore").fillna("")
-    remark = (spread + np.where(_is_marked(shown), "*", "")).where(shown["pairs"] > 0, "no base")
+    remark = (spread + np.where(is_marked(shown), "*", "")).where(shown["pairs"] > 0, "no base")
     remark = remark.where(shown["n"] > 0, shown["verdict"])  # no run, undefined
     named = shown.assign(row=shown["ticket"], column=shown["task"].map(published.name), value=shown["difference"], remark=remark)
     unit = f"difference to the {FULL if relative == 'dense' else 'own ticket of the target'} (points)"
@@ -85,26 +85,26 @@ def draw_examples(levels: DataFrame, output: Path, title: str | None) -> str:
         raise UserError("these runs have no finished level with a defined value")
     line = shown["row"] + shown["sparsity"].map(lambda sparsity: f", {percent(sparsity)}" if sparsity else "")
     units = [UNITS.get(metric, f"{metric} × 100") for metric in shown["metric"]]
-    points = shown.assign(panel=shown["task"].map(published.name), unit=units, line=line, hollow=_is_marked(shown))
-    note = _seeds(points["n"]) + _evaluations(shown)
+    points = shown.assign(panel=shown["task"].map(published.name), unit=units, line=line, hollow=is_marked(shown))
+    note = seeds_note(points["n"]) + evaluations_note(shown)
     draw_lines(output, title or "Tickets over training examples", "training examples", points, note, log=True)
     texts = points.assign(examples=points["x"].map("{:.0f}".format), task=points["panel"])
     wide = texts.pivot_table(index=["line", "examples"], columns="task", values="text", aggfunc="first", sort=False)
     return "\n".join([markdown_grid(wide.fillna("").reset_index()), *remarks(cells)])
 
 
-def _is_marked(cells: DataFrame) -> Series:
+def is_marked(cells: DataFrame) -> Series:
     """Whether a value of each cell is undefined or has a warning."""
     return (cells["undefined"].str.len() > 0) | (cells["warnings"] != "")
 
 
-def _evaluations(cells: DataFrame) -> str:
+def evaluations_note(cells: DataFrame) -> str:
     """The number of evaluations of which scores are the best ones."""
     best = best_of(cells["best_of"].explode().dropna())
     return f"; {best} evaluations" if best else ""
 
 
-def _seeds(counts: Iterable[float]) -> str:
+def seeds_note(counts: Iterable[float]) -> str:
     """The numbers of seeds behind means and spreads."""
     found = sorted({int(count) for count in counts} - {0})
     if not found or found[-1] == 1:
@@ -154,7 +154,7 @@ def draw_overlap(levels: DataFrame, output: Path, title: str | None, sparsity: f
         remark = "no pair" if not seeds else "" if math.isnan(spread) else f"±{spread:.3f}"
         drawn += [(row, column, jaccard, remark) for row, column in dict.fromkeys([(one, other), (other, one)])]
     heading = title or f"Overlap of tickets at {percent(sparsity)} sparsity"
-    heading += f"\n{_seeds(map(len, own.values()))}; diagonal: two seeds of a task"
+    heading += f"\n{seeds_note(map(len, own.values()))}; diagonal: two seeds of a task"
     if chances := sorted({f"{float(line['chance']):.3f}" for line in lines if line["chance"] != "no pair"}):
         heading += f"\nrandom masks: {' to '.join(dict.fromkeys((chances[0], chances[-1])))}"
     cells = pd.DataFrame(drawn, columns=["row", "column", "value", "remark"])
@@ -178,7 +178,7 @@ def draw_densities(levels: DataFrame, output: Path, title: str | None, sparsity:
     step = math.ceil(len(layers) / 5)
     ticks = {float(x): name for x, name in enumerate(layers) if not name.isdigit() or (x % step == 0 and x + step < len(layers))}
     heading = title or f"Kept weights at {percent(sparsity)} sparsity"
-    draw_lines(output, heading, "layer", points, _seeds(map(len, own.values())), ticks)
+    draw_lines(output, heading, "layer", points, seeds_note(map(len, own.values())), ticks)
     texts = kept.assign(mean=kept["mean"].map("{:.2f}".format))
     wide = texts.pivot_table(index=["ticket", "layer"], columns="kind", values="mean", aggfunc="first", sort=False)
     return f"kept weights (%)\n{markdown_grid(wide.fillna('').reset_index())}"

@@ -6,12 +6,13 @@ import argparse
 import importlib.util
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.files import write
+from bert_tickets.report.cells import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +39,7 @@ STYLE: dict[str, Any] = {
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
+POINT = ["row", "column", "unit", "title", "line", "sparsity", "x", "y", "hollow"]  # the columns that `draw_points` takes
 
 
 def picture_file(word: str) -> Path:
@@ -78,9 +80,9 @@ def draw_lines(
     `points` has the columns panel, unit (of y), line, x, mean, sd and hollow (the marker). Without x a mean is a horizontal line.
     """
     names, panels = list(points["line"].unique()), points["panel"].nunique()
-    columns = min(3, panels)
+    columns = 2 if panels == 4 else min(3, panels)
     rows = math.ceil(panels / columns)
-    per_row = max(1, int(WIDTH / (0.45 + 0.055 * max(map(len, [*names, note[:20]])))))
+    per_row = _legend_columns([*names, note[:20]])
     handles: dict[str, Any] = {}
     with drawing(output) as figure:
         height = {1: 2.8, 2: 2.0}.get(columns, 1.55) * rows + 0.17 * math.ceil((len(names) + 1) / per_row)
@@ -106,6 +108,11 @@ def draw_lines(
         figure.legend([handles[name] for name in names], names, title=note, title_fontsize=8, **legend)
 
 
+def _legend_columns(names: Iterable[str]) -> int:
+    """How many columns of such names fit into the width of a picture."""
+    return max(1, int(WIDTH / (0.45 + 0.055 * max(map(len, names)))))
+
+
 def _draw_panel(plot: Axes, panel: DataFrame, names: Sequence[str]) -> dict[str, Any]:
     """Draw one panel; returns the legend's handles by name."""
     handles: dict[str, Any] = {}
@@ -121,6 +128,47 @@ def _draw_panel(plot: Axes, panel: DataFrame, names: Sequence[str]) -> dict[str,
         hollow = line[line["hollow"]]
         plot.plot(hollow["x"], hollow["mean"], linestyle="none", markerfacecolor="white", zorder=3, **style)
     return handles
+
+
+def draw_points(output: Path, title: str, points: DataFrame, note: str) -> None:
+    """Draw points in a grid of panels, whose rows share y and whose columns share x, under one legend with the title `note`.
+
+    `points` has the columns row (of panels), unit (of y), column (x's name), title (of the panel), line (colour and marker),
+    sparsity (size), x, y and hollow.
+    """
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
+
+    rows, columns, names = (list(points[key].unique()) for key in ("row", "column", "line"))
+    sparsities = sorted(points["sparsity"].unique())
+    sizes = {sparsity: 2.5 + 3 * i / len(sparsities) for i, sparsity in enumerate(sparsities)}
+    styles: dict[str, dict[str, Any]] = {
+        name: {"linestyle": "none", "color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(names)
+    }
+    handles: dict[str, Any] = {name: Line2D([], [], **style) for name, style in styles.items()}
+    of_size: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "0.6"}
+    in_words = "sparsity " + ", ".join(map(percent, sparsities))
+    handles[in_words] = tuple(Line2D([], [], markersize=size, **of_size) for size in sizes.values())
+    per_row = _legend_columns(handles)
+    with drawing(output) as figure:
+        figure.set_size_inches(WIDTH, 1.65 * len(rows) + 0.17 * (math.ceil(len(handles) / per_row) + 2) + 0.6)
+        plots = figure.subplots(len(rows), len(columns), squeeze=False, sharex="col", sharey="row")
+        for row, column, unit, name, line, sparsity, x, y, hollow in points[POINT].itertuples(index=False):
+            plot = plots[rows.index(row), columns.index(column)]
+            plot.plot(x, y, markersize=sizes[sparsity], markerfacecolor="white" if hollow else None, **styles[line])
+            plot.set_title(name)
+            plots[rows.index(row), 0].set_ylabel(unit)
+            plots[-1, columns.index(column)].set_xlabel(column)
+        for plot in plots.flat:
+            plot.grid(color="0.9", linewidth=0.5)
+            plot.set_axisbelow(True)
+            plot.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(title)
+        legend: dict[str, Any] = {"loc": "outside lower center", "ncols": per_row, "frameon": False, "handlelength": 3}
+        legend["handler_map"] = {tuple: HandlerTuple(ndivide=None)}
+        drawn = figure.legend(handles.values(), handles.keys(), title=note, title_fontsize=8, **legend)
+        drawn.get_title().set_multialignment("center")
 
 
 def draw_heat_map(

@@ -95,6 +95,7 @@ def test_curves_have_panels_with_units_and_a_legend(plot, tmp_path):
     ]
     assert lacks(tmp_path / "f.svg", *labels) == []
     assert "hollow" not in text
+    assert text.count(">pruned weights (%)<") == 2  # four panels are two by two
 
 
 def test_warnings_and_undefined_values_are_hollow_and_named(plot, tmp_path):

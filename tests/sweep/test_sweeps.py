@@ -116,6 +116,14 @@ def test_mask_training_runs_to_the_steps_of_imp_and_its_tickets_train_with_seeds
     assert all("matrices+embeddings" in words and "tensor" in words for words in whole if words[0] == "oneshot.py")
 
 
+def test_a_figure_that_fails_does_not_end_the_sweep_before_the_others(tmp_path):
+    python = stub(tmp_path, f'[[ "$*" != *figures.py* ]] || {{ echo "$2" >> {tmp_path}/drawn; exit 2; }}')
+    found = sweep("tamt", TASKS="rte", SEEDS="1", RUNS="1", SPARSITIES="70", OBJECTIVES="kd", PYTHON=python, OUTPUT=str(tmp_path))
+    assert (tmp_path / "drawn").read_text().split() == ["distance", "losses", "curves"]
+    assert found.returncode == 1
+    assert "3 command(s) failed" in found.stderr
+
+
 def test_the_cost_of_mask_training_is_at_the_steps_of_imp(tmp_path):
     whole = lines("tamt_cost", tmp_path, SEEDS="1", TASKS="rte", RUNS="1", SPARSITIES="70", OBJECTIVES="kd")
     assert [flag(words, "--max-steps") for words in whole if words[0] == "lt_pretrain.py" and "kd" not in words] == [
