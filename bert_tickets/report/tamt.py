@@ -44,8 +44,11 @@ def tamt(levels: DataFrame, _: float | None) -> Table | None:
     if is_loss.any():
         grids["Losses of the tickets before training"] = _losses(cells[is_loss])
     grids[f"Differences to the {FULL}"] = listing(cells[(cells["reference"] != "") & ~is_loss])
-    searches = shown.loc[shown["search"].ne(""), ["row", "search"]].drop_duplicates()
-    found_by = [f"{row}: found by a training with {search}" for row, search in searches.values if row != FULL]
+    tickets = shown[shown["search"].ne("") & shown["row"].ne(FULL)]
+    found_by = [
+        f"{row}, {', '.join(map(percent, sorted(sparsities.unique())))}: found by a training with {search}"
+        for (row, search), sparsities in tickets.groupby(["row", "search"])["sparsity"]
+    ]
     notes = [published.explain("tamt"), *NOTES, *found_by]
     return Table("Mask training: tickets over sparsities (Liu et al. 2022)", grids, cells, notes)
 

@@ -89,6 +89,15 @@ def test_other_settings_than_the_objectives_are_named(tmp_path):
     assert set(levels.loc[levels["task"] == "mlm", "setting"]) == {"lr 5e-05"}
 
 
+def test_a_note_says_how_the_search_was_trained_once_for_all_sparsities(tmp_path):
+    for sparsity, lr in ((0.7, 1e-4), (0.5, 1e-4), (0.6, 2e-4)):
+        rundirs.run(tmp_path, [0.5], "sst2", 1, mask=search(tmp_path, sparsity=sparsity, lr=lr)[0])
+    assert sorted(note for note in made(tmp_path).notes if "found by" in note) == [
+        "mask_training ticket of MLM, 50 %, 70 %: found by a training with lr 0.0001",
+        "mask_training ticket of MLM, 60 %: found by a training with lr 0.0002",
+    ]
+
+
 def test_a_mask_saved_on_the_way_is_a_row_of_its_step(tmp_path):
     ticket, saved = search(tmp_path, "kd")
     for mask in (ticket, saved):
