@@ -32,10 +32,10 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
     """
     words = [word for given in normalize_argv(argv) for word in (["--method", "score"] if given == "--score" else [given])]
     method = _method_of(words)
-    epilog = f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another"
     # without defaults: the parser returns only the flags that were given, so that a preset can supply the rest
-    parser = Parser(description=description, epilog=epilog, formatter_class=FORMATTER, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, formatter_class=FORMATTER, argument_default=argparse.SUPPRESS)
     try:
+        parser.epilog = f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another"
         if method not in methods(kind):
             raise UserError(f"there is no method {method} for this script; the methods are {', '.join(methods(kind))}")
         for name, f in flags(kind, method).items():
@@ -52,7 +52,7 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
         if given["task"] not in TASKS[kind]:
             raise UserError(f"there is no task {given['task']!r}; the tasks are {', '.join(TASKS[kind])}")
         return build(given)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an unreadable preset
         parser.error(str(error))
 
 

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import compare
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from test_config import GIVEN, NEEDED, OF_IMP
 
 import oneshot
+from bert_tickets import cli
 from bert_tickets.cli import flags, parse, run_command
 from bert_tickets.config import TASKS, flat, methods
 from bert_tickets.errors import Busy, Stopped, UserError
@@ -77,6 +79,13 @@ def test_every_flag_sets_its_field_and_no_other(method, field):
     assert after["method"] == method  # --mask implies transfer
     assert after[field] == values[field]
     assert {name for name in after if after[name] != before[name]} == {field} | quirks
+
+
+def test_an_unreadable_preset_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "methods", MagicMock(side_effect=OSError(5, "Input/output error", "imp.toml")))
+    with pytest.raises(SystemExit, match="2"):
+        parse("glue", None, words(task="rte"))
+    assert capsys.readouterr().err.splitlines()[-1].endswith("error: [Errno 5] Input/output error: 'imp.toml'")
 
 
 def test_other_spellings_of_a_flag_or_a_task_are_accepted():
