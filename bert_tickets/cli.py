@@ -52,7 +52,7 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
         if given["task"] not in TASKS[kind]:
             raise UserError(f"there is no task {given['task']!r}; the tasks are {', '.join(TASKS[kind])}")
         return build(given)
-    except (UserError, OSError) as error:  # an unreadable preset
+    except UserError as error:
         parser.error(str(error))
 
 
