@@ -54,6 +54,8 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
         return build(given)
     except UserError as error:
         parser.error(str(error))
+    except OSError as error:  # an unreadable preset
+        parser.exit(2, f"error: {error}\n")
 
 
 def _method_of(words: Sequence[str]) -> str:

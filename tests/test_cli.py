@@ -24,7 +24,7 @@ from bert_tickets import cli
 from bert_tickets.cli import flags, parse, run_command
 from bert_tickets.config import TASKS, flat, methods
 from bert_tickets.errors import Busy, Stopped, UserError
-from bert_tickets.methods.main import main, run
+from bert_tickets.methods.main import run
 from bert_tickets.runs.naming import run_name
 
 METHODS = {"imp": OF_IMP, "transfer": {"mask": "mask.pt"}}
@@ -84,8 +84,9 @@ def test_every_flag_sets_its_field_and_no_other(method, field):
 def test_an_unreadable_preset_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "methods", MagicMock(side_effect=OSError(5, "Input/output error", "imp.toml")))
     with pytest.raises(SystemExit, match="2"):
-        main("glue", None, words(task="rte"))
-    assert capsys.readouterr().err.startswith("error: [Errno 5] Input/output error: 'imp.toml'. ")
+        parse("glue", None, words(task="rte"))
+    assert capsys.readouterr().err == "error: [Errno 5] Input/output error: 'imp.toml'\n"
+
 
 
 def test_other_spellings_of_a_flag_or_a_task_are_accepted():

@@ -13,7 +13,7 @@ from bert_tickets.runs.summary import print_finished, print_levels, print_plan
 
 def main(kind: str, description: str | None, argv: Sequence[str] | None = None) -> NoReturn:
     """Parse the command line of the script for a kind of task, run it, and exit."""
-    run_command(lambda: run(parse(kind, description, argv)))  # a preset may be unreadable
+    run_command(run, parse(kind, description, argv))
 
 
 def run(cfg: Config) -> None:
