@@ -21,7 +21,9 @@ from bert_tickets.errors import UserError
 # The kinds of tasks, one for each training script, and their tasks.
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 TASKS = {"glue": GLUE, "squad": ("squad",), "mlm": ("mlm",)}
-Prunable = Literal["matrices", "matrices+embeddings", "matrices+biases", "heads", "neurons"]  # modeling.parameters.PRUNABLE
+# modeling.parameters.PRUNABLE
+Prunable = Literal["matrices", "matrices+embeddings", "matrices+biases", "layers+biases", "heads", "neurons"]
+Units = Literal["heads+mlps", "heads", "mlps", "heads+neurons", "neurons"]  # kinds of units, of modeling.units
 MAX_QUESTION = 64  # tokens of a SQuAD question, as in the released code
 
 

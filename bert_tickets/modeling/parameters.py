@@ -30,6 +30,8 @@ PRUNABLE: dict[str, re.Pattern[str]] = {
     "matrices": re.compile(_MATRICES),
     "matrices+embeddings": re.compile(rf"{_MATRICES}|{re.escape(WORD_EMBEDDINGS)}"),  # TAMT's 74
     "matrices+biases": re.compile(rf"{_MATRICES}|{_LAYER}({_ATTENTION}|{_MLP})\.bias|bert\.pooler\.dense\.bias"),
+    # m-pruning of Prasanna et al. 2020: no pooler, and not the biases of the output (132 and 85,008,384 in BERT-base)
+    "layers+biases": re.compile(rf"{_LAYER}(({_ATTENTION}|intermediate\.dense)\.(weight|bias)|output\.dense\.weight)"),
     "heads": re.compile(rf"{_LAYER}attention\.(self\.(query|key|value)\.(weight|bias)|output\.dense\.weight)"),
     "neurons": re.compile(rf"{_LAYER}(intermediate\.dense\.(weight|bias)|output\.dense\.weight)"),
 }
