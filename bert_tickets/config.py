@@ -58,11 +58,16 @@ class MethodSettings:
 
     levels: int | None = 1  # of a run
     mask: str | None = None  # the file of a given ticket, instead of one that the method finds
+    weights: str | None = None  # the file of trained weights that the method takes, instead of training the network
+    kept_weights: Collection[int] = ()  # levels whose trained weights a run keeps beside the newest's
     prunable: Prunable = "matrices"  # what the masks of the method cover
     reset_optimizer: bool | None = True  # at each level; otherwise a level keeps AdamW's state for the next
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `UserError` for a given flag without effect."""
+
+    def check_kind(self, kind: str) -> None:
+        """Raise `UserError` if a kind of task needs more settings."""
 
     def rewind_step(self, steps: int) -> int:
         """Return the step of `steps` whose weights the run saves to rewind to; 0 for none."""
@@ -214,6 +219,7 @@ def build(given: Mapping[str, Any]) -> Config:
     cfg = from_flat(values)
     _check(cfg)
     cfg.settings.check_given(given.keys())
+    cfg.settings.check_kind(cfg.kind)
     return cfg
 
 

@@ -85,6 +85,21 @@ class TokenStore:
         )
 
 
+class Subset:
+    """Some examples of a store, by their indices."""
+
+    def __init__(self, store: TokenStore, examples: Tensor) -> None:
+        self.store, self.examples = store, examples
+        self.device, self.lengths, self.labels = store.device, store.lengths[examples.numpy()], store.labels[examples]
+        self.sha256 = hashlib.sha256(store.sha256.encode() + examples.numpy().tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, examples: Tensor, *, bucketed: bool = False) -> Batch:
+        return self.store.batch(self.examples[examples], bucketed=bucketed)
+
+
 def by_length(store: Store, max_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Batch]]:
     """Yield every example once, longest first, in batches of at most `max_tokens` padded tokens: (indices, batch).
 

@@ -1,14 +1,16 @@
-"""Score a ticket without training it, by the two losses of mask training (Liu et al. 2022): MLM, with the pre-trained head, and
-the distance of the hidden states from the dense network's."""
+"""Score a ticket without training it: on the weights of a fine-tuned network (*pruned*, Prasanna et al. 2020), or in masked
+language modelling by the two losses of mask training (Liu et al. 2022)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from bert_tickets.config import MethodSettings, flag
 from bert_tickets.errors import UserError
+from bert_tickets.methods.finetuned import UNUSED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +21,18 @@ if TYPE_CHECKING:
 
 
 def run(session: Session, s: Settings) -> None:
-    """Evaluate f(m * theta, gamma) on the held-out text, and compare its layers with those of f(theta)."""
+    """Evaluate f(m * theta, gamma) on the task. In MLM the head is pre-trained, and the layers are compared with f(theta)'s."""
     from bert_tickets.masking.mask import Mask
+    from bert_tickets.modeling.loading import load_trained
 
     if session.finished(0):
         return
     mask = Mask.load(s.mask).to(session.batches.store.device)
-    found = {"hidden_states": {kind: distance_of(session, mask, kind) for kind in ("cosine", "mse")}}
+    if s.weights is not None:
+        load_trained(session.net, Path(s.weights))
+    found: dict[str, Any] = {}
+    if session.cfg.kind == "mlm":
+        found["hidden_states"] = {kind: distance_of(session, mask, kind) for kind in ("cosine", "mse")}
     mask.apply(dict(session.net.named_parameters()))
     session.train_level(0, mask, steps=0, found=lambda: (mask, found))
 
@@ -55,12 +62,19 @@ class Settings(MethodSettings):
     """The flags of `--method score`."""
 
     mask: str = flag("the ticket to score: a mask file, or a released mask.pt")
+    weights: str | None = flag("the trained weights to score it on, of a finished run: level_NN/weights.safetensors", None)
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `UserError` for a flag without effect."""
-        if unused := {"eval_steps", "lr", "epochs", "max_steps", "weight_decay"} & {*given}:
+        if unused := UNUSED & {*given}:
             raise UserError(f"--{min(unused).replace('_', '-')} has no effect with --score, which trains nothing")
+
+    def check_kind(self, kind: str) -> None:
+        """Raise `UserError` without trained weights for a task whose head would be drawn at random."""
+        if kind != "mlm" and self.weights is None:
+            raise UserError("--score needs --weights: a run's level_NN/weights.safetensors, with the task's trained head")
 
     def plan(self) -> list[str]:
         """Return the lines that --dry-run prints."""
-        return [f"score the ticket {self.mask} without training"]
+        on = "" if self.weights is None else f" on the weights {self.weights}"
+        return [f"score the ticket {self.mask}{on} without training"]

@@ -17,14 +17,18 @@ from torch import Tensor, nn
 
 from bert_tickets import kernels
 from bert_tickets.modeling.attention import Ragged, Short, gather, layout
+from bert_tickets.modeling.gates import Gates
 from bert_tickets.modeling.packing import Batch
 
 Net = Any  # a Hugging Face BERT with a head; to a type checker nn.Module hides its submodules
 Joined = tuple[Tensor, Tensor]  # the concatenated weights of query, key and value, and their biases
 
 
-def encode(net: Net, batch: Batch, states: list[Tensor] | None = None) -> Tensor:
-    """Compute the encoder's last hidden states, [T, hidden], equal to the padded model's. `states` receives each layer's."""
+def encode(net: Net, batch: Batch, states: list[Tensor] | None = None, gates: Gates | None = None) -> Tensor:
+    """Compute the encoder's last hidden states, [T, hidden], equal to the padded model's. `states` receives each layer's.
+
+    `gates` multiply heads and MLPs, and their gradients are computed; in float32 or wider.
+    """
     bert, config, device = net.bert, net.config, batch.starts.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else bert.embeddings.word_embeddings.weight.dtype
@@ -34,21 +38,30 @@ def encode(net: Net, batch: Batch, states: list[Tensor] | None = None) -> Tensor
     if fused and isinstance(grid, Short | Ragged):
         return _encode_fused(bert, batch, grid, dtype, states)
     with cast_weights(bert.encoder, dtype) as joined:
-        return _encode(bert, batch, grid, joined, dtype, states)
+        return _encode(bert, batch, grid, joined, dtype, states, gates)
 
 
 def _encode(
-    bert: Any, batch: Batch, grid: Any, joined: Mapping[nn.Module, Joined], dtype: torch.dtype, states: list[Tensor] | None
+    bert: Any,
+    batch: Batch,
+    grid: Any,
+    joined: Mapping[nn.Module, Joined],
+    dtype: torch.dtype,
+    states: list[Tensor] | None,
+    gates: Gates | None,
 ) -> Tensor:
     types = batch.token_type_ids
     if bert.config.type_vocab_size == 1:  # both texts of a pair have the only type
         types = torch.zeros_like(types)
     hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=types, position_ids=batch.position_ids)[0]
-    for layer in bert.encoder.layer:
+    for number, layer in enumerate(bert.encoder.layer):
         own, x, three = layer.attention.self, hidden.to(dtype), joined.get(layer)
         q, k, v = F.linear(x, *three).chunk(3, -1) if three else (own.query(x), own.key(x), own.value(x))
-        hidden = layer.attention.output(grid.attend(q, k, v, own.dropout.p if own.training else 0.0), hidden)
-        hidden = layer.output(layer.intermediate(hidden), hidden)
+        context = grid.attend(q, k, v, own.dropout.p if own.training else 0.0)
+        context = gates.on_heads(number, context, batch.rows) if gates else context
+        hidden = layer.attention.output(context, hidden)
+        inner = layer.intermediate(hidden)
+        hidden = gates.output(number, layer.output, inner, hidden, batch.rows) if gates else layer.output(inner, hidden)
         if states is not None:
             states.append(hidden)
     return hidden
@@ -110,9 +123,9 @@ def _layer_weights(
     return [(tensors[8 * i : 8 * i + 8], of_norms[4 * i : 4 * i + 4], event) for i, event in enumerate(events)]
 
 
-def classify(net: Net, batch: Batch) -> Tensor:
-    """Compute the logits of a sequence classifier, [B, labels], equal to the padded model's."""
-    first = gather(encode(net, batch), batch.starts, batch.rows, batch.position_ids[0, :, None] > 0)
+def classify(net: Net, batch: Batch, gates: Gates | None = None) -> Tensor:
+    """Compute the logits of a sequence classifier, [B, labels], equal to the padded model's; with `gates` on its units."""
+    first = gather(encode(net, batch, gates=gates), batch.starts, batch.rows, batch.position_ids[0, :, None] > 0)
     pooled = net.dropout(net.bert.pooler(first[:, None]))
     with torch.autocast(pooled.device.type, enabled=False):  # half-precision logits tie, and argmax then picks class 0
         return net.classifier(pooled.to(net.classifier.weight.dtype))

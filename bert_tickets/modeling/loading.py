@@ -16,11 +16,11 @@ from transformers.models.bert.modeling_bert import BertPooler
 
 from bert_tickets.content import POOLER
 from bert_tickets.errors import UserError, cause
-from bert_tickets.files import write_tensors
+from bert_tickets.files import read_tensors, write_tensors
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.checkpoint import resolve
 from bert_tickets.modeling.dropout import replace_dropout
-from bert_tickets.modeling.parameters import DECODER, ENCODER, WORD_EMBEDDINGS, encoder_weights, head_weights
+from bert_tickets.modeling.parameters import DECODER, ENCODER, WORD_EMBEDDINGS, encoder_weights, head_weights, set_parameters
 from bert_tickets.modeling.tokenizer import OwnTokenizer, load_tokenizer
 from bert_tickets.modeling.weights import FLOATS, POOLER_WEIGHTS, check_tensors, read_config, read_file, read_weights
 from bert_tickets.seeds import seeded
@@ -180,3 +180,8 @@ def load_encoder(net: Net, path: Path) -> None:
     _set_encoder(net, known)
     if len(known) < len(encoder):
         print(f"{path} sets {len(known)} of the encoder's {len(encoder)} tensors; the others are unchanged")
+
+
+def load_trained(net: Net, path: Path) -> None:
+    """Overwrite all weights, the head's included, with those of a finished run. Raises `UserError` if they do not fit."""
+    set_parameters(net, read_tensors(path), path)

@@ -1,7 +1,7 @@
 """Structured tickets: attention heads, MLPs and neurons as masks over parameters, gates by effective weights, and sizes.
 
-A mask of units is a `Mask` with tensors by kind of unit: `heads` [L, A], `mlps` [L], `neurons` [L, I]. It is *lowered* to a mask over
-parameters, which is a ticket as any other: it trains, transfers and exports. `read_units` inverts that.
+A mask of units is a `Mask` with tensors by kind of unit: `heads` [L, A], `mlps` [L], `neurons` [L, I]. It is *lowered* to a mask
+over parameters, which is a ticket as any other: it trains, transfers and exports. `read_units` inverts that.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def read_units(mask: Mask, heads: int | None = None, which: str | None = None) -
     which = which or mask.info.get("units")
     if which is None:
         raise UserError("the mask is not one of heads, neurons or MLPs")
-    heads = heads or mask.info.get("heads")
+    in_layer = int(heads or mask.info.get("heads", 1))
     layers = 1 + max((int(found[1]) for name in mask if (found := _OF_LAYER.fullmatch(name))), default=-1)
 
     def rows(kind: str) -> list[Tensor]:
@@ -96,9 +96,15 @@ def read_units(mask: Mask, heads: int | None = None, which: str | None = None) -
         if kind == "mlps":
             return [torch.stack([mask[name].any() for name in of_layer]).any() for of_layer in names]
         columns = [mask[weight].any(0) for (weight,) in names]
-        return [kept.view(heads, -1).any(1) for kept in columns] if kind == "heads" else columns
+        return [kept.view(in_layer, -1).any(1) for kept in columns] if kind == "heads" else columns
 
     return Mask({kind: torch.stack(rows(kind)) for kind in which.split("+")}, mask.info)
+
+
+def emptied_layers(units: Mask) -> list[str]:
+    """Name the layers that have no unit of a kind left, a sentence per kind."""
+    found = {kind: [str(i) for i, kept in enumerate(rows) if not kept.any()] for kind, rows in units.items()}
+    return [f"no {kind} left in layer{'s' * (len(at) > 1)} {', '.join(at)}" for kind, at in found.items() if at]
 
 
 # ---- gates ----
@@ -108,7 +114,8 @@ def effective_weights(gates: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     """Return the parameters whose use in the place of `weights` equals gating the activations: `functional_call` takes them.
 
     `gates` are of the shapes of a mask of units, of any float values. A head's gate multiplies its context vectors, hence its
-    columns of the attention's output; a neuron's its activation, hence its column of the output; an MLP's its output with the bias.
+    columns of the attention's output; a neuron's its activation, hence its column of the output; an MLP's its output with the
+    bias.
     """
     found: dict[str, Tensor] = {}
     for kind, values in gates.items():
@@ -150,11 +157,3 @@ def sizes(mask: Mask, weights: Mapping[str, Tensor]) -> dict[str, float]:
         for kind, kept in read_units(mask).items():
             found |= {kind: kept.numel(), f"{kind}_kept": int(kept.count_nonzero())}
     return found
-
-
-def sizes_line(found: Mapping[str, float]) -> str:
-    """Format the sizes of a ticket, all denominators together."""
-    parts = [f"{found[f'{kind}_kept']} of {found[kind]} {kind}" for kind in ("heads", "mlps", "neurons") if kind in found]
-    for name, words in (("covered", "covered weights"), ("encoder_layers", "parameters of the layers"), ("all", "parameters")):
-        parts.append(f"{found[f'{name}_kept'] / found[name]:.1%} of {found[name]:,} {words}")
-    return ", ".join([*parts, f"{found['bertplays_percent']:.1f} % without the embeddings' 21 %"])

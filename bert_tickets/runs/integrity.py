@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bert_tickets.masking.mask import Mask
 
 CHECKPOINT = "checkpoint.safetensors"
+JOURNAL = "search.json"  # the measurements of the level in progress, if it is a search
 
 
 def check_run(run: Path) -> None:
@@ -62,7 +63,8 @@ def problems(run: Path) -> list[str]:
         attempt(check_model, run, level)
     if done:
         newest = level_dir(run, done - 1)
-        attempt(check_weights, run, done - 1)
+        for level in kept_weights(about["config"], done):
+            attempt(check_weights, run, level)
         attempt(_check_complete, run, about["config"], newest)
         if (newest / "moments.safetensors").exists():
             attempt(read_own, newest / "moments.safetensors", run, done - 1)
@@ -70,6 +72,8 @@ def problems(run: Path) -> list[str]:
         attempt(read_own, run / "rewind.safetensors", run)
     if (run / CHECKPOINT).exists():
         attempt(lambda: read_checkpoint(run, read_facts(run / CHECKPOINT)["level"]))  # a kill may leave an earlier one
+    if (run / JOURNAL).exists():
+        attempt(read_journal, run)
     if (run / "failure.json").exists():
         attempt(read_checksummed, run / "failure.json")
     attempt(_check_results, run)
@@ -100,6 +104,19 @@ def read_checkpoint(run: Path, level: int) -> tuple[dict[str, Tensor], dict[str,
     if "step" not in facts:
         raise Damaged(f"{run / CHECKPOINT} is another file of the run, not a checkpoint")
     return tensors, facts
+
+
+def read_journal(run: Path, level: int | None = None) -> list[dict[str, Any]]:
+    """Read the measurements of a search. Raises `Damaged` if they are another run's, or another level's than `level`."""
+    found = read_checksummed(run / JOURNAL)
+    if found.get("run") != read_run(run)["run"] or level not in (None, found.get("level")):
+        raise Damaged(f"{run / JOURNAL} belongs to {found.get('run')}, level {found.get('level')}")
+    return found["measurements"]
+
+
+def kept_weights(config: dict[str, Any], done: int) -> list[int]:
+    """List the levels of `done` finished ones whose weights a run keeps: the newest, and those that its method says."""
+    return sorted({*from_flat(config).settings.kept_weights, done - 1} & {*range(done)})
 
 
 def check_weights(run: Path, level: int) -> dict[str, Tensor]:

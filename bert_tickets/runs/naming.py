@@ -38,8 +38,9 @@ def differences(cfg: Config) -> dict[str, Any]:
 def _by_content(cfg: Config) -> dict[str, Any]:
     """Return the settings that name files, with fingerprints instead of paths."""
     found: dict[str, Any] = {"model": fingerprint(cfg.model), "init": of_init(cfg.init)}
-    if cfg.settings.mask is not None:
-        found["mask"] = fingerprint(cfg.settings.mask)
+    for name in ("mask", "weights"):
+        if (file := getattr(cfg.settings, name)) is not None:
+            found[name] = fingerprint(file)
     if cfg.data_dir is not None and (folder := Path(cfg.data_dir)).is_dir():
         if cfg.kind == "glue":
             files = glue_files.files_of(folder, glue_files.ROWS[cfg.task])

@@ -72,6 +72,8 @@ def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:
     limit = net.config.max_position_embeddings
     if cfg.max_length > limit:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has positions for {limit} tokens")
+    if (trained := cfg.settings.weights) is not None and not Path(trained).is_file():
+        raise UserError(f"--weights {trained}: no such file; give the level_NN/weights.safetensors of a finished run")
     covered: Collection[str] = prunable(net, cfg.settings.prunable)
     if cfg.settings.mask is not None:
         covered = mask = Mask.load(cfg.settings.mask)

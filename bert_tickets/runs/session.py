@@ -21,6 +21,7 @@ from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
 from bert_tickets.modeling.packing import Batch
 from bert_tickets.modeling.parameters import encoder_weights, set_parameters
+from bert_tickets.modeling.units import emptied_layers, read_units, sizes
 from bert_tickets.runs.checkpoint import Checkpoint
 from bert_tickets.runs.directory import level_dir
 from bert_tickets.runs.train_log import train_log
@@ -109,6 +110,7 @@ class Session:
             (loop, losses, evaluations), more = trained, {"init_sha256": init_sha256}
             if found:
                 mask, more = found()
+                title = self._title(level, mask)
                 more |= {"init_sha256": sha256_of(encoder_weights(net))}  # of the ticket, m * theta
             metrics, noticed = self._evaluate()
         except Diverged as error:
@@ -198,6 +200,7 @@ class Session:
             "total": mask.total,
             "mask_distance": mask.distance(self.previous) if self.previous is not None else 0.0,
             "mask_sha256": mask.sha256(),
+            "sizes": sizes(mask, dict(self.net.named_parameters())),
         }
 
     def _origin(self, level: int) -> dict[str, Any]:
@@ -225,6 +228,8 @@ def _best(evaluations: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
 
 
 def _mask_warnings(mask: Mask) -> list[str]:
+    if "units" in mask.info:
+        return emptied_layers(read_units(mask))
     empty = [name for name, kept in mask.items() if not kept.any()]
     named = ", ".join(empty[:3]) + f" and {len(empty) - 3} more" * (len(empty) > 3)
     return [f"nothing is left of {named}; --scope tensor ranks each matrix by itself"] if empty else []

@@ -62,6 +62,8 @@ def level_lines(run: Path) -> Iterator[str]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    if lines:
+        yield f"level {lines[-1]['level']} keeps {_sizes(lines[-1]['sizes'])}"
     levels: dict[str, list[str]] = {}
     for line in lines:
         for warning in line["warnings"]:
@@ -70,6 +72,14 @@ def level_lines(run: Path) -> Iterator[str]:
         yield f"* level{'s' * (len(found) > 1)} {', '.join(found)}: {warning}"
     if failed := failure(run):
         yield f"level {failed['level']} diverged: {failed['ended']}"
+
+
+def _sizes(found: Mapping[str, float]) -> str:
+    """Format what a ticket keeps under all denominators; the last is that of Prasanna et al. 2020, of all without the embeddings."""
+    parts = [f"{found[f'{kind}_kept']} of {found[kind]} {kind}" for kind in ("heads", "mlps", "neurons") if kind in found]
+    for name, words in (("covered", "covered weights"), ("encoder_layers", "parameters of the layers"), ("all", "parameters")):
+        parts.append(f"{found[f'{name}_kept'] / found[name]:.1%} of {found[name]:,} {words}")
+    return ", ".join(parts) + f" (minus 21 %: {found['bertplays_percent']:.1f} %)"
 
 
 def _best(line: Mapping[str, Any], metric: str) -> str:

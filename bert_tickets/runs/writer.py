@@ -18,7 +18,16 @@ from torch import Tensor
 
 from bert_tickets.config import Config
 from bert_tickets.errors import Damaged, Diverged, Stopped, UserError
-from bert_tickets.files import append_line, locked, read_facts, write, write_checksummed, write_tensors, writing_folder
+from bert_tickets.files import (
+    append_line,
+    locked,
+    read_checksummed,
+    read_facts,
+    write,
+    write_checksummed,
+    write_tensors,
+    writing_folder,
+)
 from bert_tickets.masking.mask import Mask
 from bert_tickets.runs.directory import (
     FORMAT,
@@ -30,7 +39,16 @@ from bert_tickets.runs.directory import (
     results_lines,
     run_dir,
 )
-from bert_tickets.runs.integrity import CHECKPOINT, advice_to_restore, check_run, read_checkpoint, read_mask, read_own
+from bert_tickets.runs.integrity import (
+    CHECKPOINT,
+    JOURNAL,
+    advice_to_restore,
+    check_run,
+    kept_weights,
+    read_checkpoint,
+    read_mask,
+    read_own,
+)
 from bert_tickets.runs.naming import differences, with_absolute_folders
 from bert_tickets.runs.provenance import environment
 from bert_tickets.signals import signal_at_parents_end, stop_signals
@@ -239,12 +257,15 @@ class Run:
 def tidy(run: Path) -> None:
     """Remove files that only a finished level needed, then write results.jsonl from the levels' folders."""
     done = levels_done(run)
-    for level in range(done - 1):
+    for level in {*range(done)} - {*kept_weights(read_run(run)["config"], done)} if done else ():
         for name in ("weights.safetensors", "moments.safetensors"):
             (level_dir(run, level) / name).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError, Damaged):  # the level that loads a damaged one reports it
         if read_facts(run / CHECKPOINT)["level"] < done:
             (run / CHECKPOINT).unlink()
+    with contextlib.suppress(FileNotFoundError, Damaged):
+        if read_checksummed(run / JOURNAL)["level"] < done:
+            (run / JOURNAL).unlink()
     if failure(run) is None:
         (run / "failure.json").unlink(missing_ok=True)  # damaged, or the level was finished later
     if not has_results(run):

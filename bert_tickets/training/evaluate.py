@@ -18,7 +18,7 @@ from bert_tickets.training.step import autocast, precision_of
 EVAL_TOKENS = {"cuda": 16384, "cpu": 4096}  # padded tokens of an evaluation batch
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: importances need gradients of the gates
 def evaluate(
     net: nn.Module,
     predict: Callable[[Batch], Tensor],
@@ -26,15 +26,17 @@ def evaluate(
     precision: str,
     rows: Literal["example", "token", "any"] = "example",
     group: ProcessGroup = SINGLE_PROCESS,
+    max_tokens: int | None = None,
 ) -> np.ndarray:
     """Compute the predictions for every example or token, in the store's order (`any`: in any order): [n, ...], float32.
 
-    Restores the network's mode. Several processes split the batches, and each returns all predictions.
+    A batch has at most `max_tokens` padded tokens (default: `EVAL_TOKENS`). Restores the network's mode. Several processes split
+    the batches, and each returns all predictions.
     """
     was_training = net.training
     net.eval()
     with autocast(precision_of(precision, store.device), store.device):
-        batches = by_length(store, EVAL_TOKENS[store.device.type], group.rank, group.world_size)
+        batches = by_length(store, max_tokens or EVAL_TOKENS[store.device.type], group.rank, group.world_size)
         own = [(examples, predict(batch).float()) for examples, batch in batches]
     net.train(was_training)
     turns = zip_longest(*group.gather([(examples, found.cpu()) for examples, found in own]))
