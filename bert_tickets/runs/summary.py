@@ -75,7 +75,7 @@ def level_lines(run: Path) -> Iterator[str]:
 
 
 def _sizes(found: Mapping[str, float]) -> str:
-    """Format what a ticket keeps under all denominators; the last is that of Prasanna et al. 2020, of all without the embeddings."""
+    """Format what a ticket keeps under all denominators; the last is Prasanna et al.'s, of all without the embeddings."""
     parts = [f"{found[f'{kind}_kept']} of {found[kind]} {kind}" for kind in ("heads", "mlps", "neurons") if kind in found]
     for name, words in (("covered", "covered weights"), ("encoder_layers", "parameters of the layers"), ("all", "parameters")):
         parts.append(f"{found[f'{name}_kept'] / found[name]:.1%} of {found[name]:,} {words}")
