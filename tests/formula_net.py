@@ -31,10 +31,15 @@ def formula_net():
     return made
 
 
-def formula_batch():
-    """Eight examples of 6 to 12 tokens, packed."""
+def formula_store():
+    """Eight examples of 6 to 12 tokens, of two classes in turn."""
     ids = [row[:length] for row, length in zip(IDS, LENGTHS, strict=True)]
-    return TokenStore(Tokens.of(ids, [[0] * length for length in LENGTHS]), np.zeros(8, int)).batch(torch.arange(8))
+    return TokenStore(Tokens.of(ids, [[0] * length for length in LENGTHS]), np.arange(8) % 2)
+
+
+def formula_batch():
+    """The examples, packed."""
+    return formula_store().batch(torch.arange(8))
 
 
 def student_of(net, mask):

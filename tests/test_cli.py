@@ -88,7 +88,6 @@ def test_an_unreadable_preset_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: [Errno 5] Input/output error: 'imp.toml'\n"
 
 
-
 def test_other_spellings_of_a_flag_or_a_task_are_accepted():
     underscored = parse("glue", None, ["--task=SST-2", "--batch_size", "16", "--no_rewind_head", "--output_dir=a_b/c-d"])
     assert underscored == parse("glue", None, ["--task=sst2", "--batch-size", "16", "--no-rewind-head", "--output-dir=a_b/c-d"])
