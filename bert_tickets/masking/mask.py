@@ -112,6 +112,23 @@ class Mask(Mapping[str, Tensor]):
 
     # ---- operations ----
 
+    def __and__(self, other: Mask) -> Mask:
+        """Return the mask of the weights that both keep, with the info that both agree on. Raises as `check_fits`."""
+        self.check_fits(other, "the other mask")
+        return Mask({name: tensor & other[name] for name, tensor in self.items()}, self._agreed(other))
+
+    def __or__(self, other: Mask) -> Mask:
+        """Return the mask of the weights that either keeps, with the info that both agree on. Raises as `check_fits`."""
+        self.check_fits(other, "the other mask")
+        return Mask({name: tensor | other[name] for name, tensor in self.items()}, self._agreed(other))
+
+    def __invert__(self) -> Mask:
+        """Return the mask of the covered weights that it prunes."""
+        return Mask({name: ~tensor for name, tensor in self.items()}, self.info)
+
+    def _agreed(self, other: Mask) -> dict[str, Any]:
+        return {key: value for key, value in self.info.items() if key in other.info and other.info[key] == value}
+
     @torch.no_grad()
     def apply(self, tensors: Mapping[str, Tensor]) -> None:
         """Zero the pruned weights in place, in the tensors that the mask covers."""

@@ -84,6 +84,26 @@ def test_check_fits_names_the_tensor_that_differs(other, message, partly):
         mask.check_fits(other, "the model", partly=True)
 
 
+# ---- set operations ----
+
+
+def test_set_operations_by_hand_keep_the_info_that_both_agree_on():
+    one, other = (
+        Mask(bits("1100", "1"), {"task": "rte", "seed": 1}),
+        Mask(bits("1010", "0"), {"task": "rte", "seed": 2, "level": 1}),
+    )
+    assert (one & other, one | other, ~one) == (bits("1000", "0"), bits("1110", "1"), bits("0011", "0"))
+    assert (one & other).info == (other | one).info == {"task": "rte"}
+    assert (~one).info == one.info
+
+
+def test_set_operations_need_the_same_tensors():
+    for other, message in ((bits("110"), "w0 is 3 in the other mask and 4 in the mask"), (bits("1100", "1"), "has w1")):
+        for operation in (Mask.__and__, Mask.__or__):
+            with pytest.raises(UserError, match=message):
+                operation(bits("1100"), other)
+
+
 # ---- files ----
 
 
