@@ -43,7 +43,7 @@ def words(**given):
 
 HEAVY = {"torch", "transformers", "numpy", "datasets", "evaluate", "scipy", "sklearn", "safetensors", "pandas", "ray"}
 SCRIPTS = ["lt_glue.py", "lt_pretrain.py --method transfer", "oneshot.py", "perturb_weight.py"]
-SCRIPTS += ["scripts/compare.py", "scripts/verify.py", "scripts/export.py"]
+SCRIPTS += ["scripts/compare.py", "scripts/derive.py", "scripts/verify.py", "scripts/export.py"]
 
 
 @pytest.mark.parametrize("line", SCRIPTS)
