@@ -59,6 +59,20 @@ def train(script: str, words: list[Any]) -> Path:
     return run_dir(cfg)
 
 
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs have the same files, but for run.json, which names their folder."""
+    files = [contents(folder) for folder in (one, other)]
+    return all(found.pop("run.json") for found in files) and files[0] == files[1]
+
+
+def of_sst2(commands: dict[str, list[str]], *words: object) -> list[str]:
+    """A command on SST-2 with small settings; for one that trains, thirty steps."""
+    given = commands["lt_glue.py"]
+    data = [word for i, word in enumerate(given) if not {*given[max(0, i - 1) : i + 1]} & {"--lr", "--max-steps"}]
+    steps = [] if {"--weights", "--score"} & {*words} else ["--lr", "3e-3", "--max-steps", "30"]
+    return [*data, "--task", "sst2", *steps, *map(str, words)]
+
+
 def script_of(task: str) -> str:
     """The script that trains a task."""
     return next(script for script, kind in KINDS.items() if kind == kind_of(task))

@@ -36,7 +36,7 @@ def _warnings(mask: Mask, session: Session) -> Iterator[str]:
     if base is not None and fingerprint(str(base)) != session.base_model and not is_ticket:
         models = f"{brief(str(base))} and is applied to {brief(session.base_model)}"
         yield f"the mask was found on {models}: are these the same weights?"
-    if dense := prunable(session.net).keys() - mask.keys():
+    if "units" not in mask.info and (dense := prunable(session.net).keys() - mask.keys()):  # heads, MLPs: others are not meant
         yield f"the mask does not cover {len(dense)} of the model's matrices, {min(dense)} among them: they stay dense"
 
 

@@ -102,8 +102,9 @@ def read_units(mask: Mask, heads: int | None = None, which: str | None = None) -
 
 
 def emptied_layers(units: Mask) -> list[str]:
-    """Name the layers that have no unit of a kind left, a sentence per kind."""
-    found = {kind: [str(i) for i, kept in enumerate(rows) if not kept.any()] for kind, rows in units.items()}
+    """Name the layers that have no heads or no neurons left, a sentence per kind."""
+    rows = {kind: kept for kind, kept in units.items() if kind != "mlps"}
+    found = {kind: [str(i) for i, kept in enumerate(of_kind) if not kept.any()] for kind, of_kind in rows.items()}
     return [f"no {kind} left in layer{'s' * (len(at) > 1)} {', '.join(at)}" for kind, at in found.items() if at]
 
 

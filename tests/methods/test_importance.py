@@ -1,0 +1,304 @@
+"""The guarded search of heads and MLPs: its phases, its invariants, its runs, and what is scored afterwards (Prasanna et al.
+2020)."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trainrun import Killed, dying, of_sst2, same, train
+
+from bert_tickets.cli import parse
+from bert_tickets.errors import Stopped, UserError
+from bert_tickets.files import write_checksummed
+from bert_tickets.masking.mask import Mask
+from bert_tickets.methods import importance
+from bert_tickets.methods.finetuned import Guard, guard_score
+from bert_tickets.methods.importance import Settings, search
+from bert_tickets.modeling.units import all_units, read_units
+from bert_tickets.runs import journal
+from bert_tickets.runs.directory import results
+from bert_tickets.runs.integrity import problems
+
+BASE = SimpleNamespace(num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+
+
+def searched(score, threshold=0.9, scores=None, config=BASE, **settings):
+    """Search with scores that are a function of the numbers of heads and MLPs. Returns the good units and the passes."""
+    s, seen = Settings(threshold=threshold, **settings), []
+    full = all_units(config, s.units)
+    order = scores or {kind: torch.arange(kept.numel()).view(kept.shape).double() for kind, kept in full.items()}
+
+    def measured(units):
+        seen.append(units)
+        counts = [int(units[kind].sum()) if kind in units else 0 for kind in ("heads", "mlps")]
+        return score(*counts), (order(len(seen)) if callable(order) else order)
+
+    guard = Guard(threshold)
+    good = search(full, measured, guard, s)
+    assert len(seen) == len(guard.passes)
+    return good, guard.passes
+
+
+def counts(passes):
+    return [(p["phase"], p.get("heads"), p.get("mlps"), p["accepted"]) for p in passes]
+
+
+# ---- the search ----
+
+
+def test_three_phases_and_their_sizes_on_bert_base():
+    good, passes = searched(lambda heads, mlps: 1.0 if heads >= 109 and mlps >= 8 else 0.5)
+    assert counts(passes) == [
+        ("heads+mlps", 144, 12, True),
+        ("heads+mlps", 130, 11, True),
+        ("heads+mlps", 116, 10, True),
+        ("heads+mlps", 102, 9, False),
+        ("heads", 109, 10, True),
+        ("heads", 102, 10, False),
+        ("mlps", 109, 9, True),
+        ("mlps", 109, 8, True),
+        ("mlps", 109, 7, False),
+    ]
+    assert good["heads"].flatten().tolist() == [False] * 35 + [True] * 109  # the least important first
+    assert good["mlps"].tolist() == [False] * 4 + [True] * 8
+    assert passes[1]["dropped"] == {"heads": [*range(14)], "mlps": [0]}
+    assert passes[4]["dropped"] == {"heads": [*range(28, 35)], "mlps": []}
+
+
+def test_the_first_drop_of_a_phase_goes_by_the_importances_of_the_rejected_pass():
+    """Each pass has another order: pass n says that unit 20 n is the least important, and those after it."""
+
+    def order(number):
+        heads = torch.arange(144).roll(20 * (number - 1)).view(12, 12).double()
+        return {"heads": heads, "mlps": torch.arange(12).double()}
+
+    _, passes = searched(lambda heads, mlps: 1.0 if heads >= 130 else 0.5, scores=order)
+    assert [p["accepted"] for p in passes[:4]] == [True, True, False, False]
+    assert passes[2]["dropped"]["heads"] == [*range(20, 34)]
+    assert passes[3]["dropped"]["heads"] == [*range(40, 47)]  # of pass 3, which was rejected
+
+
+def test_heads_kept_are_144_less_14_and_7_at_a_time_and_masks_shrink():
+    for limit in range(0, 145, 9):
+        _, passes = searched(lambda heads, mlps, limit=limit: 1.0 if heads >= limit else 0.0)
+        accepted = [p["heads"] for p in passes if p["accepted"]]
+        assert accepted == sorted(accepted, reverse=True)
+        assert (144 - accepted[-1]) % 7 == 0 or accepted[-1] == 0
+        assert limit <= accepted[-1] < limit + 7 or accepted[-1] == 0
+        assert all(p["score"] >= 0.9 for p in passes if p["accepted"])
+
+
+def test_threshold_zero_leaves_nothing_and_one_above_one_everything():
+    good, _ = searched(lambda heads, mlps: (heads + mlps) / 156, threshold=0)
+    assert good.kept == 0
+    good, passes = searched(lambda heads, mlps: (heads + mlps) / 156, threshold=1.01)
+    assert good.kept == 156
+    assert counts(passes)[1:] == [("heads", 137, 12, False), ("mlps", 144, 11, False)]  # no pass of the first phase
+
+
+def test_one_kind_alone_has_one_phase():
+    good, passes = searched(lambda heads, mlps: 1.0 if heads > 100 else 0.0, units="heads")
+    assert [*good] == ["heads"]
+    assert counts(passes) == [("heads", n, None, n > 100) for n in (144, 130, 116, 102, 88)]
+    _, passes = searched(lambda heads, mlps: 1.0 if mlps > 10 else 0.0, units="mlps")
+    assert counts(passes) == [("mlps", None, n, n > 10) for n in (12, 11, 10)]
+
+
+def test_where_no_head_is_left_the_mlps_go_on_from_the_accepted_mask():
+    good, passes = searched(lambda heads, mlps: 1.0 if mlps >= 2 else 0.0)
+    assert counts(passes)[11:] == [  # ten times 14 heads are 140: the last four go together, and then the phase ends
+        ("heads+mlps", 0, 1, False),
+        ("heads", 0, 2, True),
+        ("mlps", 0, 1, False),
+    ]
+    assert (int(good["heads"].sum()), int(good["mlps"].sum())) == (0, 2)
+
+
+def test_a_tiny_model_drops_one_head_at_a_time_and_has_no_phase_of_heads():
+    tiny = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, intermediate_size=8)
+    _, passes = searched(lambda heads, mlps: 1.0 if mlps == 2 else 0.0, config=tiny)
+    assert counts(passes) == [("heads+mlps", 8, 2, True), ("heads+mlps", 7, 1, False), ("mlps", 8, 1, False)]
+
+
+def test_an_undefined_score_is_rejected():
+    good, passes = searched(lambda heads, mlps: 1.0 if heads == 144 else float("nan"))
+    assert good["heads"].all()
+    assert [p["accepted"] for p in passes] == [True, False, False] + [True] * 12 + [] if len(passes) > 3 else True
+
+
+def test_the_score_that_guards():
+    assert guard_score({"matthews": 0.5, "accuracy": 0.8}) == 0.5
+    assert guard_score({"pearson": 0.5, "spearman": 0.7}) == pytest.approx(0.6)
+    assert guard_score({"accuracy": 0.8, "f1": 0.7}) == 0.8
+
+
+# ---- runs ----
+
+
+def found(commands, folder, *more):
+    own = ["--method", "importance", "--threshold", "0.8", "--head-fraction", "0.25"]
+    return train("lt_glue.py", of_sst2(commands, *own, "--output-dir", folder, *more))
+
+
+@pytest.fixture(scope="module")
+def run(commands, tmp_path_factory):
+    return found(commands, tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_has_the_fine_tuned_network_and_its_good_subnetwork(run):
+    dense, good = results(run)
+    mask = Mask.load(run / "level_01" / "mask.safetensors")
+    units = read_units(mask)
+    last = [p for p in good["passes"] if p["accepted"]][-1]
+    assert (dense["steps"], dense["sparsity"], good["steps"]) == (30, 0, 0)
+    assert {kind: int(kept.sum()) for kind, kept in units.items()} == {kind: last[kind] for kind in ("heads", "mlps")}
+    assert 0 < units.kept < 10
+    assert good["metrics"]["accuracy"] == pytest.approx(last["score"])  # the gated network scores what the masked one does
+    assert good["passes"][0]["score"] == pytest.approx(dense["metrics"]["accuracy"])
+    assert all(p["accepted"] == (p["score"] >= 0.8 * good["passes"][0]["score"]) for p in good["passes"])
+    assert (good["sizes"]["heads_kept"], good["sizes"]["mlps_kept"]) == (last["heads"], last["mlps"])
+    assert (run / "level_00" / "weights.safetensors").exists()  # what tickets are scored on
+    assert mask.info["units"] == "heads+mlps"
+    assert problems(run) == []
+
+
+def test_a_kept_network_that_is_gone_is_a_problem(commands, tmp_path):
+    run = found(commands, tmp_path, "--max-steps", "2")
+    (run / "level_00" / "weights.safetensors").unlink()
+    assert any("level_00/weights.safetensors" in problem for problem in problems(run))
+
+
+def test_the_search_killed_in_every_pass_ends_bit_identical(commands, run, tmp_path, monkeypatch):
+    """It dies after, then in its next measurement, and so on; also in the training, and before the search."""
+    deaths = 0
+    passes = len(results(run)[1]["passes"])
+    for number in range(2 * passes):
+        with monkeypatch.context() as patch:
+            place = (journal, "write_checksummed") if number % 2 else (importance, "measure")
+            patch.setattr(*place, dying(getattr(*place), 2 if number % 2 == 0 and number else 1, before=number % 2 == 0))
+            try:
+                again = found(commands, tmp_path)
+                break
+            except Killed:
+                deaths += 1
+    assert deaths >= passes
+    assert same(again, run)
+
+
+def test_a_stop_signal_ends_the_run_after_a_pass_and_nothing_is_measured_twice(commands, run, tmp_path, monkeypatch):
+    calls = []
+    measure = importance.measure
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments)
+
+    monkeypatch.setattr(importance, "measure", counted)
+    with pytest.raises(Stopped, match="stopped in level 1 after step 2, saved in"):
+        found(commands, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert len(json.loads((folder / "search.json").read_text())["measurements"]) == 2
+    again = found(commands, tmp_path)
+    assert len(calls) == len(results(run)[1]["passes"])
+    assert same(again, run)
+
+
+@pytest.mark.parametrize("damage", ["text", "other run"])
+def test_a_damaged_journal_starts_the_search_again(commands, run, tmp_path, monkeypatch, capsys, damage):
+    with monkeypatch.context() as patch:
+        patch.setattr(importance, "measure", dying(importance.measure, 3))
+        with pytest.raises(Killed):
+            found(commands, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    path = folder / "search.json"
+    if damage == "text":
+        path.write_text(path.read_text().replace("0", "1", 1))
+    else:
+        write_checksummed(path, {"run": "another", "level": 1, "measurements": []})
+    assert problems(folder) != []
+    again = found(commands, tmp_path)
+    assert "level 1 starts again" in capsys.readouterr().out
+    assert same(again, run)
+
+
+def test_trained_weights_are_taken_instead_of_training(commands, run, tmp_path):
+    weights = run / "level_00" / "weights.safetensors"
+    taken = found(commands, tmp_path, "--threshold", "0.8", "--weights", weights)
+    (dense, good), (other, same) = results(run), results(taken)
+    assert (other["steps"], other["metrics"]) == (0, dense["metrics"])
+    assert (same["passes"], same["mask_sha256"]) == (good["passes"], good["mask_sha256"])
+    assert (taken / "level_01" / "weights.safetensors").stat().st_size == (
+        run / "level_01" / "weights.safetensors"
+    ).stat().st_size
+
+
+def test_the_good_ticket_is_scored_on_its_runs_weights_and_trained_from_theta_0(commands, run, tmp_path):
+    mask, weights = run / "level_01" / "mask.safetensors", run / "level_00" / "weights.safetensors"
+    scored = train("lt_glue.py", of_sst2(commands, "--score", "--mask", mask, "--weights", weights, "--output-dir", tmp_path))
+    (line,) = results(scored)
+    assert (line["metrics"], line["steps"], line["method"]) == (results(run)[1]["metrics"], 0, "score")
+    trained = train("lt_glue.py", of_sst2(commands, "--mask", mask, "--output-dir", tmp_path))
+    (line,) = results(trained)
+    assert line["mask_sha256"] == results(run)[1]["mask_sha256"]
+    assert not any("does not cover" in warning or "same weights" in warning for warning in line["warnings"])
+
+
+def test_other_settings_change_what_they_say(commands, run, tmp_path):
+    """The released code's importances, the search on training examples, layers that are not normalized, heads alone."""
+    weights = ["--weights", run / "level_00" / "weights.safetensors"]
+
+    def lines(*more):
+        return results(found(commands, tmp_path, *weights, *more))[1]
+
+    plain = lines()
+    assert lines("--search-set", "train")["passes"][0]["score"] != plain["passes"][0]["score"]
+    dropped = {name: lines(*more)["passes"][1]["dropped"] for name, more in {
+        "batches": ("--accumulate", "batch", "--search-batch-size", "4"),
+        "reference": ("--accumulate", "reference", "--search-batch-size", "4"),
+        "layers": ("--normalize", "none"),
+        "heads": ("--units", "heads"),
+        "half": ("--head-fraction", "0.5"),
+    }.items()}  # fmt: skip
+    assert len(dropped["half"]["heads"]) == 4
+    assert "mlps" not in dropped["heads"]
+    first = plain["passes"][1]["dropped"]
+    assert any(dropped[name] != first for name in ("batches", "reference", "layers"))
+
+
+def test_the_released_protocol_sets_its_flags():
+    cfg = parse("glue", None, ["--task=rte", "--method=importance", "--protocol=released"])
+    assert (cfg.settings.accumulate, cfg.settings.empty_bias) == ("reference", "drop")
+    cfg = parse("glue", None, ["--task=rte", "--method=importance"])
+    assert (cfg.settings.accumulate, cfg.settings.empty_bias, cfg.settings.threshold) == ("example", "keep", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method importance --search-batch-size 8", "has no effect with --accumulate example"),
+        ("--method importance --units mlps --empty-bias drop", "--empty-bias has no effect with --units mlps"),
+        ("--method importance --weights w --lr 1", "--lr has no effect with --weights"),
+        ("--method importance --head-fraction 0", "must be above 0"),
+        ("--method importance --threshold -1", "must be at least 0"),
+        ("--method guarded-magnitude --rate 1", "must be between 0 and 1"),
+        ("--method guarded-magnitude --removals 0", "must be at least 1"),
+        ("--score --mask m", "--score needs --weights"),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse("glue", None, ["--task", "rte", *words.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_missing_or_of_another_task_are_refused(commands, run, tmp_path):
+    with pytest.raises(UserError, match="--weights nowhere: no such file"):
+        found(commands, tmp_path, "--weights", "nowhere")
+    weights = run / "level_00" / "weights.safetensors"
+    with pytest.raises(UserError, match=r"belongs to another network: it has no classifier\.weight of shape"):
+        found(commands, tmp_path, "--task", "mnli", "--weights", weights)
