@@ -12,7 +12,8 @@ head, with a backward pass written out here.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,13 @@ def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype, fused: 
         if _has_flash(device, head_size):
             return Ragged(_ends(batch), max(batch.longest, max_padding(batch.input_ids.shape[1])), heads)
     return _padded(batch, heads, dtype)
+
+
+def layouts(batch: Batch, heads: Iterable[int], head_size: int, dtype: torch.dtype, fused: bool = False) -> dict[int, Grid]:
+    """Choose the layout for each number of heads that occurs in `heads`, the layers' numbers; none for 0 heads."""
+    counts = sorted({*heads} - {0})
+    grids = {count: layout(batch, count, head_size, dtype, fused) for count in counts[:1]}
+    for count in counts[1:]:
+        first = grids[counts[0]]
+        grids[count] = _blocks(batch, count) if isinstance(first, Blocks) else replace(first, heads=count)
+    return grids

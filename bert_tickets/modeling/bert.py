@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_tickets import kernels
-from bert_tickets.modeling.attention import Ragged, Short, gather, layout
+from bert_tickets.modeling.attention import Ragged, Short, gather, layouts
 from bert_tickets.modeling.gates import Gates
 from bert_tickets.modeling.packing import Batch
 
@@ -27,24 +27,33 @@ Joined = tuple[Tensor, Tensor]  # the concatenated weights of query, key and val
 def encode(net: Net, batch: Batch, states: list[Tensor] | None = None, gates: Gates | None = None) -> Tensor:
     """Compute the encoder's last hidden states, [T, hidden], equal to the padded model's. `states` receives each layer's.
 
-    `gates` multiply heads and MLPs, and their gradients are computed; in float32 or wider.
+    Layers may differ in their numbers of heads and neurons, and have none (`slim`). `gates` multiply heads and MLPs, and their
+    gradients are computed; in float32 or wider.
     """
     bert, config, device = net.bert, net.config, batch.starts.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else bert.embeddings.word_embeddings.weight.dtype
     half = dtype in (torch.float16, torch.bfloat16)
     fused = half and config.hidden_act == "gelu" and config.type_vocab_size == 2 and kernels.usable(device)
-    grid = layout(batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads, dtype, fused)
-    if fused and isinstance(grid, Short | Ragged):
-        return _encode_fused(bert, batch, grid, dtype, states)
+    fused = fused and not any(map(_is_emptied, bert.encoder.layer))
+    heads = [layer.attention.self.num_attention_heads for layer in bert.encoder.layer]
+    grids = layouts(batch, heads, config.hidden_size // config.num_attention_heads, dtype, fused)
+    packed = {count: grid for count, grid in grids.items() if isinstance(grid, Short | Ragged)}
+    if fused and packed:
+        return _encode_fused(bert, batch, packed, dtype, states)
     with cast_weights(bert.encoder, dtype) as joined:
-        return _encode(bert, batch, grid, joined, dtype, states, gates)
+        return _encode(bert, batch, grids, joined, dtype, states, gates)
+
+
+def _is_emptied(layer: Any) -> bool:
+    """Return whether a layer has no heads or no neurons. Our kernels cannot run on tensors without elements."""
+    return layer.attention.self.num_attention_heads == 0 or len(layer.intermediate.dense.bias) == 0
 
 
 def _encode(
     bert: Any,
     batch: Batch,
-    grid: Any,
+    grids: Mapping[int, Any],
     joined: Mapping[nn.Module, Joined],
     dtype: torch.dtype,
     states: list[Tensor] | None,
@@ -57,7 +66,8 @@ def _encode(
     for number, layer in enumerate(bert.encoder.layer):
         own, x, three = layer.attention.self, hidden.to(dtype), joined.get(layer)
         q, k, v = F.linear(x, *three).chunk(3, -1) if three else (own.query(x), own.key(x), own.value(x))
-        context = grid.attend(q, k, v, own.dropout.p if own.training else 0.0)
+        grid, p = grids.get(own.num_attention_heads), own.dropout.p if own.training else 0.0
+        context = grid.attend(q, k, v, p) if grid else q  # without heads: [T, 0], and the output is its bias
         context = gates.on_heads(number, context, batch.rows) if gates else context
         hidden = layer.attention.output(context, hidden)
         inner = layer.intermediate(hidden)
@@ -67,7 +77,9 @@ def _encode(
     return hidden
 
 
-def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, dtype: torch.dtype, states: list[Tensor] | None) -> Tensor:
+def _encode_fused(
+    bert: Any, batch: Batch, grids: Mapping[int, Short | Ragged], dtype: torch.dtype, states: list[Tensor] | None
+) -> Tensor:
     """Compute `_encode` by our kernels, in half precision: `hidden` is in float32, and `half` its cast for matrix products."""
     from bert_tickets.kernels.branch import Branch, linear
     from bert_tickets.kernels.embeddings import embed
@@ -78,7 +90,8 @@ def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, dtype: torch.dt
     weights = _layer_weights(layers, dtype, branch)
     seed, *seeds = torch.randint(2**62, (1 + 3 * len(layers),), device=device)
     ids = batch.input_ids[0], batch.token_type_ids[0], batch.position_ids[0]
-    hidden, half = embed(bert.embeddings, ids, grid.ends, batch.longest, seed, dtype, branch)
+    ends = next(iter(grids.values())).ends
+    hidden, half = embed(bert.embeddings, ids, ends, batch.longest, seed, dtype, branch)
 
     def output(block: Any, x: Tensor, dense: Sequence[Tensor], norm: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Tensor]:
         (weight, bias), p = dense, block.dropout.p if block.training else 0.0
@@ -89,7 +102,7 @@ def _encode_fused(bert: Any, batch: Batch, grid: Short | Ragged, dtype: torch.dt
         branch.wait(ready)
         (weight, bias, inner, inner_bias), own = cast[:4], layer.attention.self
         projected, p = linear(half, weight, bias.detach(), branch), own.dropout.p if own.training else 0.0
-        attended = grid.attend_joined(projected, bias, p, first, branch)
+        attended = grids[own.num_attention_heads].attend_joined(projected, bias, p, first, branch)
         hidden, half = output(layer.attention.output, attended, cast[4:6], norms[:2], second)
         expanded = gelu(linear(half, inner, None, branch), inner_bias, branch)
         hidden, half = output(layer.output, expanded, cast[6:], norms[2:], last)
