@@ -24,6 +24,7 @@ TASKS = {"glue": GLUE, "squad": ("squad",), "mlm": ("mlm",)}
 # modeling.parameters.PRUNABLE
 Prunable = Literal["matrices", "matrices+embeddings", "matrices+biases", "layers+biases", "heads", "neurons"]
 Units = Literal["heads+mlps", "heads", "mlps", "heads+neurons", "neurons"]  # kinds of units, of modeling.units
+Execution = Literal["masked", "slim"]
 MAX_QUESTION = 64  # tokens of a SQuAD question, as in the released code
 
 
@@ -60,6 +61,7 @@ class MethodSettings:
     mask: str | None = None  # the file of a given ticket, instead of one that the method finds
     weights: str | None = None  # the file of trained weights that the method takes, instead of training the network
     kept_weights: Collection[int] = ()  # levels whose trained weights a run keeps beside the newest's
+    execution: Execution = "masked"  # of a given ticket
     prunable: Prunable = "matrices"  # what the masks of the method cover
     reset_optimizer: bool | None = True  # at each level; otherwise a level keeps AdamW's state for the next
 

@@ -27,7 +27,7 @@ from bert_tickets.errors import Busy, Stopped, UserError
 from bert_tickets.methods.main import run
 from bert_tickets.runs.naming import run_name
 
-METHODS = {"imp": OF_IMP, "transfer": {"mask": "mask.pt"}}
+METHODS = {"imp": OF_IMP, "transfer": {"mask": "mask.pt", "execution": "slim"}}
 
 
 def words(**given):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bert_tickets.config import MethodSettings, flag
+from bert_tickets.config import Execution, MethodSettings, flag
 from bert_tickets.content import brief, fingerprint
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def run(session: Session, s: Settings) -> None:
     mask = Mask.load(s.mask)
     warnings = list(_warnings(mask, session))
     mask.apply(dict(session.net.named_parameters()))
-    session.train_level(0, mask.to(session.batches.store.device), warnings=warnings)
+    session.train_level(0, mask.to(session.batches.store.device), execution=s.execution, warnings=warnings)
 
 
 def _warnings(mask: Mask, session: Session) -> Iterator[str]:
@@ -45,6 +45,7 @@ class Settings(MethodSettings):
     """The flags of `--method transfer`."""
 
     mask: str = flag("the ticket to train: a mask file, or a released mask.pt")
+    execution: Execution = flag("mask the weights, or remove the heads and neurons that the mask prunes whole", "masked")  # noqa: RUF009
 
     def plan(self) -> list[str]:
         """Return the lines that --dry-run prints."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bert_tickets.config import Config
+from bert_tickets.config import Config, Execution
 from bert_tickets.data.batches import Batches, Store
 from bert_tickets.errors import Diverged
 from bert_tickets.files import file_sha256, sha256_of
@@ -21,6 +21,7 @@ from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
 from bert_tickets.modeling.packing import Batch
 from bert_tickets.modeling.parameters import encoder_weights, set_parameters
+from bert_tickets.modeling.slim import removed_units, slimmed
 from bert_tickets.modeling.units import emptied_layers, read_units, sizes
 from bert_tickets.runs.checkpoint import Checkpoint
 from bert_tickets.runs.directory import level_dir
@@ -88,6 +89,7 @@ class Session:
         level: int,
         mask: Mask,
         *,
+        execution: Execution = "masked",
         loss: Loss | None = None,
         params: Mapping[str, Tensor] | None = None,
         found: Callable[[], tuple[Mask, dict[str, Any]]] | None = None,
@@ -99,22 +101,27 @@ class Session:
 
         Default: the task's loss, and all parameters of the network with `requires_grad`. With `found` the mask is what is
         trained: gradients are not masked, and after training it masks the network, and returns its mask and further results.
+        With `execution` slim, heads and neurons that `mask` prunes whole are removed until the level is evaluated, also when
+        `found` is called. AdamW's state is then of the narrower tensors: only for methods that reset it.
         `warnings` join the level's. Further arguments are those of `training.loop.train`: `batches`, `start`, `steps`,
         `schedule`, `moments`, `optimizer`.
         """
         net, title, init_sha256 = self.net, self._title(level, mask), sha256_of(encoder_weights(self.net))
         loss = loss or (lambda batch: self.task.loss(net, batch))
-        params = params or {name: p for name, p in net.named_parameters() if p.requires_grad}
+        more: dict[str, Any] = {"removed": self._removed(mask, title)} if execution == "slim" else {}
         try:
-            trained = self._train(level, title, hooks, loss, params, mask=None if found else mask, **training)
-            (loop, losses, evaluations), more = trained, {"init_sha256": init_sha256}
-            if found:
-                mask, more = found()
-                title = self._title(level, mask)
-                more |= {"init_sha256": sha256_of(encoder_weights(net))}  # of the ticket, m * theta
-            metrics, noticed = self._evaluate()
+            with slimmed(net, mask) if execution == "slim" else nullcontext(mask) as left:
+                params = params or {name: p for name, p in net.named_parameters() if p.requires_grad}
+                trained = self._train(level, title, hooks, loss, params, mask=None if found else left, **training)
+                if found:
+                    mask, results = found()
+                    more |= results
+                    title = self._title(level, mask)
+                metrics, noticed = self._evaluate()
         except Diverged as error:
             self.run.fail(level, error, title)
+        loop, losses, evaluations = trained
+        more |= {"init_sha256": sha256_of(encoder_weights(net)) if found else init_sha256}  # if found: of the ticket, m * theta
         print(f"{title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
         steps, skipped = loop.steps - loop.start, loop.steps - loop.start - loop.step.taken(training.get("moments"))
         warnings = [*warnings, *noticed, *_mask_warnings(mask), *_skip_warnings(skipped, steps)]
@@ -151,6 +158,14 @@ class Session:
         if group.world_size > 1:
             group.check_same({"trained weights": sha256_of(dict(self.net.named_parameters()))})
         return loop, curve.losses, [found for hook in evaluations for found in hook.found]
+
+    def _removed(self, mask: Mask, title: str) -> dict[str, int]:
+        """Count the units that slim execution removes, and print them."""
+        removed, config = removed_units(self.net, mask), self.net.config
+        of = {"heads": config.num_attention_heads, "neurons": config.intermediate_size}
+        parts = [f"{count} of {config.num_hidden_layers * of[kind]} {kind}" for kind, count in removed.items()]
+        print(f"{title}: without {' and '.join(parts)}", flush=True)
+        return removed
 
     def _title(self, level: int, mask: Mask) -> str:
         name = f"level {level}/{self.run.levels - 1}" if self.run.levels > 1 else self.cfg.method

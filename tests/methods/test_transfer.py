@@ -4,17 +4,22 @@ import shutil
 
 import pytest
 import torch
-from trainrun import KINDS, train
+from safetensors.torch import load_file
+from trainrun import KINDS, Runs, train
 
+from bert_tickets import load_ticket
 from bert_tickets.content import fingerprint
 from bert_tickets.errors import UserError
+from bert_tickets.export.export import export
 from bert_tickets.files import read_tensors, sha256_of, write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods.oneshot import oneshot
 from bert_tickets.methods.perturb import perturb
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.parameters import encoder_weights, prunable
+from bert_tickets.modeling.units import lower
 from bert_tickets.runs.directory import level_dir, results
+from bert_tickets.runs.integrity import problems
 
 
 @pytest.fixture(scope="module")
@@ -123,4 +128,65 @@ def test_a_mask_of_another_architecture_names_the_tensor(transfer, net, tmp_path
     name = f"bert.encoder.layer.{layer}.output.dense.weight"
     with pytest.raises(UserError, match=f"{name}.* {said}"):
         transfer(Mask(dict(Mask.ones(prunable(net))) | {name: torch.ones(2, 2, dtype=torch.bool)}))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+# ---- slim execution ----
+
+
+@pytest.fixture(scope="module")
+def units(net):
+    """A mask without three heads of layer 0, the whole attention of layer 1, its MLP, and 20 neurons of layer 0."""
+    heads = torch.tensor([[True, False, False, False], [False] * 4])
+    neurons = torch.arange(2 * 64).view(2, 64) >= 20
+    return lower(Mask({"heads": heads, "mlps": torch.tensor([True, False]), "neurons": neurons}), dict(net.named_parameters()))
+
+
+@pytest.mark.parametrize("script", KINDS)
+def test_slim_execution_trains_as_masked_execution_and_writes_dense_files(transfer, units, calm_bert_dir, script):
+    words = ["--model", calm_bert_dir, "--weight-decay", "0.1", "--adam-epsilon", "1e-4", "--keep-models", "--eval-steps", "4"]
+    (masked, expected), (slim, found) = (transfer(units, *words, *more, script=script) for more in ([], ["--execution", "slim"]))
+    assert found.pop("removed") == {"heads": 7, "neurons": 84}
+    exact = ("init_sha256", "mask_sha256", "sparsity", "kept", "total", "steps", "warnings")
+    assert {name: found[name] for name in exact} == {name: expected[name] for name in exact}
+    assert found.keys() == expected.keys()
+    assert [loss for _, loss in found["losses"]] == pytest.approx([loss for _, loss in expected["losses"]], abs=1e-4)
+    for metrics, of_masked in zip(*([line["metrics"] for line in x["evaluations"]] for x in (found, expected)), strict=True):
+        assert metrics == pytest.approx(of_masked, abs=1e-3)
+    weights, of_masked = (read_tensors(level_dir(run, 0) / "weights.safetensors") for run in (slim, masked))
+    assert list(weights) == list(of_masked)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, of_masked[name], rtol=0, atol=1e-4, msg=name)
+        assert name not in units or not tensor[~units[name]].any()
+    assert Mask.load(level_dir(slim, 0) / "mask.safetensors") == units
+    assert problems(slim) == []
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert load_file(level_dir(slim, 0) / "model/model.safetensors")[name].shape == (32, 64)
+
+
+def test_a_slim_run_is_exported_as_any_other(transfer, units, tmp_path):
+    run, _ = transfer(units, "--execution", "slim")
+    export(run, tmp_path / "ticket")
+    net, _, mask = load_ticket(tmp_path / "ticket")
+    trained = read_tensors(level_dir(run, 0) / "weights.safetensors")
+    assert mask == units
+    assert all(torch.equal(p, trained[name]) for name, p in net.named_parameters())
+
+
+def test_a_slim_run_killed_again_and_again_ends_bit_identical(units, commands, tmp_path, monkeypatch):
+    units.write(tmp_path / "units.safetensors")
+    words = [*commands["lt_glue.py"], "--mask", str(tmp_path / "units.safetensors"), "--execution", "slim"]
+    runs = Runs("lt_glue.py", [*words, "--save-steps", "2", "--eval-steps", "2"], tmp_path, monkeypatch)
+    expected = runs("undisturbed")
+    runs.killed_at(4, "killed")
+    checkpoint = read_tensors(runs.dir("killed") / "checkpoint.safetensors")
+    assert checkpoint["param/bert.encoder.layer.0.output.dense.weight"].shape == (32, 44)
+    runs.killed_at(3, "killed")
+    assert runs("killed") == expected
+    assert problems(runs.dir("killed")) == []
+
+
+def test_slim_execution_of_a_mask_without_a_whole_unit_is_refused(transfer, net, tmp_path):
+    with pytest.raises(UserError, match=r"--execution slim has no effect: .*m\.safetensors prunes no head and no neuron whole"):
+        transfer(oneshot(net, 0.3, "magnitude", 0), "--execution", "slim")
     assert list((tmp_path / "runs").iterdir()) == []
