@@ -4,6 +4,7 @@
   python scripts/bench.py --model random --tasks mlm squad --batch-size 16         # BERT-base of random weights, random tokens
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # time of a step by kernel or operator
   python scripts/bench.py --model random --tasks mlm --mask-training               # mask training, beside training of weights
+  python scripts/bench.py --model random --tasks mnli --slim 4,0.4                 # 4 heads and 40 % of the neurons a layer gone
 
 All sides train the same network at the same sparsity on the same examples, in turns of a few steps; figures are medians over the
 turns. FLOPs are counted on real tokens only, and compared with the machine's rate for a large matrix product.
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,8 @@ def parse() -> argparse.Namespace:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--profile", action="store_true", help="measure the time of a step by kernel or operator instead")
     instead.add_argument("--mask-training", action="store_true", help="measure --method mask-training instead, by each objective")
+    words = "measure the network without HEADS heads and the fraction NEURONS of each layer instead: full, masked, slim"
+    instead.add_argument("--slim", type=heads_and_neurons, metavar="HEADS,NEURONS", help=words)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, with the machine and the versions")
     args = parser.parse_args(normalize_argv())
     for name in ("turns", "turn_steps", "batch_size", "max_length"):
@@ -52,9 +56,19 @@ def parse() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.mask_training and args.tasks != ["mlm"]:
         parser.error("--mask-training is for --tasks mlm")
+    if args.slim and args.sparsity != parser.get_default("sparsity"):
+        parser.error("--sparsity has no effect with --slim")
     if not 0 <= args.sparsity < 1:
         parser.error(f"--sparsity {args.sparsity}: must be at least 0 and below 1")
     return args
+
+
+def heads_and_neurons(text: str) -> tuple[int, float]:
+    """Read the value of --slim: 4,0.4."""
+    heads, neurons = text.split(",")
+    if int(heads) < 0 or not 0 <= float(neurons) <= 1 or not (int(heads) or float(neurons)):
+        raise argparse.ArgumentTypeError(f"{text}: give a number of heads and a fraction of neurons, not both 0, as in 4,0.4")
+    return int(heads), float(neurons)
 
 
 def measure_task(name: str, args: argparse.Namespace) -> Figures:
@@ -73,6 +87,8 @@ def measure_task(name: str, args: argparse.Namespace) -> Figures:
     turn_steps = args.turn_steps or (16 if on_gpu else 4)  # a turn begins with an idle device
     given["limit_train"] = batch_size * turn_steps * (args.turns + 1)
     function = measure.profile if args.profile else measure.compare_mask_training if args.mask_training else measure.compare
+    if args.slim:
+        function = partial(measure.compare_slim, *args.slim)
     return function(make_case(name, given, args.sparsity), args.turns, turn_steps)
 
 

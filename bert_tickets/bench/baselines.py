@@ -1,7 +1,8 @@
 """The training steps that bench.py compares: ours, eager and by CUDA graphs, and the released code's.
 
 `eager`, `graphs` and `released` take a `Case` and return a function that takes the training step with a given index. Each trains
-a copy of the network, at the same sparsity on the same examples. `mask_training` trains a mask of it instead.
+a copy of the network, at the same sparsity on the same examples. `mask_training` trains a mask of it instead; `executions` are
+cases without some heads and neurons.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bert_tickets.config import Config, build
 from bert_tickets.data.batches import Batches, Store, TokenStore
 from bert_tickets.data.mlm_dataset import Corpus
 from bert_tickets.data.token_cache import Tokens
+from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods.mask_training import Settings
 from bert_tickets.methods.mask_training import loss as mask_loss
@@ -31,13 +33,15 @@ from bert_tickets.methods.oneshot import oneshot
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.dropout import Dropout
 from bert_tickets.modeling.packing import Batch
-from bert_tickets.modeling.parameters import prunable
+from bert_tickets.modeling.slim import slimmed
+from bert_tickets.modeling.units import all_units, lower
 from bert_tickets.tasks import Task
 from bert_tickets.tasks.create import create
 from bert_tickets.tasks.mlm import MASK_RATE, MASKED, RANDOM, Mlm
 from bert_tickets.tasks.squad import Squad
 from bert_tickets.training.cuda_graphs import Recorder
 from bert_tickets.training.device import prepare_device
+from bert_tickets.training.evaluate import evaluate
 from bert_tickets.training.mask_scores import MaskedNetwork
 from bert_tickets.training.step import Step, autocast, precision_of
 
@@ -124,7 +128,7 @@ def graphs(case: Case) -> TrainStep:
 def packed_step(case: Case, recorder: Recorder | None = None) -> tuple[Step, TrainStep]:
     """Build the package's step, as a `Step` and as a function."""
     net = copy.deepcopy(case.net)
-    case.mask.apply(prunable(net))
+    case.mask.apply(dict(net.named_parameters()))
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     step = Step(lambda batch: case.task.loss(net, batch), params, case.cfg.train, case.mask, case.device, recorder)
     return step, on_batches(case, step, partial(case.task.augment_batch, seed=0))
@@ -142,6 +146,34 @@ def captured(case: Case, step: TrainStep) -> TrainStep:
     """Take a step with CUDA graphs twice on each batch of the case, so that every bucket is captured; returns it."""
     take_steps(step, [*range(len(case.store) // case.cfg.train.batch_size)] * 2)
     return step
+
+
+# ---- slim execution ----
+
+
+def executions(case: Case, heads: int, neurons: float) -> dict[str, Case]:
+    """Return the case without a mask, and without `heads` heads and the fraction `neurons` of each layer, masked and removed."""
+    config = case.net.config
+    if not 0 <= heads <= config.num_attention_heads:
+        raise UserError(f"--slim {heads},{neurons}: the model has {config.num_attention_heads} heads a layer")
+    units = all_units(config, "heads+neurons")
+    units["heads"][:, :heads] = False
+    units["neurons"][:, : round(neurons * config.intermediate_size)] = False
+    net = copy.deepcopy(case.net)
+    mask = lower(units, dict(net.named_parameters())).to(case.device)
+    mask.apply(dict(net.named_parameters()))
+    with slimmed(net, mask) as left:
+        slim = replace(case, net=copy.deepcopy(net), mask=left)
+    return {"full": replace(case, mask=Mask({})), "masked": replace(case, net=net, mask=mask), "slim": slim}
+
+
+def evaluation(case: Case) -> TrainStep:
+    """Build a function that computes the predictions for all examples of the case."""
+
+    def predict(batch: Batch) -> Tensor:
+        return case.task.predict(case.net, case.task.augment_batch(batch, 0, 0))
+
+    return lambda _: evaluate(case.net, predict, case.store, case.precision, case.task.rows)
 
 
 # ---- mask training ----

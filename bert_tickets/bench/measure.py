@@ -15,7 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from bert_tickets.bench.baselines import OBJECTIVES, SIDES, Case, TrainStep, eager, graphs, mask_training, take_steps
+from bert_tickets.bench.baselines import (
+    OBJECTIVES,
+    SIDES,
+    Case,
+    TrainStep,
+    eager,
+    evaluation,
+    executions,
+    graphs,
+    mask_training,
+    take_steps,
+)
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.parameters import prunable
 from bert_tickets.tasks.mlm import MASK_RATE
@@ -33,10 +44,8 @@ def compare(case: Case, turns: int, steps: int) -> Figures:
     seconds = time_in_turns(sides, turns, steps, device)
     rate = statistics.mean([before, gemm_rate(case.precision, device)])
 
-    lengths = case.store.lengths
-    tokens, padded = float(lengths.mean()) * batch_size, batch_size * case.cfg.max_length
-    masked_tokens = MASK_RATE * (lengths - 2).sum() if case.task.name == "mlm" else 0.0
-    flops = step_flops(case.net, lengths, masked_tokens) / len(lengths) * batch_size
+    tokens, padded = float(case.store.lengths.mean()) * batch_size, batch_size * case.cfg.max_length
+    flops = case_flops(case)
     figures = {"real tokens a step": tokens, "padded tokens a step": padded, "machine TFLOP/s": rate / 1e12}
     for name in names:
         each = seconds[name]
@@ -59,6 +68,22 @@ def compare_mask_training(case: Case, turns: int, steps: int) -> Figures:
     if on_gpu:
         figures |= {f"{name}: memory reserved, MiB": memory for name, (_, memory) in built.items()}
     return figures | {f"{name} over weights, times as long": seconds[name] / seconds["weights"] for name in OBJECTIVES}
+
+
+def compare_slim(heads: int, neurons: float, case: Case, turns: int, steps: int) -> Figures:
+    """Measure training and evaluation of the full network, and without `heads` and `neurons` of each layer, masked and removed.
+
+    On a GPU with graphs, except for evaluation, as in a run.
+    """
+    build = graphs if case.device.type == "cuda" else eager
+    cases = executions(case, heads, neurons)
+    trained = time_in_turns({name: build(each) for name, each in cases.items()}, turns, steps, case.device)
+    evaluated = time_in_turns({name: evaluation(each) for name, each in cases.items()}, turns, 1, case.device)
+    figures = {f"{name}: steps/s": 1 / each for name, each in trained.items()}
+    figures |= {f"{name}: examples evaluated/s": len(case.store) / each for name, each in evaluated.items()}
+    figures |= {"slim over full, a step, times": trained["full"] / trained["slim"]}
+    figures |= {"slim over full, evaluation, times": evaluated["full"] / evaluated["slim"]}
+    return figures | {"full over slim, FLOPs, times": case_flops(cases["full"]) / case_flops(cases["slim"])}
 
 
 def profile(case: Case, turns: int, steps: int) -> Figures:
@@ -140,14 +165,22 @@ def gemm_rate(precision: str, device: torch.device) -> float:
     return times * 2 * n**3 / seconds_of(device, multiply, times)
 
 
+def case_flops(case: Case) -> float:
+    """Return the FLOPs of a mean training step of a case."""
+    lengths = case.store.lengths
+    masked_tokens = MASK_RATE * (lengths - 2).sum() if case.task.name == "mlm" else 0.0
+    return step_flops(case.net, lengths, masked_tokens) / len(lengths) * case.cfg.train.batch_size
+
+
 def step_flops(net: Net, lengths: np.ndarray, masked_tokens: float = 0) -> float:
     """Return the FLOPs of training once on examples of these lengths, without padding.
 
     Six per weight and token (two forward, four backward) of the encoder's matrices, attention's two products within each example,
-    and the MLM head for masked tokens. Other heads and the pooler are left out.
+    and the MLM head for masked tokens. Other heads and the pooler are left out. The layers may be slim (`modeling.slim`).
     """
     weights = sum(p.numel() for name, p in prunable(net).items() if "pooler" not in name)
-    attention = 12 * net.config.hidden_size * net.config.num_hidden_layers * (lengths.astype(float) ** 2).sum()
+    widths = sum(len(layer.attention.self.query.bias) for layer in net.bert.encoder.layer)
+    attention = 12 * widths * (lengths.astype(float) ** 2).sum()
     head = net.config.hidden_size * (net.config.hidden_size + net.config.vocab_size)
     return 6 * (weights * lengths.sum() + head * masked_tokens) + attention
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from bert_tickets.bench import baselines, measure
 from bert_tickets.bench.tiny_bert import save_bert
+from bert_tickets.errors import UserError
 from bert_tickets.modeling.loading import load_bert
 
 
@@ -66,6 +67,39 @@ def test_mask_training_is_measured_by_its_own_objectives(bert_dir):
     assert 0 < kd < 2  # a mean of 1 - cosine
     assert mlm > 2
     assert both > mlm
+
+
+@pytest.mark.parametrize("task", ["rte", "mlm"])
+def test_slim_execution_is_measured_beside_the_full_network_and_the_masked_one(run_bench, bert_dir, task):
+    found = run_bench("--model", bert_dir, "--tasks", task, "--slim", "1,0.5")["figures"][task]
+    assert all(found[f"{name}: steps/s"] > 0 < found[f"{name}: examples evaluated/s"] for name in ("full", "masked", "slim"))
+    for what, rate in (("a step", "steps/s"), ("evaluation", "examples evaluated/s")):
+        expected = found[f"slim: {rate}"] / found[f"full: {rate}"]
+        assert found[f"slim over full, {what}, times"] == pytest.approx(expected)
+    assert 1 < found["full over slim, FLOPs, times"] < 2
+
+
+def test_slim_and_masked_networks_take_the_same_steps_and_flops_count_what_is_left(calm_bert_dir):
+    given = {"model": str(calm_bert_dir), "batch_size": 4, "max_length": 48, "limit_train": 8, "device": "cpu"}
+    case = baselines.make_case("sst2", given | {"lr": 1e-3}, sparsity=0.5)
+    cases = baselines.executions(case, heads=2, neurons=0.25)
+    losses = {name: [float(step(i)) for i in range(2)] for name, step in ((n, baselines.eager(c)) for n, c in cases.items())}
+    assert losses["slim"] == pytest.approx(losses["masked"], abs=1e-5)
+    assert losses["full"] != pytest.approx(losses["masked"], abs=1e-5)
+    assert baselines.evaluation(cases["slim"])(0) == pytest.approx(baselines.evaluation(cases["masked"])(0), abs=1e-5)
+    lengths = case.store.lengths
+    matrices = 2 * (4 * 32 * 16 + 2 * 32 * 48)  # of two layers, with two heads of 8 and 48 neurons
+    assert measure.step_flops(cases["slim"].net, lengths) == 6 * matrices * lengths.sum() + 12 * 2 * 16 * (lengths**2).sum()
+
+
+REFUSED = [("0,0", "not both 0"), ("1,2", "not both 0"), ("4", "invalid"), ("9,0.5", "4 heads"), ("1,0 --sparsity .7", "effect")]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED)
+def test_what_cannot_be_removed_is_refused(run_bench, bert_dir, capsys, words, said):
+    with pytest.raises((SystemExit, UserError)) as error:
+        run_bench("--model", bert_dir, "--tasks", "rte", "--slim", *words.split())
+    assert said in capsys.readouterr().err + str(error.value)
 
 
 def test_time_in_which_two_kernels_run_counts_once():
