@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bert_tickets.config import MethodSettings, flag
+from bert_tickets.config import Execution, MethodSettings, flag
 from bert_tickets.errors import UserError
 from bert_tickets.methods.finetuned import UNUSED
 
@@ -34,7 +34,7 @@ def run(session: Session, s: Settings) -> None:
     if session.cfg.kind == "mlm":
         found["hidden_states"] = {kind: distance_of(session, mask, kind) for kind in ("cosine", "mse")}
     mask.apply(dict(session.net.named_parameters()))
-    session.train_level(0, mask, steps=0, found=lambda: (mask, found))
+    session.train_level(0, mask, steps=0, found=lambda: (mask, found), execution=s.execution)
 
 
 def distance_of(session: Session, mask: Mask, kind: Literal["cosine", "mse"]) -> float:
@@ -62,6 +62,7 @@ class Settings(MethodSettings):
     """The flags of `--method score`."""
 
     mask: str = flag("the ticket to score: a mask file, or a released mask.pt")
+    execution: Execution = flag("mask the weights, or remove the heads and neurons that the mask prunes whole", "masked")
     weights: str | None = flag("the trained weights to score it on, of a finished run: level_NN/weights.safetensors", None)
 
     def check_given(self, given: Collection[str]) -> None:
