@@ -4,6 +4,7 @@
   python scripts/bench.py --model random --tasks mlm squad --batch-size 16         # BERT-base of random weights, random tokens
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --profile       # time of a step by kernel or operator
   python scripts/bench.py --model random --tasks mlm --mask-training               # mask training, beside training of weights
+  python scripts/bench.py --model DIR --data-dir glue --tasks mnli --importance    # a pass of the search, beside an evaluation
   python scripts/bench.py --model random --tasks mnli --slim 4,0.4                 # 4 heads and 40 % of the neurons a layer gone
 
 All sides train the same network at the same sparsity on the same examples, in turns of a few steps; figures are medians over the
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.cli import FORMATTER, normalize_argv, run_command
-from bert_tickets.config import Config, kind_of, preset_values
+from bert_tickets.config import GLUE, Config, kind_of, preset_values
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
 
@@ -47,6 +48,8 @@ def parse() -> argparse.Namespace:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--profile", action="store_true", help="measure the time of a step by kernel or operator instead")
     instead.add_argument("--mask-training", action="store_true", help="measure --method mask-training instead, by each objective")
+    words = "measure a pass of --method importance instead, beside an evaluation"
+    instead.add_argument("--importance", action="store_true", help=words)
     words = "measure the network without HEADS heads and the fraction NEURONS of each layer instead: full, masked, slim"
     instead.add_argument("--slim", type=heads_and_neurons, metavar="HEADS,NEURONS", help=words)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, with the machine and the versions")
@@ -58,6 +61,8 @@ def parse() -> argparse.Namespace:
         parser.error("--mask-training is for --tasks mlm")
     if args.slim and args.sparsity != parser.get_default("sparsity"):
         parser.error("--sparsity has no effect with --slim")
+    if args.importance and not {*args.tasks} <= {*GLUE}:
+        parser.error("--importance is for GLUE's tasks")
     if not 0 <= args.sparsity < 1:
         parser.error(f"--sparsity {args.sparsity}: must be at least 0 and below 1")
     return args
@@ -87,6 +92,8 @@ def measure_task(name: str, args: argparse.Namespace) -> Figures:
     turn_steps = args.turn_steps or (16 if on_gpu else 4)  # a turn begins with an idle device
     given["limit_train"] = batch_size * turn_steps * (args.turns + 1)
     function = measure.profile if args.profile else measure.compare_mask_training if args.mask_training else measure.compare
+    if args.importance:
+        function = measure.compare_importance
     if args.slim:
         function = partial(measure.compare_slim, *args.slim)
     return function(make_case(name, given, args.sparsity), args.turns, turn_steps)

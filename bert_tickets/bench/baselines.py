@@ -27,6 +27,7 @@ from bert_tickets.data.mlm_dataset import Corpus
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
+from bert_tickets.methods.importance import gate_gradients
 from bert_tickets.methods.mask_training import Settings
 from bert_tickets.methods.mask_training import loss as mask_loss
 from bert_tickets.methods.oneshot import oneshot
@@ -41,6 +42,7 @@ from bert_tickets.tasks.mlm import MASK_RATE, MASKED, RANDOM, Mlm
 from bert_tickets.tasks.squad import Squad
 from bert_tickets.training.cuda_graphs import Recorder
 from bert_tickets.training.device import prepare_device
+from bert_tickets.training.distributed import SINGLE_PROCESS
 from bert_tickets.training.evaluate import evaluate
 from bert_tickets.training.mask_scores import MaskedNetwork
 from bert_tickets.training.step import Step, autocast, precision_of
@@ -174,6 +176,13 @@ def evaluation(case: Case) -> TrainStep:
         return case.task.predict(case.net, case.task.augment_batch(batch, 0, 0))
 
     return lambda _: evaluate(case.net, predict, case.store, case.precision, case.task.rows)
+
+
+def importance_pass(case: Case) -> TrainStep:
+    """Build a function that computes predictions and importances of heads and MLPs for all examples of the case."""
+    units = all_units(case.net.config, "heads+mlps")
+    net = copy.deepcopy(case.net).requires_grad_(False)
+    return lambda _: gate_gradients(net, case.task, case.store, units, SINGLE_PROCESS)
 
 
 # ---- mask training ----

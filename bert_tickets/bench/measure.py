@@ -24,6 +24,7 @@ from bert_tickets.bench.baselines import (
     evaluation,
     executions,
     graphs,
+    importance_pass,
     mask_training,
     take_steps,
 )
@@ -84,6 +85,14 @@ def compare_slim(heads: int, neurons: float, case: Case, turns: int, steps: int)
     figures |= {"slim over full, a step, times": trained["full"] / trained["slim"]}
     figures |= {"slim over full, evaluation, times": evaluated["full"] / evaluated["slim"]}
     return figures | {"full over slim, FLOPs, times": case_flops(cases["full"]) / case_flops(cases["slim"])}
+
+
+def compare_importance(case: Case, turns: int, steps: int) -> Figures:
+    """Measure an evaluation of all examples of the case, and a pass that also computes importances."""
+    sides = {"evaluation": evaluation(case), "importance": importance_pass(case)}
+    seconds = time_in_turns(sides, turns, 1, case.device)
+    figures = {f"{name}: examples/s": len(case.store) / each for name, each in seconds.items()}
+    return figures | {"importance over evaluation, times as long": seconds["importance"] / seconds["evaluation"]}
 
 
 def profile(case: Case, turns: int, steps: int) -> Figures:

@@ -12,11 +12,16 @@ from bert_tickets.errors import UserError
 from bert_tickets.methods.finetuned import Guard, GuardedSettings, finetune, guard_score, search_set
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
+    from bert_tickets.data.batches import Store
     from bert_tickets.masking.mask import Mask
+    from bert_tickets.modeling.bert import Net
     from bert_tickets.modeling.packing import Batch
     from bert_tickets.runs.session import Session
+    from bert_tickets.tasks import Task
+    from bert_tickets.training.distributed import ProcessGroup
 
 Scores = Mapping[str, "Tensor"]  # importances by kind of unit, of the shapes of a mask of units
 Measured = tuple[float, Scores]  # a candidate's score, and the importances at its gates
@@ -81,15 +86,24 @@ def drop(units: Mask, scores: Scores, counts: Mapping[str, int]) -> Mask | None:
 
 def measure(session: Session, units: Mask, s: Settings) -> dict[str, Any]:
     """Score the network under gates, and add up the gradients of the examples' losses: one pass over the search set, in fp32."""
+    from bert_tickets.masking.importance import accumulate
+
+    task, (split, store) = session.task, search_set(session, s)
+    logits, gradients = gate_gradients(session.net, task, store, units, session.run.group)
+    score = guard_score(task.compute_metrics({split: logits}, {split: store}))
+    added = {kind: accumulate(gradients[kind].double(), s.accumulate, s.search_batch_size) for kind in units}
+    return {"score": score, **{kind: raw.tolist() for kind, raw in added.items()}}
+
+
+def gate_gradients(net: Net, task: Task, store: Store, units: Mask, group: ProcessGroup) -> tuple[ndarray, dict[str, Tensor]]:
+    """Compute the logits of n examples under gates, [n, labels], and the gradients of each example's loss: of the heads [n, L, A]
+    and of the MLPs [n, L]. One forward and one backward pass a batch, the latter to the gates alone."""
     import numpy as np
     import torch
 
-    from bert_tickets.masking.importance import accumulate
     from bert_tickets.modeling.bert import classify
     from bert_tickets.modeling.gates import Gates
     from bert_tickets.training.evaluate import EVAL_TOKENS, evaluate
-
-    net, task, (split, store) = session.net, session.task, search_set(session, s)
 
     def predict(batch: Batch) -> Tensor:
         with torch.enable_grad():
@@ -99,13 +113,10 @@ def measure(session: Session, units: Mask, s: Settings) -> dict[str, Any]:
             return torch.cat([logits.detach(), *(found.flatten(1) for found in gates.gradients(total))], 1)
 
     tokens = EVAL_TOKENS[store.device.type] // 4  # the backward pass keeps activations
-    rows = evaluate(net, predict, store, "fp32", "example", session.run.group, tokens)
+    rows = evaluate(net, predict, store, "fp32", "example", group, tokens)
     layers, heads = net.config.num_hidden_layers, net.config.num_attention_heads
     logits, of_heads, of_mlps = np.split(rows, [-layers * (heads + 1), -layers], 1)
-    score = guard_score(task.compute_metrics({split: logits}, {split: store}))
-    gradients = {"heads": torch.from_numpy(of_heads).unflatten(1, (layers, heads)), "mlps": torch.from_numpy(of_mlps)}
-    added = {kind: accumulate(g.double(), s.accumulate, s.search_batch_size) for kind, g in gradients.items()}
-    return {"score": score, **{kind: added[kind].tolist() for kind in units}}
+    return logits, {"heads": torch.from_numpy(of_heads).unflatten(1, (layers, heads)), "mlps": torch.from_numpy(of_mlps)}
 
 
 def importances(found: Mapping[str, Any], s: Settings) -> Scores:

@@ -62,7 +62,7 @@ class Settings(MethodSettings):
     """The flags of `--method score`."""
 
     mask: str = flag("the ticket to score: a mask file, or a released mask.pt")
-    execution: Execution = flag("mask the weights, or remove the heads and neurons that the mask prunes whole", "masked")
+    execution: Execution = flag("mask the weights, or remove the heads and neurons that the mask prunes whole", "masked")  # noqa: RUF009
     weights: str | None = flag("the trained weights to score it on, of a finished run: level_NN/weights.safetensors", None)
 
     def check_given(self, given: Collection[str]) -> None:
