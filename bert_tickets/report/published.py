@@ -1,5 +1,5 @@
-"""The numbers of Chen et al. 2020 and, for mask training, of Liu et al. 2022 (published.toml), to be printed beside ours.
-Sparsities are fractions."""
+"""The numbers of Chen et al. 2020, of Liu et al. 2022 for mask training, and of Prasanna et al. 2020 for heads and MLPs
+(published.toml), to be printed beside ours. Sparsities are fractions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ METHOD: str = DATA["method"]  # that finds the paper's tickets
 TASKS: list[str] = DATA["tasks"]  # in the paper's order
 TAMT_TASKS: list[str] = DATA["tamt"]["tasks"]  # over which the means of mask training's paper are
 LOSSES: dict[str, str] = DATA["tamt"]["losses"]  # of scored tickets, which tables have as tasks: task -> name
+BERTPLAYS_TASKS: list[str] = DATA["bertplays"]["tasks"]  # of Prasanna et al. 2020; WNLI is the last
+SWEEP_TASKS = {"tamt": TAMT_TASKS, "importance": BERTPLAYS_TASKS[:-1], "stability": BERTPLAYS_TASKS[:-1]}  # of others: TASKS
 TRANSFER_SPARSITY: float = DATA["transfer"]["sparsity"] / 100  # of Figure 2
 
 
@@ -32,14 +34,18 @@ def name(task: str) -> str:
 
 
 def source(table: str) -> str:
-    """The mark of the source of `table2`, `table4`, `transfer` or `tamt`, such as [fig]."""
+    """The mark of the source of `table2`, `table4`, `transfer`, `tamt` or `bertplays`, such as [fig]."""
     return f"[{DATA[table]['source']}]"
 
 
 def explain(*tables: str) -> str:
     """The marks of these tables in words."""
-    marks = dict.fromkeys(DATA[table]["source"] for table in tables)
-    return "Published numbers: " + "; ".join(f"[{mark}] {DATA['sources'][mark]}" for mark in marks) + "."
+    return explain_marks(*(DATA[table]["source"] for table in tables))
+
+
+def explain_marks(*marks: str) -> str:
+    """The marks of sources, such as fig, in words."""
+    return "Published numbers: " + "; ".join(f"[{mark}] {DATA['sources'][mark]}" for mark in dict.fromkeys(marks)) + "."
 
 
 def table2(row: str, task: str) -> tuple[float | None, float | None]:
@@ -89,6 +95,52 @@ def tamt(what: str, row: str, sparsity: float) -> str:
         return ""
     ends = [value] if isinstance(value, (int, float)) else [min(value), max(value)]
     return " to ".join(f"{end:g}" if what != "score" else f"{end:.1f}" for end in ends) + f" {source('tamt')}"
+
+
+# ---- heads and MLPs (Prasanna et al. 2020) ----
+
+
+def bertplays(row: str, task: str) -> str:
+    """A score x 100, mean ± standard deviation, with the mark of its source; "" if there is none.
+
+    Rows are `majority class`, `full BERT`, and `s good, pruned`, `super bad, retrained`, `heads only, pruned` and the like.
+    """
+    mean, sd = (_bertplays(DATA["bertplays"][part].get(row), task) for part in ("mean", "sd"))
+    return "" if mean is None else f"{mean:.1f}{'' if sd is None else f' ± {sd:.0f}'} {source('bertplays')}"
+
+
+def bertplays_mean(row: str, tasks: Iterable[str]) -> float | None:
+    """The mean over tasks of a row's scores; None unless all are given."""
+    values = [_bertplays(DATA["bertplays"]["mean"].get(row), task) for task in tasks]
+    return None if None in values or not values else sum(values) / len(values)
+
+
+def bertplays_percent(row: str, task: str) -> str:
+    """The percent of parameters kept, embeddings' 21 % taken off, of `s good`, `super good` or `m good`; "" if not given."""
+    found = DATA["bertplays"]["percent"].get(row, {})
+    value = _bertplays(found.get("values"), task)
+    text = "" if value is None else f"{value}" if isinstance(value, int) else " ± ".join(map(str, value))
+    return text and f"{text} [{found['source']}]"
+
+
+def bertplays_kept(task: str) -> tuple[list[int], list[int]] | None:
+    """The kept heads and the kept MLPs of the good masks of five seeds; None for another task."""
+    pairs = DATA["bertplays"]["kept"].get(task)
+    return pairs and ([heads for heads, _ in pairs], [mlps for _, mlps in pairs])
+
+
+def bertplays_value(part: str, key: str, task: str) -> float | None:
+    """A number of a part of `[bertplays]`: `super` or `agreement` of `heads` or `mlps`, `agreement` `q_p`, `covered` `m good`."""
+    return _bertplays(DATA["bertplays"][part].get(key), task)
+
+
+def bertplays_mark(part: str) -> str:
+    """The mark of the source of a part of `[bertplays]`, such as [masks]."""
+    return f"[{DATA['bertplays'][part]['source']}]"
+
+
+def _bertplays(values: list[Any] | None, task: str) -> Any:
+    return dict(zip(BERTPLAYS_TASKS, values or [], strict=False)).get(task)
 
 
 def _of_task(values: list[Any] | None, task: str) -> Any:
