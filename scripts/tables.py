@@ -7,13 +7,15 @@
   python scripts/tables.py runs --setting "lr 0.0001" --format csv --output tables.csv   # full precision, with the sources
 
 Takes run directories, or folders that hold them. Tables, and the sweeps (scripts/*.sh) that make their runs:
-  2         the highest sparsity with matching tickets; random pruning, random and shuffled weights   table2
-  4         the highest sparsity that matches or exceeds the full BERT                                table2
-  3         rewinding to later steps, and standard pruning                                            rewinding
-  transfer  Figure 2: every ticket on every task                                                      transfer
-  curves    all tasks over all sparsities                                                             table2
-  weights   tickets trained from shuffled and noised weights                                          perturbed
-  tamt      mask training (Liu et al. 2022): tickets found on MLM over sparsities, and their losses   tamt, tamt_cost
+  2           the highest sparsity with matching tickets; random pruning, random and shuffled weights   table2
+  4           the highest sparsity that matches or exceeds the full BERT                                table2
+  3           rewinding to later steps, and standard pruning                                            rewinding
+  transfer    Figure 2: every ticket on every task                                                      transfer
+  curves      all tasks over all sparsities                                                             table2
+  weights     tickets trained from shuffled and noised weights                                          perturbed
+  tamt        mask training (Liu et al. 2022): tickets found on MLM over sparsities, and their losses   tamt, tamt_cost
+  importance  heads and MLPs (Prasanna et al. 2020): good, random, bad and super tickets                importance
+  stability   heads and MLPs: the agreement of masks over seeds and tasks                               stability
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ AT_ONE_SPARSITY = ("3", "transfer")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from bert_tickets.report.stability import why_missing
     from bert_tickets.report.tables import TABLES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER, allow_abbrev=False)
@@ -46,6 +49,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sparsity has an effect only with --table {' or --table '.join(AT_ONE_SPARSITY)}")
     if args.sparsity is not None and not 1 <= args.sparsity < 100:
         parser.error(f"--sparsity {args.sparsity:g}: must be a percentage from 1 to below 100")
+    if args.table == "stability" and (missing := why_missing()):
+        parser.error(missing)
     if args.sources and args.format == "csv":
         parser.error("--sources has no effect with --format csv, which has the sources in its last columns")
     return args
@@ -54,6 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.report import formats
     from bert_tickets.report.results import comparable, of_tasks, read_results
+    from bert_tickets.report.stability import why_missing
     from bert_tickets.report.tables import TABLES, build
 
     levels, failures = read_results(args.runs, args.setting)
@@ -64,7 +70,8 @@ def main(args: argparse.Namespace) -> None:
     if args.setting is not None and levels.empty and not failures:
         raise UserError(f"no run has the setting {args.setting!r}")
     sparsity = None if args.sparsity is None else args.sparsity / 100
-    made = [build(name, levels, sparsity, failures) for name in ([args.table] if args.table else TABLES)]
+    names = [args.table] if args.table else [name for name in TABLES if name != "stability" or not why_missing()]
+    made = [build(name, levels, sparsity, failures) for name in names]
     tables = [table for table in made if table]
     if not tables:
         what, (_, sweep) = f"table {args.table}" if args.table else "any table", TABLES[args.table or "2"]

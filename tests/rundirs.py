@@ -12,6 +12,7 @@ import torch
 from bert_tickets.config import build, flat
 from bert_tickets.files import read_checksummed, read_facts, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
+from bert_tickets.modeling.units import HEAD_OUTPUT, INNER, LAYER, OUTER, QKV, lower, sizes
 from bert_tickets.runs.directory import FORMAT
 from bert_tickets.runs.naming import differences, run_name
 
@@ -106,6 +107,20 @@ def write_level(folder: Path, level: int, mask: Mask, value: float | None, task:
     write_checksummed(folder / f"level_{level:02d}" / "metrics.json", line)
 
 
+def by_hand(place: Path, task: str, seed: int, method: str, masks: Sequence[Mask], values: Sequence[float], **given: Any) -> Path:
+    """Write a run of a method, whose settings are `given`, without asking its preset; a level per mask."""
+    config = {"task": task, "method": method, "seed": seed, "protocol": "paper", "init": "pretrained", **given}
+    words = zlib.crc32(repr(sorted(config.items())).encode())
+    folder = place / f"{task}-{method}-s{seed}-{words:08x}"
+    about = {"format": FORMAT, "run": folder.name, "config": config, "differs_from_preset": given}
+    about["fingerprint"] = {"init": None, "architecture": {"num_attention_heads": HEADS}}
+    write_checksummed(folder / "run.json", about)
+    for level, (mask, value) in enumerate(zip(masks, values, strict=True)):
+        own = {"method": method, "task": task, "seed": seed, "run": folder.name, "level": level}
+        write_level(folder, level, mask if "mask" in given else Mask(dict(mask), {**mask.info, **own}), value, task)
+    return folder
+
+
 def fail(folder: Path, level: int, why: str) -> None:
     """Write that a level of a run diverged."""
     write_checksummed(folder / "failure.json", {"run": folder.name, "task": "", "level": level, "ended": why})
@@ -122,6 +137,45 @@ def evaluate(folder: Path, level: int, best: float, count: int) -> None:
     found = {"step": 5, "metrics": {line["metric"]: best}}
     last = {"step": 5 * count, "metrics": line["metrics"]}
     write_checksummed(path, line | {"evaluations": [found] * (count - 1) + [last], "best": found})
+
+
+# ---- heads and MLPs ----
+
+LAYERS, HEADS = 2, 4
+LIKE = {  # parameters of a network of this size
+    f"{LAYER}{layer}.{name}.{part}": torch.zeros(shape if part == "weight" else shape[:1])
+    for layer in range(LAYERS)
+    for name, shape in {**dict.fromkeys((*QKV, HEAD_OUTPUT), (8, 8)), INNER: (6, 8), OUTER: (8, 6)}.items()
+    for part in ("weight", "bias")
+}
+EMBEDDINGS = {"bert.embeddings.word_embeddings.weight": torch.zeros(50, 8), "classifier.weight": torch.zeros(2, 8)}
+
+
+def units(heads: str = "", mlps: str = "") -> Mask:
+    """The lowered mask of heads and MLPs: "1101 0011" keeps three heads of the first layer, "10" its MLP."""
+    found = {"heads": [[int(c) for c in layer] for layer in heads.split()], "mlps": [int(c) for c in mlps]}
+    return lower(Mask({kind: torch.tensor(kept).bool() for kind, kept in found.items() if kept}), LIKE)
+
+
+def search(
+    place: Path, task: str, seed: int, mask: Mask, values: Sequence[float], method: str = "importance", **own: Any
+) -> Path:
+    """A finished guarded search: the full BERT's score and the pruned one's, and the mask that it found."""
+    folder = by_hand(place, task, seed, method, [Mask.ones(mask), mask], values, **own)
+    path = folder / "level_01" / "metrics.json"
+    write_checksummed(path, read_checksummed(path) | {"sizes": sizes(mask, LIKE | EMBEDDINGS)})
+    return folder
+
+
+def derived(path: Path, mask: Mask, kind: str, task: str, method: str = "importance", **info: Any) -> Path:
+    """The file that scripts/derive.py writes."""
+    Mask(dict(mask), {**mask.info, "method": method, "task": task}).write(path, derived=kind, **info)
+    return path
+
+
+def given(place: Path, task: str, seed: int, mask: Path, value: float, method: str = "transfer", **settings: Any) -> Path:
+    """A run that trains a given ticket once, or with the method `score` scores it."""
+    return by_hand(place, task, seed, method, [Mask.load(mask)], [value], mask=str(mask), **settings)
 
 
 # ---- several runs ----

@@ -46,7 +46,7 @@ def listing(cells: DataFrame) -> DataFrame:
     """A line per cell: its score, the published one, and its difference to the reference. Columns without text are left out."""
     lines = []
     for cell in cells.sort_values("task", key=lambda tasks: tasks.map(published.place), kind="stable").to_dict("records"):
-        line = _place(cell) | {"here": cell["text"], "published": cell["published"]}
+        line = _place(cell) | {"here": cell["text"], "overlap": cell.get("overlap", ""), "published": cell["published"]}
         line |= {"difference": "", "95 % interval": "", "pairs": "", "verdict": cell["verdict"] if cell["run"] else ""}
         if cell["pairs"] > 0:
             line["difference"] = signed(cell["difference"])
@@ -138,9 +138,11 @@ def csv(tables: Sequence[Table]) -> str:
     """A line per cell in full precision, with its runs, levels and masks separated by semicolons."""
     import pandas as pd
 
-    cells = pd.concat([table.cells[list(CSV_COLUMNS)].assign(table=table.name) for table in tables])
+    columns = [*CSV_COLUMNS, "unit"]
+    cells = pd.concat([table.cells.reindex(columns=columns).assign(table=table.name) for table in tables])
     for name in ("best_of", "seeds", "undefined", "run", "level", "mask_sha256"):
         cells[name] = [";".join(map(str, values)) for values in cells[name]]
-    units = cells["task"].map(dict.fromkeys(published.LOSSES, "loss")).fillna("x 100")
+    given = zip(cells["task"], cells.pop("unit"), strict=True)
+    units = [unit if isinstance(unit, str) else "loss" if task in published.LOSSES else "x 100" for task, unit in given]
     cells.insert(cells.columns.get_loc("mean"), "unit", units)
     return cells[["table", *cells.columns.drop("table")]].to_csv(index=False)

@@ -1,10 +1,10 @@
 """Read run directories into one table, a pandas DataFrame with a line per finished level.
 
 A row name says how a ticket was found and what it starts from: `imp ticket`, `imp (scope tensor) ticket of MNLI`,
-`imp ticket, random weights`, `random pruning`. It contains every setting of the method that differs from the preset, so that
-tickets found in different ways are never in one row, and a new method has rows without code here. Settings of the training are
-in the column `setting`; a table has one of them per task. All is read from the files, nothing from a directory's name, without
-torch.
+`imp ticket, random weights`, `random pruning`, `importance bad ticket, pruned`. It
+contains every setting of the method that differs from the preset, so that tickets found in different ways are never in one row,
+and a new method has rows without code here. Settings of the training are in the column `setting`; a table has one of them per
+task. All is read from the files, nothing from a directory's name, without torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bert_tickets.content import brief
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.report import published
-from bert_tickets.report.rows import FULL, PERTURBED, PRETRAINED, RANDOM, name_rows, plainness
+from bert_tickets.report.rows import FULL, GUARDED, PERTURBED, PRETRAINED, RANDOM, name_rows, plainness
 from bert_tickets.runs.directory import failure, level_dir, levels_done, read_run, results
 from bert_tickets.runs.integrity import check_level
 
@@ -42,8 +42,9 @@ COLUMNS = {
     "warnings": "a list",
     "total": "weights that the mask covers",
     "mask_sha256": "",
-    "given": "whether the run trains a given ticket; otherwise it found this one",
-    "method": 'that found the ticket, with its settings; "" if the mask file does not say',
+    "given": "whether the run trains or scores a given ticket; otherwise it found this one",
+    "pruned": "whether the ticket is scored as it stands: trained weights without the pruned ones, not trained again",
+    "method": 'that found the ticket, with its settings, and how it was derived from others; "" if the mask file does not say',
     "rewind": 'what the method rewinds to, if that differs from the preset; otherwise ""',
     "source": 'the task that the ticket was found on; "" if none',
     "weights": "that the ticket starts from",
@@ -53,7 +54,9 @@ COLUMNS = {
     "subset": 'sha256 of the training data, if they are drawn by the seed; otherwise ""',
     "model": "sha256 of the encoder before training",
 }
-NOT_IN_ROWS = dict.fromkeys(("mask", "rewind", "levels", "sparsity", "ticket_step", "save_masks"))  # settings that others say
+# Settings that other columns say, or the files that the run reads.
+NOT_IN_ROWS = dict.fromkeys(("mask", "weights", "rewind", "levels", "sparsity", "ticket_step", "save_masks"))
+ALL_UNITS = "heads+mlps"  # of a search by importance, unless its settings say otherwise
 
 
 # ---- reading ----
@@ -172,16 +175,21 @@ def _facts_of_level(run: Path, level: int, of_run: Mapping[str, Any]) -> dict[st
     facts |= {key: line[key] for key in ("level", "metric", "mask_sha256", "warnings")}
     facts |= {"value": math.nan if value is None else 100 * value}
     facts |= {"sparsity": round(line["sparsity"], 3), "total": line.get("total", 0)}
+    is_scored = of_run["scored"] and of_run["task"] != "mlm"  # there the losses are no scores of a trained network
+    facts["pruned"] = is_scored or (of_run["method"] in GUARDED and level > 0)
     if of_run["given"]:
         info = read_facts(level_dir(run, level) / "mask.safetensors")
-        facts |= {"method": info.get("method", ""), "source": info.get("task", ""), "own_settings": "", "rewind": ""}
-        facts |= {"step": info.get("step"), "found_by": info.get("run")}
+        derived: dict[str, Any] = {key: info[key] for key in ("units", "random_size") if "derived" in info and key in info}
+        if derived.get("units") == ALL_UNITS:
+            del derived["units"]
+        facts |= {"method": " ".join(filter(None, (info.get("method"), info.get("derived")))), "source": info.get("task", "")}
+        facts |= {"own_settings": _words(derived), "rewind": "", "step": info.get("step"), "found_by": info.get("run")}
     return facts
 
 
 def _losses(line: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a level; of a scored ticket one for each of its losses."""
-    if not line["scored"]:
+    """The lines of a level; of a ticket that is scored on MLM one for each of its losses."""
+    if not line["scored"] or line["task"] != "mlm":
         return [line]
     (found,) = results(Path(line["run"]))
     values = {"mlm_loss": found["metrics"]["loss"], "kd_loss": found["hidden_states"]["cosine"]}
@@ -225,7 +233,7 @@ def comparable(levels: DataFrame) -> DataFrame:
     ):
         _refuse_several(levels, columns, same, f"have the same settings, but different {what}; give one of them")
     levels = levels.drop_duplicates(["task", "row", "sparsity", "seed"])
-    is_full = ~levels["given"] & (levels["weights"] == PRETRAINED) & (levels["sparsity"] == 0)
+    is_full = ~levels["given"] & ~levels["pruned"] & (levels["weights"] == PRETRAINED) & (levels["sparsity"] == 0)
     dense = levels[is_full].sort_values("row", key=lambda rows: rows.map(plainness)).drop_duplicates(["task", "seed"])
     levels = pd.concat([levels[~is_full], dense.assign(row=FULL)], ignore_index=True)
     return levels.loc[[line.Index for line in sorted(levels.itertuples(), key=_place)]].reset_index(drop=True)
@@ -253,6 +261,6 @@ def _place(line: Any) -> tuple:
 
 
 def own_tickets(levels: DataFrame) -> DataFrame:
-    """The levels that are tickets on the task that they were found on, rewound as the preset says."""
-    is_own = ~levels["given"] & (levels["weights"] == PRETRAINED) & (levels["rewind"] == "")
+    """The levels that are tickets trained on the task that they were found on, rewound as the preset says."""
+    is_own = ~levels["given"] & ~levels["pruned"] & (levels["weights"] == PRETRAINED) & (levels["rewind"] == "")
     return levels[is_own & (levels["sparsity"] > 0)]

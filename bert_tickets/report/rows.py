@@ -11,6 +11,9 @@ from bert_tickets.report import published
 FULL = "full BERT"
 RANDOM_PRUNING, ONE_SHOT = "random pruning", "one-shot pruning"
 UNTRAINED = {"oneshot random": RANDOM_PRUNING, "oneshot magnitude": ONE_SHOT}  # the paper's names of what oneshot.py makes
+GUARDED = ("importance", "guarded_magnitude")  # methods that prune a trained network while its score holds, and train no more
+PRUNED = "pruned"  # in the rows of tickets that are scored as they stand
+LENGTH = ("batch size", "epochs")  # settings of a training that the row names where only it has them
 PRETRAINED, RANDOM, SHUFFLED = "pre-trained", "random", "shuffled"  # weights; others as their file says
 PERTURBED = {  # what perturb_weight.py writes: weights in the name of a row
     "the entries of each matrix shuffled": SHUFFLED,
@@ -46,7 +49,33 @@ def name_rows(lines: Sequence[dict[str, Any]]) -> None:
             words = [word for word in line["search"].split(", ") if word not in shared]
             words += [] if is_ticket or not line["step"] else [f"step {line['step']}"]
             line |= {"method": _with_settings(finder["method"], words), "rewind": finder["rewind"]}
+            if is_guarded(line["method"]):
+                of_task = [other for other in found if other["task"] == line["task"] and is_guarded(other["method"])]
+                _adopt_setting(line, {other["setting"] for other in of_task})
             _name_row(line)
+
+
+def _adopt_setting(line: dict[str, Any], searches: Iterable[str]) -> None:
+    """Give a guarded search's ticket the search's setting, if it differs by nothing but a length, which the row then names.
+
+    A ticket that is scored as it stands has no training of its own, and the setting of the search.
+    """
+    own = _by_name(line["setting"])
+    for search in sorted(searches):
+        theirs = _by_name(search)
+        differing = {name: value for name, value in own.items() if theirs.get(name) != value}
+        if line["pruned"] and not differing:
+            line["setting"] = search
+        elif theirs.keys() <= own.keys() and differing.keys() <= {*LENGTH}:
+            line |= {"setting": search, "length": ", ".join(f"{name} {value}" for name, value in differing.items())}
+        else:
+            continue
+        return
+
+
+def _by_name(setting: str) -> dict[str, str]:
+    """Divide a setting's words: `batch size 16, epochs 2`."""
+    return dict(word.rsplit(" ", 1) for word in setting.split(", ") if word)
 
 
 def _with_settings(method: str, words: Iterable[str]) -> str:
@@ -66,9 +95,10 @@ def _name_row(line: dict[str, Any]) -> None:
         name = UNTRAINED.get(method, method or f"mask {line['mask_sha256'][:8]}")
         line["row"] = name + _from(weights)
     else:
-        again = ", trained again" if source == line["task"] and weights == PRETRAINED else ""
+        is_again = source == line["task"] and weights == PRETRAINED and not line["pruned"] and not is_guarded(method)
         other = "" if source == line["task"] else source
-        line["row"] = row_name(method, source=other, rewind=line["rewind"], weights=weights) + again
+        line["row"] = row_name(method, source=other, rewind=line["rewind"], weights=weights) + ", trained again" * is_again
+    line["row"] += "".join(f", {words}" for words in (line.get("length"), PRUNED * line["pruned"]) if words)
 
 
 def row_name(method: str, *, source: str = "", rewind: str = "", weights: str = PRETRAINED) -> str:
@@ -81,6 +111,11 @@ def _from(weights: str) -> str:
     if weights == PRETRAINED:
         return ""
     return f", {weights}" if " " in weights else f", {weights} weights"
+
+
+def is_guarded(method: str) -> bool:
+    """Whether a method, with or without settings, is a guarded search, or derives tickets from one's."""
+    return method.partition(" ")[0] in GUARDED
 
 
 def plainness(row: str) -> tuple[int, bool, str]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from bert_tickets.report import published
 from bert_tickets.report.cells import best_of, fill, full, percent
 from bert_tickets.report.formats import Table, frame, listing, scores
+from bert_tickets.report.importance import importance
 from bert_tickets.report.results import own_tickets
-from bert_tickets.report.rows import FULL, PRETRAINED, RANDOM, RANDOM_PRUNING, SHUFFLED, is_published, row_name
+from bert_tickets.report.rows import FULL, PRETRAINED, RANDOM, RANDOM_PRUNING, SHUFFLED, is_guarded, is_published, row_name
+from bert_tickets.report.stability import stability
 from bert_tickets.report.tamt import tamt
 from bert_tickets.report.transfer import transfer
 
@@ -24,7 +26,8 @@ EXCEED = "Match or exceed, the stricter criterion: mean >= mean of the full BERT
 COMMON_NOTES = (
     "Scores: mean ± standard deviation (n - 1) of accuracy, F1 or a correlation, x 100 (number of seeds).",
     "Differences: in points, paired over seeds, each with its own 95 % t-interval. Verdicts are corrected by Holm's method over "
-    "all comparisons with one reference. `not significant` does not mean equal: see the width of the interval.",
+    "all comparisons with one reference, unless a note says otherwise. `not significant` does not mean equal: see the interval's "
+    "width.",
     "Commands for missing runs need the variables of the other runs too (`bash scripts/table2.sh --help` lists them).",
 )
 
@@ -80,7 +83,7 @@ def missing_runs(levels: DataFrame, cells: DataFrame, sweep: str) -> list[str]:
     lacking = cells.assign(missing=[" ".join(map(str, seeds)) for seeds in cells["missing"]])
     groups = lacking[lacking["missing"] != ""].groupby(["task", "sparsity", "sweep", "missing"], sort=False)
     lines += [_missing_seeds(group, *key) for key, group in groups]
-    if left := [task for task in (published.TAMT_TASKS if sweep == "tamt" else published.TASKS) if task not in there]:
+    if left := [task for task in published.SWEEP_TASKS.get(sweep, published.TASKS) if task not in there]:
         names = ", ".join(map(published.name, left))
         lines.append(f"no run of {names}. To make them: `TASKS='{' '.join(left)}' bash scripts/{sweep}.sh`")
     return lines
@@ -92,7 +95,7 @@ def _missing_seeds(group: DataFrame, task: str, sparsity: float, sweep: str, see
     if not sweep:
         return text
     tasks = " ".join(dict.fromkeys(task for task in (*group["source"], task) if task))
-    more = f" SPARSITY={100 * sparsity:.0f}" if sparsity and sweep != "rewinding" else ""
+    more = f" SPARSITY={100 * sparsity:.0f}" if sparsity and sweep not in ("rewinding", "importance") else ""
     return f"{text}. To make them: `TASKS='{tasks}' SEEDS='{seeds}'{more} bash scripts/{sweep}.sh`"
 
 
@@ -139,7 +142,7 @@ def _matching(title: str, levels: DataFrame, criterion: str, notes: Sequence[str
                 shown += _with_controls(of_task, method, ticket, best)
             elif best is not None:
                 shown.append(ticket | {"sparsity": best})
-    if not shown:
+    if not shown or (not lines and levels["method"].map(is_guarded).all()):
         return None
     cells = fill(levels, [*(cell | {"shown": True} for cell in shown), *(cell | {"shown": False} for cell in tested)])
     cells = cells[cells["shown"]]
@@ -199,7 +202,8 @@ def highest(curve: DataFrame, criterion: str) -> tuple[float | None, str]:
 
 
 def curves(levels: DataFrame, _: float | None = None) -> Table:
-    """Every row of every task at every sparsity."""
+    """Every row of every task at every sparsity; not guarded searches, whose tickets differ in sparsity by seed."""
+    levels = levels[~levels["method"].map(is_guarded) | (levels["row"] == FULL)]
     own = own_tickets(levels)
     by_sweep = {*own.loc[own["method"].map(is_published), "row"]}
     wanted = []
@@ -285,4 +289,6 @@ TABLES = {  # name -> function, the sweep that makes its runs
     "curves": (curves, "table2"),
     "weights": (weights, "perturbed"),
     "tamt": (tamt, "tamt"),
+    "importance": (importance, "importance"),
+    "stability": (stability, "stability"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def _scores(cells: DataFrame) -> DataFrame:
     tasks = published.in_order(cells["task"])
     lines = []
     for row, sparsity, found in _rows(cells):
-        line = _place(row, sparsity) | {"mean of five tasks": mean_over_tasks(found)}
+        line = _place(row, sparsity) | {"mean of five tasks": mean_over_tasks(found, published.TAMT_TASKS)}
         line["published mean"] = published.tamt("score", published_row(row), sparsity)
         texts = dict(zip(found["task"], found["text"], strict=True))
         lines.append(line | {published.name(task): texts.get(task, "") for task in tasks})
@@ -89,13 +90,13 @@ def _scores(cells: DataFrame) -> DataFrame:
     return wide.loc[:, (wide != "").any()]
 
 
-def mean_over_tasks(cells: DataFrame) -> str:
-    """The mean over the paper's five tasks, for each seed that has them all: mean ± standard deviation (number of seeds)."""
+def mean_over_tasks(cells: DataFrame, tasks: Sequence[str]) -> str:
+    """The mean over tasks, for each seed that has them all: mean ± standard deviation (number of seeds)."""
     by_task = dict(zip(cells["task"], cells["values"], strict=True))
-    if not by_task.keys() >= {*published.TAMT_TASKS}:
+    if not by_task.keys() >= {*tasks}:
         return ""
-    seeds = set.intersection(*(set(by_task[task]) for task in published.TAMT_TASKS))
-    means = [mean(by_task[task][seed] for task in published.TAMT_TASKS) for seed in sorted(seeds)]
+    seeds = set.intersection(*(set(by_task[task]) for task in tasks))
+    means = [mean(by_task[task][seed] for task in tasks) for seed in sorted(seeds)]
     if not means:
         return ""
     return f"{mean(means):.1f}" + (f" ± {stdev(means):.1f}" if len(means) > 1 else "") + f" ({len(means)})"

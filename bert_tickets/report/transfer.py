@@ -47,7 +47,7 @@ def transfer_sparsity(levels: DataFrame, asked: float | None) -> float | None:
 
     None without such tickets. Raises `UserError` if there are none at the sparsity asked for.
     """
-    is_given = levels["given"] & (levels["weights"] == PRETRAINED) & (levels["source"] != levels["task"])
+    is_given = levels["given"] & ~levels["pruned"] & (levels["weights"] == PRETRAINED) & (levels["source"] != levels["task"])
     there = sorted(set(levels.loc[is_given & ((levels["source"] != "") | (levels["row"] == ONE_SHOT)), "sparsity"]))
     wanted = published.TRANSFER_SPARSITY if asked is None else round(asked, 3)
     if there and asked is not None and wanted not in there:
@@ -62,7 +62,8 @@ def transfer_cells(levels: DataFrame, at: float, relative: str) -> DataFrame:
     The column `ticket` names a ticket in the same way on all tasks ("" for the full BERT), `in_figure_2` is its row in the
     published figure: a task, one-shot pruning, or "". A ticket of no task is compared with own tickets of the plainest method.
     """
-    there = levels[(levels["sparsity"] == at) & (levels["weights"] == PRETRAINED) & (levels["rewind"] == "")]
+    is_trained = (levels["weights"] == PRETRAINED) & (levels["rewind"] == "") & ~levels["pruned"]
+    there = levels[(levels["sparsity"] == at) & is_trained]
     found = sorted(set(zip(there["method"], there["source"], strict=True)), key=lambda pair: (pair[0], published.place(pair[1])))
     tickets = {row_name(method, source=source): (method, source) for method, source in found if source}
     plainest = min((method for method, _ in tickets.values()), key=plainness, default=published.METHOD)
