@@ -9,6 +9,8 @@
   python scripts/figures.py densities runs --sparsity 70 --output densities.png       # kept weights by layer and kind of matrix
   python scripts/figures.py distance runs_tamt --output distance.png                  # how far mask training moved its masks
   python scripts/figures.py losses runs_tamt --output losses.png                      # scores over losses without training
+  python scripts/figures.py survival runs_importance --output survival.png            # heads and MLPs kept, a panel per task
+  python scripts/figures.py survival runs_importance --method "importance (units heads)" --output heads.png
 
 Takes run directories, or folders that hold them. Runs that differ only in their seed are one line or cell: their mean, with the
 standard deviation of single runs. Masks outside of run directories: scripts/compare.py.
@@ -31,6 +33,7 @@ FIGURES = {
     "densities": "the weights kept in each layer, by kind of matrix",
     "distance": "the distance of masks in mask training from their initial masks over steps, a panel per sparsity",
     "losses": "the scores of tickets over their losses without training (--score), a panel per task and loss",
+    "survival": "the heads and MLPs that a search by importance or magnitude keeps, a panel per task",
 }
 OF_TAMT = ("distance", "losses")  # drawn by report/tamt_figures.py
 CHOOSING = ("examples", *OF_TAMT)  # figures that choose comparable levels themselves
@@ -48,6 +51,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         figure.add_argument("--title", metavar="TEXT", help="the picture's title")
         if name in ("transfer", "overlap", "densities"):
             figure.add_argument("--sparsity", type=float, required=True, metavar="PERCENT", help="pruned weights")
+        if name == "survival":
+            search = 'the search, as rows name it, such as "importance (units heads)", guarded-magnitude (default: importance)'
+            figure.add_argument("--method", metavar="NAME", default="importance", help=search)
         if name == "transfer":
             relative = "difference to the full BERT or to the target's own ticket (default: dense)"
             figure.add_argument("--relative", choices=("dense", "same-task"), default="dense", help=relative)
@@ -55,7 +61,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from bert_tickets.report import figures, tamt_figures
+    from bert_tickets.report import figures, survival, tamt_figures
     from bert_tickets.report.results import comparable, of_tasks, read_results
 
     levels, failures = read_results(args.runs, args.setting)
@@ -64,8 +70,10 @@ def main(args: argparse.Namespace) -> None:
         levels = comparable(levels)
     if levels.empty:
         raise UserError("no finished level" + (f" with the setting {args.setting!r}" if args.setting is not None else ""))
-    draw = getattr(tamt_figures if args.figure in OF_TAMT else figures, f"draw_{args.figure}")
+    module = tamt_figures if args.figure in OF_TAMT else survival if args.figure == "survival" else figures
+    draw = getattr(module, f"draw_{args.figure}")
     more = {"sparsity": args.sparsity / 100} if "sparsity" in args else {}
+    more |= {"method": args.method} if args.figure == "survival" else {}
     more |= {"relative": args.relative} if args.figure == "transfer" else {}
     print(draw(levels, args.output, args.title, **more))
     for failure in failures:

@@ -208,6 +208,54 @@ def draw_heat_map(
         figure.colorbar(image, label=unit, location="bottom", extend="neither" if limit is None else "both", aspect=40, pad=0.03)
 
 
+def draw_units(output: Path, title: str, panels: Mapping[str, tuple[Any, Any]], unit: str) -> None:
+    """Draw shares in [0, 1] of heads and MLPs, a panel per title: layers by heads, and a column of MLPs if they have values.
+
+    A panel has arrays of heads [layers, heads] and of MLPs [layers], with NaN for no value. `unit` is the colour bar's label.
+    """
+    import numpy as np
+    from matplotlib import colormaps
+
+    known = np.concatenate([part[~np.isnan(part)] for panel in panels.values() for part in panel])
+    low, high = math.floor(10 * known.min()) / 10, math.ceil(10 * known.max()) / 10
+    norm = (low, high) if low < high else (0.0, 1.0)
+    columns, palette = min(2, len(panels)), colormaps["cividis"].with_extremes(bad="white")
+    rows = math.ceil(len(panels) / columns)
+    layers, heads = map(max, zip(*(heads.shape for heads, _ in panels.values()), strict=True))
+    height = rows * (0.17 * layers + 0.55) + 0.8
+    with drawing(output) as figure:
+        width = max(0.07 * max(len(title), len(unit)), columns * min(WIDTH / 2, 0.22 * heads + 0.7))
+        figure.set_size_inches(width, height)
+        plots = list(figure.subplots(rows, columns, squeeze=False).flatten())
+        for plot, (name, (of_heads, of_mlps)) in zip(plots, panels.items(), strict=False):
+            image = plot.imshow(of_heads, cmap=palette, vmin=norm[0], vmax=norm[1], aspect="auto")
+            count, at_mlp = of_heads.shape[1], of_heads.shape[1] + 0.5  # half a cell beside the heads
+            ends = (count, count + 1, len(of_mlps) - 0.5, -0.5)
+            plot.imshow(of_mlps[:, None], cmap=palette, vmin=norm[0], vmax=norm[1], aspect="auto", extent=ends)
+            has_mlps = not np.isnan(of_mlps).all()
+            for (layer, at), share in np.ndenumerate(np.column_stack([of_heads, of_mlps])):
+                if not math.isnan(share):
+                    ink = ink_on(palette((share - norm[0]) / (norm[1] - norm[0])))
+                    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 5.5, "color": ink}
+                    plot.text(at_mlp if at == count else at, layer, _short(share), **style)
+            labels = [*map(str, range(count)), *["MLP"] * has_mlps]
+            plot.set_xticks([*range(count), *[at_mlp] * has_mlps], labels, fontsize=6)
+            plot.set_yticks(range(len(of_mlps)), map(str, range(len(of_mlps))), fontsize=6)
+            plot.set(title=name, xlabel="head", ylabel="layer", xlim=(-0.5, count + has_mlps - 0.5 * (not has_mlps)))
+            plot.tick_params(length=0)
+            plot.spines[:].set_visible(False)
+        for plot in plots[len(panels) :]:
+            plot.remove()
+        figure.suptitle(title)
+        bar: dict[str, Any] = {"location": "bottom", "aspect": 50, "shrink": 0.8, "pad": 0.12 / height}
+        figure.colorbar(image, ax=plots[: len(panels)], label=unit, **bar)
+
+
+def _short(share: float) -> str:
+    """A share as `1`, `.8`, `.25`."""
+    return f"{share:.2f}".rstrip("0").rstrip(".").removeprefix("0") or "0"
+
+
 def ink_on(color: tuple[float, float, float, float]) -> str:
     """Black or white, the one with the higher contrast (at least 4.5 to 1 by WCAG)."""
     red, green, blue = (part**2.2 for part in color[:3])
