@@ -52,7 +52,8 @@ def importance(levels: DataFrame, _: float | None) -> Table | None:
         return None
     cells = _cells(levels, own)
     main, apart = cells[cells["task"] != APART], cells[cells["task"] == APART]
-    grids = {"Sizes": sizes(own)}
+    of_sizes = sizes(own)
+    grids = {"Sizes": of_sizes} if len(of_sizes) else {}
     if len(main):
         grids |= {"Scores": _scores(main), "Scores by task, and differences": _listing(main)}
     if len(apart):
@@ -108,7 +109,8 @@ def in_order(found: Iterable[str], order: Sequence[str]) -> list[str]:
 def good_sizes(own: DataFrame) -> dict[tuple[str, str, int], dict[str, float]]:
     """The sizes of the good tickets by task, search and seed, as their searches recorded them."""
     found = own[~own["given"] & own["pruned"]]
-    return {(line.task, line.search, line.seed): result(Path(line.run), line.level)["sizes"] for line in found.itertuples()}
+    results = {(line.task, line.search, line.seed): result(Path(line.run), line.level) for line in found.itertuples()}
+    return {place: line["sizes"] for place, line in results.items() if "sizes" in line}
 
 
 # ---- the cells ----

@@ -179,9 +179,12 @@ def test_sizes_are_those_of_the_search_and_of_the_super_mask(whole):
 
 
 def test_missing_runs_are_named_with_the_sweep(whole):
-    (line,) = [line for line in made("importance", whole).missing if "no run of RTE" in line]
-    assert "importance super-bad ticket, pruned" in line
-    assert line.endswith("`TASKS='rte' SEEDS='1 2 3' bash scripts/importance.sh`")
+    rundirs.search(whole, "rte", 4, rundirs.units(*GOOD[3]), [0.8, 0.7])
+    lines = [line for line in made("importance", whole).missing if "no run of RTE" in line]
+    (line,) = [line for line in lines if "importance super-bad ticket, pruned" in line]
+    assert line.endswith("`TASKS='rte' SEEDS='1 2 3 4' bash scripts/importance.sh`")
+    (line,) = [line for line in lines if "importance bad ticket, pruned" in line]
+    assert line.endswith("`TASKS='rte' SEEDS='4' bash scripts/importance.sh`")
 
 
 def test_weights_by_magnitude_are_a_search_too(tmp_path):
