@@ -25,7 +25,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from os.path import realpath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.config import Training
@@ -70,6 +70,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings for the metadata of the file. Files are named by their content."""
+    found: dict[str, Any] = {"derived": args.kind, "masks": [fingerprint(str(path)) for path in args.masks]}
+    found |= {name: fingerprint(str(path)) for name in ("weights", "like") if (path := getattr(args, name))}
+    found |= {"random_size": "binomial"} if args.random_size == "binomial" else {}
+    return found | ({} if args.seed is None else {"seed": args.seed})
+
+
 def main(args: argparse.Namespace) -> None:
     from bert_tickets.masking.derive import derive
     from bert_tickets.masking.mask import Mask
@@ -91,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     if of_units:
         covers_bias = any(name.endswith(f"{HEAD_OUTPUT}.bias") for name in given[0])
         ticket = lower(found, given[0], "drop" if covers_bias else "keep")
-    ticket.write(args.output, **({} if weights is None else {"weights": fingerprint(str(args.weights))}))
+    ticket.write(args.output, **facts(args))
     parts = [f"{args.output}: keeps {sizes(found, scope)}"]
     parts += [f"shares {sizes(found & mask, scope, of=False)} with {path}" for path, mask in zip(args.masks, inputs, strict=True)]
     print(("; " if len(inputs) == 1 else "\n  ").join(parts))

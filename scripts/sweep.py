@@ -14,13 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # oneshot.py and perturb_weight.py are not in the package
 
+import derive
+
 import oneshot
 import perturb_weight
 from bert_tickets.cli import FORMATTER, normalize_argv, run_command
 from bert_tickets.sweep.jobs import plan, read_lines, unfinished
 from bert_tickets.sweep.runner import report, run
 
-MAKERS = {"oneshot.py": oneshot, "perturb_weight.py": perturb_weight}
+MAKERS = {"derive.py": derive, "oneshot.py": oneshot, "perturb_weight.py": perturb_weight}
 
 
 def parse() -> argparse.Namespace:

@@ -84,6 +84,7 @@ def test_every_kind_is_a_ticket_over_the_same_tensors(folder, capsys, kind, of):
     facts |= {"units": "heads+mlps", "heads": 4} if of == "units" else {}
     facts |= {"seed": 5} if "--seed=5" in flags else {}
     facts |= {"weights": fingerprint("weights")} if "--weights=weights" in flags else {}
+    facts |= {"masks": [fingerprint(file) for file in masks]} | ({"like": fingerprint(files[1])} if kind == "resize" else {})
     assert {key: value for key, value in found.info.items() if key != "overlap"} == facts
     if of == "units":
         assert found == lower(read_units(found), WEIGHTS)  # whole heads and MLPs

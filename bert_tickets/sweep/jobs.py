@@ -114,20 +114,22 @@ def _files(words: Sequence[str], makers: Mapping[str, Any]) -> dict[str, Any]:
     script, argv = Path(words[at]).name, words[at + 1 :]
     if script in makers:
         args = makers[script].parse(argv)
-        inputs = _inputs(args.model, vars(args).get("init"))
+        given = vars(args)
+        files = {f"MASK {number}": path for number, path in enumerate(given.get("masks", ()), 1)}
+        inputs = _inputs(given.get("model"), given.get("init"), **files, weights=given.get("weights"), like=given.get("like"))
         return {"output": Path(args.output).resolve(), "facts": makers[script].facts(args), "inputs": inputs}
     cfg = parse(TRAINING[script], None, argv)
     if cfg.dry_run:
         return {}
-    inputs = _inputs(cfg.model, cfg.init, cfg.settings.mask)
+    inputs = _inputs(cfg.model, cfg.init, mask=cfg.settings.mask, weights=cfg.settings.weights)
     places = {name: str(path) for name, path in inputs.items()} | {"output_dir": str(Path(cfg.output_dir).resolve())}
     return {"cfg": from_flat(flat(cfg) | places), "inputs": inputs}
 
 
-def _inputs(model: str, init: str | None, mask: str | None = None) -> dict[str, Path]:
+def _inputs(model: str | None, init: str | None, **files: str | Path | None) -> dict[str, Path]:
     """Return the files and folders that a command reads, with links resolved."""
-    on_hub = model.count("/") < 2 and not model.startswith((".", "/")) and not os.path.lexists(model)
-    values = {"mask": mask, "init": None if init in ("pretrained", "random") else init, "model": None if on_hub else model}
+    on_hub = model is not None and model.count("/") < 2 and not model.startswith((".", "/")) and not os.path.lexists(model)
+    values = {**files, "init": None if init in ("pretrained", "random") else init, "model": None if on_hub else model}
     return {name: Path(value).resolve() for name, value in values.items() if value is not None}
 
 
@@ -140,7 +142,8 @@ def _link(jobs: Sequence[Job]) -> None:
             if target is not None:
                 job.needs.add(writers[target])
             elif not path.exists():
-                raise UserError(f"{job.place}: --{flag} {path} does not exist, and no line makes it\n  {job.text}")
+                name = flag if flag.startswith("MASK") else f"--{flag}"
+                raise UserError(f"{job.place}: {name} {path} does not exist, and no line makes it\n  {job.text}")
 
 
 def _is_finished(job: Job) -> bool:

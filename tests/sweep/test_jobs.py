@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import derive
 import pytest
 import torch
 from conftest import ROOT
@@ -18,7 +19,7 @@ from bert_tickets.methods import main
 from bert_tickets.runs.directory import run_dir
 from bert_tickets.sweep.jobs import Job, plan, read_lines, unfinished
 
-MAKERS = {"oneshot.py": oneshot, "perturb_weight.py": perturb_weight}
+MAKERS = {"derive.py": derive, "oneshot.py": oneshot, "perturb_weight.py": perturb_weight}
 IMP = "python lt_glue.py --task mnli"
 
 
@@ -53,9 +54,10 @@ def write_mask(path: Path, seed: int = 0) -> None:
 
 
 def make(line: str) -> None:
-    """Run a line of oneshot.py or perturb_weight.py in this process."""
+    """Run a line of a script that makes a file in this process."""
     script, *words = shlex.split(line)[1:]
-    MAKERS[script].main(MAKERS[script].parse(words))
+    maker = MAKERS[Path(script).name]
+    maker.main(maker.parse(words))
 
 
 # ---- lines ----
@@ -216,3 +218,20 @@ def test_a_damaged_foreign_or_outdated_file_is_not_finished(bert_dir, tmp_path):
     assert is_finished(line.replace(str(bert_dir), str(shutil.copytree(bert_dir, tmp_path / "copy")))) == [True]
     make(f"python perturb_weight.py --noise 0.2 --model {bert_dir} --output w")  # the mask is of other weights
     assert is_finished(line) == [False]
+
+
+def test_a_derived_ticket_needs_its_tickets_and_is_done_if_they_are_the_same(tmp_path):
+    line = "python scripts/derive.py super one two --output super"
+    for seed, name in enumerate(("one", "two")):
+        write_mask(tmp_path / name, seed)
+    assert is_finished(line) == [False]
+    make(line)
+    assert is_finished(line, line.replace("super one", "union one")) == [True, False]
+    write_mask(tmp_path / "two", 2)
+    assert is_finished(line) == [False]
+    (tmp_path / "two").unlink()
+    assert "MASK 2" in refusal(line)
+    mask = imp_dir("--seed", "1") / "level_01" / "mask.safetensors"
+    random = f"python scripts/derive.py random {mask} --seed 1 --output random"
+    found = planned(f"{IMP} --seed 1", random, f"{IMP} --mask random", f"{IMP} --score --mask random --weights {mask}")
+    assert [len(job.needs) for job in found] == [0, 1, 1, 2]
