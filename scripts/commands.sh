@@ -10,6 +10,7 @@
 #   STEP    percent pruned per level          GLUE_FLAGS  SQUAD_FLAGS  MLM_FLAGS   flags of one training script
 #   LEVELS  levels per run, 0 % included      OUTPUT      folder of runs, masks and weights
 #   PYTHON  the interpreter                   TAMT_FLAGS  flags of mask training, IMP_FLAGS  of IMP (tamt*.sh)
+#   PROTOCOL  paper or released               SEARCHES  s, heads, mlps, m (importance.sh, stability.sh)
 # The FLAGS variables are split into words as the shell does it: FLAGS="--data-dir 'my data'" holds two words.
 
 : "${MODEL:=bert-base-uncased}" "${STEP:=10}" "${OUTPUT:=runs}" "${PYTHON:=python}"
@@ -44,7 +45,7 @@ case " $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS " in
 esac
 if [ "$PWD" != "$here" ]; then # the commands run in the repository
   eval "words=($FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS)"
-  [[ $OUTPUT = runs || $OUTPUT = runs_tamt || $OUTPUT = /* ]] || fail "OUTPUT=$OUTPUT: give an absolute path, or start the sweep in $here"
+  [[ $OUTPUT =~ ^(runs|runs_tamt|runs_importance(_released)?|/.*)$ ]] || fail "OUTPUT=$OUTPUT: give an absolute path, or start the sweep in $here"
   for word in "$MODEL" "${words[@]}"; do
     [[ ${word#--*=} = /* || ! -e ${word#--*=} ]] || fail "${word#--*=}: give an absolute path, or start the sweep in $here"
   done
@@ -240,6 +241,55 @@ train_ticket() { # seed of the mask
 score() { # seed
   training mlm "$1" --score --mask "$mask"
   emit 2 "${command[@]}"
+}
+
+# ---- heads and MLPs (importance.sh, stability.sh) ----
+
+# Fine-tune and prune while the score holds. Sets `mask` to the good ticket, and `weights` to the fine-tuned network.
+searched() { # task, seed, s | heads | mlps | m
+  case $3 in
+    s) training "$1" "$2" --method importance ;;
+    heads | mlps) training "$1" "$2" --method importance --units "$3" ;;
+    m) training "$1" "$2" --method guarded-magnitude ;;
+    *) fail "SEARCHES=$SEARCHES: each is s, heads, mlps or m" ;;
+  esac
+  emit 1 "${command[@]}"
+  run_directory
+  mask=$directory/level_01/mask.safetensors weights=$directory/level_00/weights.safetensors
+}
+
+# Derive a ticket from others; sets `mask`. The seed names the file: "" for one ticket of all seeds.
+derived() { # name of the good tickets, kind, seed, masks and flags ...
+  mask=$OUTPUT/masks/$1_$2${3:+_s$3}.safetensors
+  emit 2 "$PYTHON" scripts/derive.py "$2" "${@:4}" --output "$mask"
+}
+
+# Score the ticket `mask` as it stands on the fine-tuned `weights`.
+scored() { # stage, task, seed
+  local word words=() skipped=false
+  training "$2" "$3" --score --mask "$mask" --weights "$weights"
+  for word in "${command[@]}"; do # without the flags that have no effect on scoring
+    if $skipped; then
+      skipped=false
+    elif [[ $word =~ ^--(epochs|max[-_]steps|lr|weight[-_]decay|eval[-_]steps|report)(=|$) ]]; then
+      [[ $word = *=* ]] || skipped=true
+    else
+      words+=("$word")
+    fi
+  done
+  emit "$1" "${words[@]}"
+}
+
+# Both, for a derived ticket.
+pruned_and_retrained() { # task, seed, flags of the training ...
+  scored 3 "$1" "$2"
+  retrained 3 "$@"
+}
+
+# Fine-tune the ticket `mask` from the pre-trained weights.
+retrained() { # stage, task, seed, flags ...
+  training "$2" "$3" --mask "$mask" "${@:4}"
+  emit "$1" "${command[@]}"
 }
 
 cd "$here"

@@ -9,7 +9,7 @@
   python scripts/figures.py densities runs --sparsity 70 --output densities.png       # kept weights by layer and kind of matrix
   python scripts/figures.py distance runs_tamt --output distance.png                  # how far mask training moved its masks
   python scripts/figures.py losses runs_tamt --output losses.png                      # scores over losses without training
-  python scripts/figures.py survival runs_importance --output survival.png            # heads and MLPs kept, a panel per task
+  python scripts/figures.py survival runs_importance --output survival.png            # heads and MLPs that seeds keep
   python scripts/figures.py survival runs_importance --method "importance (units heads)" --output heads.png
 
 Takes run directories, or folders that hold them. Runs that differ only in their seed are one line or cell: their mean, with the

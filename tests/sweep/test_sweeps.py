@@ -16,7 +16,9 @@ from bert_tickets.signals import STOP_SIGNALS
 from bert_tickets.sweep.jobs import TRAINING, plan
 
 SWEEPS = ["table2", "transfer", "rewinding", "oneshot", "similarity", "mlm", "perturbed", "tamt", "tamt_cost", "tamt_fewshot"]
+SWEEPS += ["importance", "stability"]
 SMALL = {"TASKS": "rte squad", "SEEDS": "1 2", "SPARSITIES": "40 70", "NOISE": "0.1 1", "RUNS": "2", "SIZES": "100 3000"}
+ON_GLUE = {name: {"TASKS": "rte cola", "LONGER": "6"} for name in ("importance", "stability")}
 TABLE_2 = {"mnli": 70, "qqp": 90, "stsb": 50, "wnli": 90, "qnli": 70, "mrpc": 50, "rte": 60, "sst2": 60, "cola": 50}
 
 
@@ -62,7 +64,7 @@ def test_from_another_folder_its_relative_paths_are_refused(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_line_is_a_job_of_its_own_after_those_that_it_needs(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    texts = printed(name, **SMALL)
+    texts = printed(name, **SMALL | ON_GLUE.get(name, {}))
     jobs = plan(dict(enumerate(texts)), MAKERS)
     assert sorted(job.place for job in jobs) == list(range(len(texts)))
     assert all(job.target for job in jobs)
@@ -72,7 +74,7 @@ def test_every_line_is_a_job_of_its_own_after_those_that_it_needs(name, monkeypa
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_stages_are_the_whole_and_the_first_needs_nothing(name, tmp_path):
-    small = SMALL | {"PYTHON": stub(tmp_path)}
+    small = SMALL | {"PYTHON": stub(tmp_path)} | ON_GLUE.get(name, {})
     first, second, third = (printed(name, "--stage", stage, **small) for stage in "123")
     assert sorted(first + second + third) == sorted(printed(name, **small))
     assert first
@@ -149,6 +151,57 @@ def test_few_examples_are_the_papers(tmp_path):
     assert sizes["cola"][::4] == [["1000", "8"], ["2000", "8"], ["5000", None]]
     assert sizes["squad"][:8:4] == [["1000", "8"], ["5000", None]]
     assert sweep("tamt_fewshot", "--dry-run", TASKS="rte", SEEDS="1", PYTHON=stub(tmp_path)).returncode == 2
+
+
+def test_heads_and_mlps_are_searched_derived_scored_and_trained_again(tmp_path):
+    whole = lines("importance", tmp_path, TASKS="rte", SEEDS="1 2")
+    searched = [words for words in whole if "--method" in words]
+    found = {(flag(words, "--seed"), flag(words, "--method"), flag(words, "--units")) for words in searched}
+    assert len(searched) == len(found) == 2 * 4
+    derived = [(words[1], flag(words, "--seed"), flag(words, "--output")) for words in whole if words[0] == "scripts/derive.py"]
+    masks = "runs_importance/masks/rte_"
+    for seed in "12":
+        assert {(kind, of, file) for kind, of, file in derived if f"_s{seed}." in file} == {
+            ("random", seed, f"{masks}s_random_s{seed}.safetensors"),
+            ("bad", seed, f"{masks}s_bad_s{seed}.safetensors"),
+            ("random", seed, f"{masks}m_random_s{seed}.safetensors"),
+            ("bad", None, f"{masks}m_bad_s{seed}.safetensors"),  # by magnitude
+            ("super-random", seed, f"{masks}s_super-random_s{seed}.safetensors"),
+        }
+    assert len(derived) == 2 * 5 + 2  # and super and super-bad, of both seeds
+    scored = {(flag(words, "--seed"), flag(words, "--mask"), flag(words, "--weights")) for words in whole if "--score" in words}
+    trained = [(flag(words, "--seed"), flag(words, "--mask")) for words in whole if "--mask" in words and "--score" not in words]
+    assert len(scored) == 2 * 7
+    assert len(trained) == 2 * (7 + 4 + 1)  # the good ones, and random ones from random weights
+    assert {(seed, mask) for seed, mask, _ in scored} <= set(trained)
+    dense = {seed: {weights for of, mask, weights in scored if of == seed and "rte_s" in mask} for seed in "12"}
+    assert all(len(weights) == 1 and next(iter(weights)).endswith("level_00/weights.safetensors") for weights in dense.values())
+    assert dense["1"] != dense["2"]
+    assert not [words for words in lines("importance", tmp_path, TASKS="rte", SEEDS="1") if "super" in words]
+
+
+def test_the_released_protocol_of_heads_and_mlps(tmp_path):
+    whole = lines("importance", tmp_path, TASKS="rte", SEEDS="1 2", PROTOCOL="released", FLAGS="--epochs 1 --log-every 5")
+    trained = [words for words in whole if words[0] in TRAINING]
+    assert all(flag(words, "--protocol") == "released" and flag(words, "--log-every") == "5" for words in trained)
+    assert all(("--epochs" in words) == ("--score" not in words) for words in trained)
+    assert {flag(words, "--output-dir") for words in trained} == {"runs_importance_released"}
+    assert {words[1:][0] for words in whole if "binomial" in words} == {"random"}
+    short = [words for words in trained if flag(words, "--batch-size") == "16" and words[-2:] == ["--epochs", "2"]]
+    assert {flag(words, "--mask").split("/")[-1] for words in short} == {f"rte_m_random_s{seed}.safetensors" for seed in (1, 2)}
+
+
+def test_stability_has_the_searches_of_importance_and_may_train_bad_tickets_longer(tmp_path):
+    variables = {"TASKS": "rte", "SEEDS": "1 2", "SEARCHES": "s m"}
+    searches = lines("stability", tmp_path, **variables)
+    importance = lines("importance", tmp_path, **variables)
+    assert searches == [words for words in importance if "--method" in words]
+    more = [words for words in lines("stability", tmp_path, **variables, LONGER="6") if words not in importance]
+    assert [(flag(words, "--mask"), words[-2:]) for words in more] == [
+        (f"runs_importance/masks/rte_s_bad_s{seed}.safetensors", ["--epochs", "6"]) for seed in (1, 2)
+    ]
+    found = sweep("stability", "--dry-run", **variables | {"SEARCHES": "x"}, PYTHON=stub(tmp_path))
+    assert (found.returncode, "SEARCHES=x: each is s, heads, mlps or m" in found.stderr) == (2, True)
 
 
 def test_variables_reach_the_commands(tmp_path):
