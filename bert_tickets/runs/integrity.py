@@ -63,8 +63,7 @@ def problems(run: Path) -> list[str]:
         attempt(check_model, run, level)
     if done:
         newest = level_dir(run, done - 1)
-        for level in kept_weights(about["config"], done):
-            attempt(check_weights, run, level)
+        attempt(_check_kept, run, about["config"], done)
         attempt(_check_complete, run, about["config"], newest)
         if (newest / "moments.safetensors").exists():
             attempt(read_own, newest / "moments.safetensors", run, done - 1)
@@ -145,6 +144,11 @@ def read_mask(run: Path, level: int) -> Mask:
     from bert_tickets.masking.mask import Mask
 
     return Mask.load(level_dir(run, level) / "mask.safetensors")
+
+
+def _check_kept(run: Path, config: dict[str, Any], done: int) -> None:
+    for level in kept_weights(config, done):
+        check_weights(run, level)
 
 
 def _check_complete(run: Path, config: dict[str, Any], newest: Path) -> None:

@@ -62,8 +62,8 @@ def level_lines(run: Path) -> Iterator[str]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    if lines:
-        yield f"level {lines[-1]['level']} keeps {_sizes(lines[-1]['sizes'])}"
+    if lines and (found := lines[-1].get("sizes")):  # earlier versions did not record them
+        yield f"level {lines[-1]['level']} keeps {_sizes(found)}"
     levels: dict[str, list[str]] = {}
     for line in lines:
         for warning in line["warnings"]:

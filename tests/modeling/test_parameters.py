@@ -34,6 +34,7 @@ BERT_BASE = {  # tensors, weights
     "matrices": (73, MATRICES),  # as in the paper
     "matrices+embeddings": (74, 108_965_376),  # as in TAMT
     "matrices+biases": (2 * (LAYERS * 6 + 1), MATRICES + LAYERS * (5 * HIDDEN + MLP) + HIDDEN),
+    "layers+biases": (132, 85_008_384),  # as in Prasanna et al. 2020
     "heads": (LAYERS * 7, LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN)),
     "neurons": (LAYERS * 3, LAYERS * (2 * HIDDEN * MLP + MLP)),
 }
