@@ -6,6 +6,7 @@
   python scripts/bench.py --model random --tasks mlm --mask-training               # mask training, beside training of weights
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --importance    # a pass of the search, beside an evaluation
   python scripts/bench.py --model random --tasks mnli --slim 4,0.4                 # 4 heads and 40 % of the neurons a layer gone
+  python scripts/bench.py --model DIR --data-dir glue --tasks sst2 --slim runs/sst2-importance-s42-*/level_01/mask.safetensors
 
 All sides train the same network at the same sparsity on the same examples, in turns of a few steps; figures are medians over the
 turns. FLOPs are counted on real tokens only, and compared with the machine's rate for a large matrix product.
@@ -50,8 +51,8 @@ def parse() -> argparse.Namespace:
     instead.add_argument("--mask-training", action="store_true", help="measure --method mask-training instead, by each objective")
     words = "measure a pass of --method importance instead, beside an evaluation"
     instead.add_argument("--importance", action="store_true", help=words)
-    words = "measure the network without HEADS heads and the fraction NEURONS of each layer instead: full, masked, slim"
-    instead.add_argument("--slim", type=heads_and_neurons, metavar="HEADS,NEURONS", help=words)
+    words = "measure the network without HEADS heads and the fraction NEURONS of each layer, or under a mask: full, masked, slim"
+    instead.add_argument("--slim", type=removed_units, metavar="HEADS,NEURONS|FILE", help=words)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, with the machine and the versions")
     args = parser.parse_args(normalize_argv())
     for name in ("turns", "turn_steps", "batch_size", "max_length"):
@@ -59,8 +60,8 @@ def parse() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.mask_training and args.tasks != ["mlm"]:
         parser.error("--mask-training is for --tasks mlm")
-    if args.slim and args.sparsity != parser.get_default("sparsity"):
-        parser.error("--sparsity has no effect with --slim")
+    if (args.slim or args.importance) and args.sparsity != parser.get_default("sparsity"):
+        parser.error(f"--sparsity has no effect with --{'slim' if args.slim else 'importance'}")
     if args.importance and not {*args.tasks} <= {*GLUE}:
         parser.error("--importance is for GLUE's tasks")
     if not 0 <= args.sparsity < 1:
@@ -68,8 +69,10 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def heads_and_neurons(text: str) -> tuple[int, float]:
-    """Read the value of --slim: 4,0.4."""
+def removed_units(text: str) -> tuple[int, float] | Path:
+    """Read the value of --slim: 4,0.4, or a mask file."""
+    if Path(text).is_file():
+        return Path(text)
     heads, neurons = text.split(",")
     if int(heads) < 0 or not 0 <= float(neurons) <= 1 or not (int(heads) or float(neurons)):
         raise argparse.ArgumentTypeError(f"{text}: give a number of heads and a fraction of neurons, not both 0, as in 4,0.4")
@@ -95,7 +98,7 @@ def measure_task(name: str, args: argparse.Namespace) -> Figures:
     if args.importance:
         function = measure.compare_importance
     if args.slim:
-        function = partial(measure.compare_slim, *args.slim)
+        function = partial(measure.compare_slim, args.slim)
     return function(make_case(name, given, args.sparsity), args.turns, turn_steps)
 
 

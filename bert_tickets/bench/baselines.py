@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -153,20 +154,27 @@ def captured(case: Case, step: TrainStep) -> TrainStep:
 # ---- slim execution ----
 
 
-def executions(case: Case, heads: int, neurons: float) -> dict[str, Case]:
-    """Return the case without a mask, and without `heads` heads and the fraction `neurons` of each layer, masked and removed."""
-    config = case.net.config
-    if not 0 <= heads <= config.num_attention_heads:
-        raise UserError(f"--slim {heads},{neurons}: the model has {config.num_attention_heads} heads a layer")
-    units = all_units(config, "heads+neurons")
-    units["heads"][:, :heads] = False
-    units["neurons"][:, : round(neurons * config.intermediate_size)] = False
+Removed = tuple[int, float] | Path  # heads and a fraction of the neurons of each layer, or a mask file
+
+
+def executions(case: Case, removed: Removed) -> dict[str, Case]:
+    """Return the case without a mask, and two without some heads and neurons, masked and removed."""
     net = copy.deepcopy(case.net)
-    mask = lower(units, dict(net.named_parameters())).to(case.device)
+    mask = (Mask.load(removed) if isinstance(removed, Path) else _uniform(case.net, *removed)).to(case.device)
+    mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
     mask.apply(dict(net.named_parameters()))
     with slimmed(net, mask) as left:
         slim = replace(case, net=copy.deepcopy(net), mask=left)
     return {"full": replace(case, mask=Mask({})), "masked": replace(case, net=net, mask=mask), "slim": slim}
+
+
+def _uniform(net: Net, heads: int, neurons: float) -> Mask:
+    config, units = net.config, all_units(net.config, "heads+neurons")
+    if heads > config.num_attention_heads:
+        raise UserError(f"--slim {heads},{neurons}: the model has {config.num_attention_heads} heads a layer")
+    units["heads"][:, :heads] = False
+    units["neurons"][:, : round(neurons * config.intermediate_size)] = False
+    return lower(units, dict(net.named_parameters()))
 
 
 def evaluation(case: Case) -> TrainStep:

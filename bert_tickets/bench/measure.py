@@ -19,6 +19,7 @@ from bert_tickets.bench.baselines import (
     OBJECTIVES,
     SIDES,
     Case,
+    Removed,
     TrainStep,
     eager,
     evaluation,
@@ -71,13 +72,13 @@ def compare_mask_training(case: Case, turns: int, steps: int) -> Figures:
     return figures | {f"{name} over weights, times as long": seconds[name] / seconds["weights"] for name in OBJECTIVES}
 
 
-def compare_slim(heads: int, neurons: float, case: Case, turns: int, steps: int) -> Figures:
-    """Measure training and evaluation of the full network, and without `heads` and `neurons` of each layer, masked and removed.
+def compare_slim(removed: Removed, case: Case, turns: int, steps: int) -> Figures:
+    """Measure training and evaluation of the full network, and without some heads and neurons, masked and removed.
 
     On a GPU with graphs, except for evaluation, as in a run.
     """
     build = graphs if case.device.type == "cuda" else eager
-    cases = executions(case, heads, neurons)
+    cases = executions(case, removed)
     trained = time_in_turns({name: build(each) for name, each in cases.items()}, turns, steps, case.device)
     evaluated = time_in_turns({name: evaluation(each) for name, each in cases.items()}, turns, 1, case.device)
     figures = {f"{name}: steps/s": 1 / each for name, each in trained.items()}

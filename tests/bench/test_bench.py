@@ -79,10 +79,15 @@ def test_slim_execution_is_measured_beside_the_full_network_and_the_masked_one(r
     assert 1 < found["full over slim, FLOPs, times"] < 2
 
 
-def test_slim_and_masked_networks_take_the_same_steps_and_flops_count_what_is_left(calm_bert_dir):
+def test_slim_and_masked_networks_take_the_same_steps_and_flops_count_what_is_left(calm_bert_dir, tmp_path):
     given = {"model": str(calm_bert_dir), "batch_size": 4, "max_length": 48, "limit_train": 8, "device": "cpu"}
     case = baselines.make_case("sst2", given | {"lr": 1e-3}, sparsity=0.5)
-    cases = baselines.executions(case, heads=2, neurons=0.25)
+    cases = baselines.executions(case, (2, 0.25))
+    cases["slim"].mask.write(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="in the mask"):  # of another shape
+        baselines.executions(case, tmp_path / "other.safetensors")
+    cases["masked"].mask.write(tmp_path / "mask.safetensors")
+    assert baselines.executions(case, tmp_path / "mask.safetensors")["slim"].mask == cases["slim"].mask
     losses = {name: [float(step(i)) for i in range(2)] for name, step in ((n, baselines.eager(c)) for n, c in cases.items())}
     assert losses["slim"] == pytest.approx(losses["masked"], abs=1e-5)
     assert losses["full"] != pytest.approx(losses["masked"], abs=1e-5)
@@ -90,6 +95,15 @@ def test_slim_and_masked_networks_take_the_same_steps_and_flops_count_what_is_le
     lengths = case.store.lengths
     matrices = 2 * (4 * 32 * 16 + 2 * 32 * 48)  # of two layers, with two heads of 8 and 48 neurons
     assert measure.step_flops(cases["slim"].net, lengths) == 6 * matrices * lengths.sum() + 12 * 2 * 16 * (lengths**2).sum()
+
+
+def test_an_importance_pass_is_measured_beside_an_evaluation(run_bench, bert_dir, capsys):
+    found = run_bench("--model", bert_dir, "--tasks", "rte", "--importance")["figures"]["rte"]
+    ratio = found["evaluation: examples/s"] / found["importance: examples/s"]
+    assert found["importance over evaluation, times as long"] == pytest.approx(ratio)
+    with pytest.raises(SystemExit):
+        run_bench("--model", bert_dir, "--tasks", "mlm", "--importance")
+    assert "--importance is for GLUE's tasks" in capsys.readouterr().err
 
 
 REFUSED = [("0,0", "not both 0"), ("1,2", "not both 0"), ("4", "invalid"), ("9,0.5", "4 heads"), ("1,0 --sparsity .7", "effect")]
