@@ -25,6 +25,8 @@ SIGNALS = ["SIGKILL", "SIGTERM", "SIGINT"]
 ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO"]
 VARIANTS = [("lt_glue.py", words) for words in ("", "--rewind 3", "--rewind none", "--keep-models", "--protocol released")]
 VARIANTS += [("lt_squad.py", words) for words in ("", "--rewind 3")] + [("lt_pretrain.py", words) for words in ("", "--rewind 3")]
+SEARCHES = [("lt_glue.py", f"--method {method} --threshold 0") for method in ("importance", "guarded-magnitude")]
+VARIANTS += SEARCHES
 
 
 class Campaign:
@@ -41,7 +43,8 @@ class Campaign:
 
     def run(self, folder: Path, variant: tuple[str, str], fault: Fault | None = None) -> Outcome:
         script, words = variant
-        return self.harness.run(folder, script, [*self.commands[script], *THREE_LEVELS, *words.split()], fault)
+        levels = ["--save-steps", "2"] if variant in SEARCHES else THREE_LEVELS
+        return self.harness.run(folder, script, [*self.commands[script], *levels, *words.split()], fault)
 
     def undisturbed(self, variant: tuple[str, str]) -> tuple[Outcome, dict[str, bytes]]:
         """How a run ends by itself, and its files."""
