@@ -3,6 +3,7 @@ weights, while its score on the dev set stays above a fraction of the full netwo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +46,15 @@ def search_set(session: Session, s: GuardedSettings) -> tuple[str, Store]:
     return "train", Subset(train, drawn.sort().values)
 
 
-def guard_score(metrics: Mapping[str, float]) -> float:
-    """Return the score that guards: Matthews correlation for CoLA, the mean of Pearson's and Spearman's for STS-B, else
-    accuracy."""
-    if "pearson" in metrics:
-        return (metrics["pearson"] + metrics["spearman"]) / 2
-    return metrics.get("matthews", metrics["accuracy"])
+def guard_score(metrics: Mapping[str, float]) -> float | None:
+    """Return the score that guards: Matthews correlation for CoLA, the mean of Pearson's and Spearman's for STS-B, else accuracy.
+
+    None if it is undefined, as correlations of constant predictions are.
+    """
+    if "pearson" not in metrics:
+        return metrics.get("matthews", metrics["accuracy"])
+    score = (metrics["pearson"] + metrics["spearman"]) / 2
+    return score if math.isfinite(score) else None
 
 
 class Guard:
@@ -60,12 +64,13 @@ class Guard:
         self.threshold = threshold
         self.passes: list[dict[str, Any]] = []
 
-    def __call__(self, score: float, what: str, **facts: Any) -> bool:
+    def __call__(self, score: float | None, what: str, **facts: Any) -> bool:
         """Record a pass, with facts about it. Returns whether it is accepted; an undefined score is not."""
         full = self.passes[0]["score"] if self.passes else score
-        accepted = score >= self.threshold * full
+        accepted = score is not None and full is not None and score >= self.threshold * full
         self.passes.append({**facts, "score": score, "accepted": accepted})
-        print(f"pass {len(self.passes)}: {what}: score {score:.4f}, {'accepted' if accepted else 'rejected'}", flush=True)
+        value, verdict = "undefined" if score is None else f"{score:.4f}", "accepted" if accepted else "rejected"
+        print(f"pass {len(self.passes)}: {what}: score {value}, {verdict}", flush=True)
         return accepted
 
 

@@ -42,7 +42,7 @@ def run(session: Session, s: Settings) -> None:
     session.train_level(1, Mask.ones(weights), steps=0, found=found)
 
 
-def measure(session: Session, s: Settings) -> float:
+def measure(session: Session, s: Settings) -> float | None:
     """Score the network as it stands on the search set, in fp32."""
     from bert_tickets.training.evaluate import evaluate
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bert_tickets.training.distributed import ProcessGroup
 
 Scores = Mapping[str, "Tensor"]  # importances by kind of unit, of the shapes of a mask of units
-Measured = tuple[float, Scores]  # a candidate's score, and the importances at its gates
+Measured = tuple["float | None", Scores]  # a candidate's score, and the importances at its gates
 
 
 def run(session: Session, s: Settings) -> None:

@@ -124,14 +124,24 @@ def test_a_tiny_model_drops_one_head_at_a_time_and_has_no_phase_of_heads():
 
 
 def test_an_undefined_score_is_rejected():
-    good, passes = searched(lambda heads, mlps: 1.0 if heads == 144 else float("nan"))
-    assert good["heads"].all()
-    assert [p["accepted"] for p in passes] == [True, False, False] + [True] * 12 + [] if len(passes) > 3 else True
+    good, passes = searched(lambda heads, mlps: 1.0 if heads == 144 and mlps > 10 else None)
+    assert counts(passes) == [
+        ("heads+mlps", 144, 12, True),
+        ("heads+mlps", 130, 11, False),
+        ("heads", 137, 12, False),
+        ("mlps", 144, 11, True),
+        ("mlps", 144, 10, False),
+    ]
+    assert int(good["mlps"].sum()) == 11
+    good, passes = searched(lambda heads, mlps: None)
+    assert good.kept == 156
+    assert not any(p["accepted"] for p in passes)
 
 
 def test_the_score_that_guards():
     assert guard_score({"matthews": 0.5, "accuracy": 0.8}) == 0.5
     assert guard_score({"pearson": 0.5, "spearman": 0.7}) == pytest.approx(0.6)
+    assert guard_score({"pearson": float("nan"), "spearman": 0.7}) is None
     assert guard_score({"accuracy": 0.8, "f1": 0.7}) == 0.8
 
 
