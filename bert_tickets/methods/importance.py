@@ -33,7 +33,11 @@ def run(session: Session, s: Settings) -> None:
     from bert_tickets.runs.journal import Journal
 
     weights, full = dict(session.net.named_parameters()), all_units(session.net.config, s.units)
-    finetune(session, s, lower(full, weights, s.empty_bias))
+
+    def lowered(units: Mask) -> Mask:
+        return lower(units, weights, s.empty_bias).to(session.batches.store.device)  # the search is on the CPU
+
+    finetune(session, s, lowered(full))
     guard, journal = Guard(s.threshold), Journal(session.run, 1)
 
     def measured(units: Mask) -> Measured:
@@ -42,11 +46,11 @@ def run(session: Session, s: Settings) -> None:
 
     def found() -> tuple[Mask, dict[str, Any]]:
         session.net.requires_grad_(False)  # gradients of the gates alone
-        good = lower(search(full, measured, guard, s), weights, s.empty_bias)
+        good = lowered(search(full, measured, guard, s))
         good.apply(weights)
         return good, {"passes": guard.passes}
 
-    session.train_level(1, lower(full, weights, s.empty_bias), steps=0, found=found)
+    session.train_level(1, lowered(full), steps=0, found=found)
 
 
 def search(full: Mask, measured: Callable[[Mask], Measured], guard: Guard, s: Settings) -> Mask:

@@ -1,6 +1,7 @@
 """Runs of the training scripts on a GPU, fake or real (`-m cuda`), in which devices never mix and no step waits."""
 
 import contextlib
+import importlib
 import json
 
 import fake_cuda
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import only_fake, sync_debug
-from trainrun import Killed, dying, train
+from trainrun import Killed, dying, of_sst2, train
 
 from bert_tickets.data.batches import Batches, TokenStore
 from bert_tickets.methods.oneshot import oneshot
@@ -108,6 +109,31 @@ def test_a_mask_is_trained_and_scored(commands, documents_dir, tmp_path, one_gpu
 def _without_training(words):
     """A script's words without the flags of training."""
     return [word for at, word in enumerate(words) if not {word, words[at - 1]} & {"--max-steps", "--lr"}]
+
+
+@pytest.mark.parametrize(("method", "words"), [("importance", "--accumulate reference"), ("guarded_magnitude", "")])
+def test_a_guarded_search_is_killed_and_resumed_and_its_ticket_scored(commands, tmp_path, one_gpu, monkeypatch, method, words):
+    module = importlib.import_module(f"bert_tickets.methods.{method}")
+    given = [*of_sst2(commands, "--method", method, "--threshold", "0", "--output-dir", tmp_path), *words.split()]
+    with one_gpu():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "measure", dying(module.measure, 3))
+            with pytest.raises(Killed):
+                train(GLUE, given)
+        run = train(GLUE, given)
+        found = [level_dir(run, level) / name for level, name in ((0, "weights.safetensors"), (1, "mask.safetensors"))]
+        score = [
+            "--score",
+            "--weights",
+            found[0],
+            "--mask",
+            found[1],
+            "--execution",
+            "slim" if method == "importance" else "masked",
+        ]
+        scored = train(GLUE, of_sst2(commands, *score, "--output-dir", tmp_path))
+    assert all(line["accepted"] for line in results(run)[1]["passes"])
+    assert results(scored)[0]["metrics"] == results(run)[1]["metrics"]
 
 
 def test_a_mask_from_a_file_is_trained(run, bert_dir, tmp_path):
