@@ -1,8 +1,7 @@
 """The training steps that bench.py compares: ours, eager and by CUDA graphs, and the released code's.
 
 `eager`, `graphs` and `released` take a `Case` and return a function that takes the training step with a given index. Each trains
-a copy of the network, at the same sparsity on the same examples. `mask_training` trains a mask of it instead; `executions` are
-cases without some heads and neurons.
+a copy of the network, at the same sparsity on the same examples. `mask_training` trains a mask of it instead.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,25 +24,19 @@ from bert_tickets.config import Config, build
 from bert_tickets.data.batches import Batches, Store, TokenStore
 from bert_tickets.data.mlm_dataset import Corpus
 from bert_tickets.data.token_cache import Tokens
-from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
-from bert_tickets.methods.importance import gate_gradients
 from bert_tickets.methods.mask_training import Settings
 from bert_tickets.methods.mask_training import loss as mask_loss
 from bert_tickets.methods.oneshot import oneshot
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.dropout import Dropout
 from bert_tickets.modeling.packing import Batch
-from bert_tickets.modeling.slim import slimmed
-from bert_tickets.modeling.units import all_units, lower
 from bert_tickets.tasks import Task
 from bert_tickets.tasks.create import create
 from bert_tickets.tasks.mlm import MASK_RATE, MASKED, RANDOM, Mlm
 from bert_tickets.tasks.squad import Squad
 from bert_tickets.training.cuda_graphs import Recorder
 from bert_tickets.training.device import prepare_device
-from bert_tickets.training.distributed import SINGLE_PROCESS
-from bert_tickets.training.evaluate import evaluate
 from bert_tickets.training.mask_scores import MaskedNetwork
 from bert_tickets.training.step import Step, autocast, precision_of
 
@@ -149,48 +141,6 @@ def captured(case: Case, step: TrainStep) -> TrainStep:
     """Take a step with CUDA graphs twice on each batch of the case, so that every bucket is captured; returns it."""
     take_steps(step, [*range(len(case.store) // case.cfg.train.batch_size)] * 2)
     return step
-
-
-# ---- slim execution ----
-
-
-Removed = tuple[int, float] | Path  # heads and a fraction of the neurons of each layer, or a mask file
-
-
-def executions(case: Case, removed: Removed) -> dict[str, Case]:
-    """Return the case without a mask, and two without some heads and neurons, masked and removed."""
-    net = copy.deepcopy(case.net)
-    mask = (Mask.load(removed) if isinstance(removed, Path) else _uniform(case.net, *removed)).to(case.device)
-    mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
-    mask.apply(dict(net.named_parameters()))
-    with slimmed(net, mask) as left:
-        slim = replace(case, net=copy.deepcopy(net), mask=left)
-    return {"full": replace(case, mask=Mask({})), "masked": replace(case, net=net, mask=mask), "slim": slim}
-
-
-def _uniform(net: Net, heads: int, neurons: float) -> Mask:
-    config, units = net.config, all_units(net.config, "heads+neurons")
-    if heads > config.num_attention_heads:
-        raise UserError(f"--slim {heads},{neurons}: the model has {config.num_attention_heads} heads a layer")
-    units["heads"][:, :heads] = False
-    units["neurons"][:, : round(neurons * config.intermediate_size)] = False
-    return lower(units, dict(net.named_parameters()))
-
-
-def evaluation(case: Case) -> TrainStep:
-    """Build a function that computes the predictions for all examples of the case."""
-
-    def predict(batch: Batch) -> Tensor:
-        return case.task.predict(case.net, case.task.augment_batch(batch, 0, 0))
-
-    return lambda _: evaluate(case.net, predict, case.store, case.precision, case.task.rows)
-
-
-def importance_pass(case: Case) -> TrainStep:
-    """Build a function that computes predictions and importances of heads and MLPs for all examples of the case."""
-    units = all_units(case.net.config, "heads+mlps")
-    net = copy.deepcopy(case.net).requires_grad_(False)
-    return lambda _: gate_gradients(net, case.task, case.store, units, SINGLE_PROCESS)
 
 
 # ---- mask training ----

@@ -15,20 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bert_tickets.bench.baselines import (
-    OBJECTIVES,
-    SIDES,
-    Case,
-    Removed,
-    TrainStep,
-    eager,
-    evaluation,
-    executions,
-    graphs,
-    importance_pass,
-    mask_training,
-    take_steps,
-)
+from bert_tickets.bench.baselines import OBJECTIVES, SIDES, Case, TrainStep, eager, graphs, mask_training, take_steps
+from bert_tickets.bench.units import Removed, evaluation, executions, importance_pass
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.parameters import prunable
 from bert_tickets.tasks.mlm import MASK_RATE

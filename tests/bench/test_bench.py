@@ -14,7 +14,7 @@ import torch.nn.utils.prune as torch_prune
 from conftest import ROOT
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from bert_tickets.bench import baselines, measure
+from bert_tickets.bench import baselines, measure, units
 from bert_tickets.bench.tiny_bert import save_bert
 from bert_tickets.errors import UserError
 from bert_tickets.modeling.loading import load_bert
@@ -82,16 +82,16 @@ def test_slim_execution_is_measured_beside_the_full_network_and_the_masked_one(r
 def test_slim_and_masked_networks_take_the_same_steps_and_flops_count_what_is_left(calm_bert_dir, tmp_path):
     given = {"model": str(calm_bert_dir), "batch_size": 4, "max_length": 48, "limit_train": 8, "device": "cpu"}
     case = baselines.make_case("sst2", given | {"lr": 1e-3}, sparsity=0.5)
-    cases = baselines.executions(case, (2, 0.25))
+    cases = units.executions(case, (2, 0.25))
     cases["slim"].mask.write(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="in the mask"):  # of another shape
-        baselines.executions(case, tmp_path / "other.safetensors")
+        units.executions(case, tmp_path / "other.safetensors")
     cases["masked"].mask.write(tmp_path / "mask.safetensors")
-    assert baselines.executions(case, tmp_path / "mask.safetensors")["slim"].mask == cases["slim"].mask
+    assert units.executions(case, tmp_path / "mask.safetensors")["slim"].mask == cases["slim"].mask
     losses = {name: [float(step(i)) for i in range(2)] for name, step in ((n, baselines.eager(c)) for n, c in cases.items())}
     assert losses["slim"] == pytest.approx(losses["masked"], abs=1e-5)
     assert losses["full"] != pytest.approx(losses["masked"], abs=1e-5)
-    assert baselines.evaluation(cases["slim"])(0) == pytest.approx(baselines.evaluation(cases["masked"])(0), abs=1e-5)
+    assert units.evaluation(cases["slim"])(0) == pytest.approx(units.evaluation(cases["masked"])(0), abs=1e-5)
     lengths = case.store.lengths
     matrices = 2 * (4 * 32 * 16 + 2 * 32 * 48)  # of two layers, with two heads of 8 and 48 neurons
     assert measure.step_flops(cases["slim"].net, lengths) == 6 * matrices * lengths.sum() + 12 * 2 * 16 * (lengths**2).sum()
