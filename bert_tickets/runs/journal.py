@@ -28,7 +28,6 @@ class Journal:
             return read_journal(self.run.dir, self.level) if path.exists() else []
         except Damaged as error:
             print(f"{error}; level {self.level} starts again")
-            path.unlink()
             return []
 
     def __call__(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -8,19 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from formula_net import formula_net, formula_store
 from trainrun import Killed, dying, of_sst2, same, train
 
 from bert_tickets.cli import parse
-from bert_tickets.errors import Stopped, UserError
-from bert_tickets.files import write_checksummed
+from bert_tickets.data.batches import Subset
+from bert_tickets.errors import Damaged, Stopped, UserError
+from bert_tickets.files import read_checksummed, write_checksummed
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods import importance
-from bert_tickets.methods.finetuned import Guard, guard_score
-from bert_tickets.methods.importance import Settings, search
+from bert_tickets.methods.finetuned import Guard, guard_score, search_set
+from bert_tickets.methods.importance import Settings, importances, measure, search
 from bert_tickets.modeling.units import all_units, read_units
 from bert_tickets.runs import journal
 from bert_tickets.runs.directory import results
 from bert_tickets.runs.integrity import problems
+from bert_tickets.tasks.create import create
+from bert_tickets.training.distributed import SINGLE_PROCESS
 
 BASE = SimpleNamespace(num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 
@@ -145,6 +149,45 @@ def test_the_score_that_guards():
     assert guard_score({"accuracy": 0.8, "f1": 0.7}) == 0.8
 
 
+# ---- a pass ----
+
+
+def session_of(evals=None, train=None):
+    """A session of a formula's network on eight examples."""
+    net, device = formula_net().requires_grad_(False), torch.device("cpu")
+    evals = {"validation": formula_store()} if evals is None else evals
+    cfg = SimpleNamespace(train=SimpleNamespace(seed=1))
+    batches, run = SimpleNamespace(store=train, device=device), SimpleNamespace(group=SINGLE_PROCESS)
+    return SimpleNamespace(net=net, task=create("sst2"), evals=evals, batches=batches, run=run, cfg=cfg)
+
+
+def test_a_pass_has_the_importances_of_the_released_code():
+    session, full = session_of(), all_units(formula_net().config, "heads+mlps")
+    found = measure(session, full, Settings())
+    assert found["heads"][0] == pytest.approx([1.719231, 0.519059, 2.362478, 1.322039], abs=1e-5)
+    assert found["mlps"] == pytest.approx([1.399564, 2.271302, 0.794947], abs=1e-5)
+    assert importances(found, Settings())["heads"].flatten().argsort()[:6].tolist() == [1, 11, 9, 8, 5, 7]
+    raw = torch.tensor(found["heads"])
+    plain = importances(found, Settings(normalize="none"))["heads"]
+    torch.testing.assert_close(plain, ((raw - raw.min()) / (raw.max() - raw.min())).double(), rtol=0, atol=1e-6)
+    s = Settings(accumulate="reference", search_batch_size=4)
+    found = measure(session, full, s)
+    assert found["mlps"] == pytest.approx([0.156208, 0.125564, 0.036130], abs=1e-5)
+    assert importances(found, s)["heads"].flatten().argsort()[:6].tolist() == [5, 1, 0, 4, 8, 9]
+
+
+def test_the_search_set_is_the_first_dev_set_or_as_many_training_examples():
+    stores = {"validation_matched": formula_store(), "validation_mismatched": formula_store()}
+    assert search_set(session_of(stores), Settings()) == ("validation_matched", stores["validation_matched"])
+    few = {"validation": Subset(formula_store(), torch.arange(3))}
+    name, drawn = search_set(session_of(few, formula_store()), Settings(search_set="train"))
+    assert (name, len(drawn)) == ("train", 3)
+    assert drawn.examples.tolist() == sorted(drawn.examples.tolist())
+    batch = drawn.batch(torch.tensor([2]))
+    assert batch.lengths.tolist() == [drawn.lengths[2]]
+    assert torch.equal(batch.input_ids, formula_store().batch(drawn.examples[2:]).input_ids)
+
+
 # ---- runs ----
 
 
@@ -172,6 +215,7 @@ def test_a_run_has_the_fine_tuned_network_and_its_good_subnetwork(run):
     assert (good["sizes"]["heads_kept"], good["sizes"]["mlps_kept"]) == (last["heads"], last["mlps"])
     assert (run / "level_00" / "weights.safetensors").exists()  # what tickets are scored on
     assert mask.info["units"] == "heads+mlps"
+    assert not (run / "search.json").exists()  # the level has its passes
     assert problems(run) == []
 
 
@@ -236,6 +280,19 @@ def test_a_damaged_journal_starts_the_search_again(commands, run, tmp_path, monk
     assert same(again, run)
 
 
+def test_measurements_of_another_search_are_refused(commands, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(importance, "measure", dying(importance.measure, 3))
+        with pytest.raises(Killed):
+            found(commands, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    content = read_checksummed(folder / "search.json")
+    content["measurements"][1]["key"] = "another mask"
+    write_checksummed(folder / "search.json", content)
+    with pytest.raises(Damaged, match="belongs to another search: delete it, and the search starts again"):
+        found(commands, tmp_path)
+
+
 def test_trained_weights_are_taken_instead_of_training(commands, run, tmp_path):
     weights = run / "level_00" / "weights.safetensors"
     taken = found(commands, tmp_path, "--threshold", "0.8", "--weights", weights)
@@ -275,6 +332,9 @@ def test_other_settings_change_what_they_say(commands, run, tmp_path):
         "half": ("--head-fraction", "0.5"),
     }.items()}  # fmt: skip
     assert len(dropped["half"]["heads"]) == 4
+    run = found(commands, tmp_path, *weights, "--empty-bias", "drop")
+    biases = [name for name in Mask.load(run / "level_01" / "mask.safetensors") if name.endswith("attention.output.dense.bias")]
+    assert len(biases) == 2
     assert "mlps" not in dropped["heads"]
     first = plain["passes"][1]["dropped"]
     assert any(dropped[name] != first for name in ("batches", "reference", "layers"))
