@@ -79,7 +79,7 @@ def _sizes(found: Mapping[str, float]) -> str:
     parts = [f"{found[f'{kind}_kept']} of {found[kind]} {kind}" for kind in ("heads", "mlps", "neurons") if kind in found]
     for name, words in (("covered", "covered weights"), ("encoder_layers", "parameters of the layers"), ("all", "parameters")):
         parts.append(f"{found[f'{name}_kept'] / found[name]:.1%} of {found[name]:,} {words}")
-    return ", ".join(parts) + f" (minus 21 %: {found['bertplays_percent']:.1f} %)"
+    return ", ".join(parts) + f" ({found['bertplays_percent']:.1f} % as Prasanna et al. count)"
 
 
 def _best(line: Mapping[str, Any], metric: str) -> str:
