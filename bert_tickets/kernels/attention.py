@@ -1,8 +1,9 @@
-"""Attention within packed examples of few tokens, as in GLUE.
+"""Attention within packed examples.
 
 The algorithm is FlashAttention's (Dao et al. 2022; Dao 2023), whose own kernels are made for long sequences: on examples of some
-dozen tokens they spend most of their time on starting, on filling buffers and on converting them. Tiles are small here, and the
-sums for the gradient of the projections' bias come along.
+dozen tokens they spend most of their time on starting, on filling buffers and on converting them. Here tiles are small, the sums
+for the gradient of the projections' bias come along, and what dropout keeps is drawn beforehand, a bit for each weight: drawing
+costs as much as all else that is done with a weight, and would be done three times.
 """
 
 from __future__ import annotations
@@ -16,48 +17,70 @@ from torch import Tensor
 
 from bert_tickets import kernels
 from bert_tickets.kernels.branch import Branch
-from bert_tickets.kernels.dropout import factors, rounded
+from bert_tickets.kernels.dropout import ROUNDS, inverse, rounded
 from bert_tickets.kernels.layers import add_rows
+
+WORD = tl.constexpr(64)  # bits of a word: keys, and a tile's at most
+DRAWN = 1024  # half words of a program that draws them
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, ends: Tensor, longest: int, heads: int, p: float, seed: Tensor,
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, ends: Tensor, longest: int, heads: int, p: float, words: Tensor | None,
                 branch: Branch) -> Tensor:  # fmt: skip
         ctx.branch = branch
         tokens, width = len(qkv), qkv.shape[1] // 3
-        tile, size = min(64, max(16, triton.next_power_of_2(longest))), width // heads
+        tile, size = min(WORD.value, max(16, triton.next_power_of_2(longest))), width // heads
         ctx.tiles = triton.cdiv(longest, tile)
         ctx.constants = {"HEADS": heads, "TILES": ctx.tiles, "WIDTH": width, "SIZE": size, "DROPPED": rounded(p)}
         ctx.constants |= {"SCALE": size**-0.5, "TILE": tile, "num_warps": 4}
+        ctx.constants |= {"num_stages": 1, "maxnreg": 168}  # three programs at once on a multiprocessor of an H100
         out, logs = qkv.new_empty(tokens, width), torch.empty(heads, tokens, device=qkv.device)
         programs = (len(ends) - 1) * heads * ctx.tiles
-        kernels.launch(_attention, programs, qkv, ends, seed, out, logs, tokens, len(ends) - 2, **ctx.constants)
-        ctx.save_for_backward(qkv, bias, ends, seed, out, logs)
+        kernels.launch(_attention, programs, qkv, ends, words, out, logs, tokens, len(ends) - 2, **ctx.constants)
+        ctx.save_for_backward(qkv, bias, ends, words, out, logs)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, ends, seed, out, logs = ctx.saved_tensors
-        examples, heads = len(ends) - 2, ctx.constants["HEADS"]
+        qkv, bias, ends, words, out, logs = ctx.saved_tensors
+        tokens, examples, constants = len(qkv), len(ends) - 2, ctx.constants
+        grad, deltas = grad.contiguous(), torch.empty_like(logs)
+        heads, size = constants["HEADS"], constants["SIZE"]
+        kernels.launch(_deltas, triton.cdiv(tokens, WORD.value) * heads, grad, out, deltas, tokens, HEADS=heads, SIZE=size)
         dqkv, sums = torch.empty_like(qkv), torch.empty(examples * ctx.tiles, qkv.shape[1], device=qkv.device)
-        given = (grad.contiguous(), qkv, ends, seed, out, logs, dqkv, sums, len(qkv), examples)
-        kernels.launch(_attention_backward, 2 * (examples + 1) * heads * ctx.tiles, *given, **ctx.constants)
+        given = (grad, qkv, ends, words, deltas, logs, dqkv, sums, tokens, examples)
+        for kernel in (_of_keys, _of_queries)[: ctx.tiles]:
+            kernels.launch(kernel, (examples + 1) * heads * ctx.tiles, *given, **constants)
         return dqkv, ctx.branch.run(add_rows, sums, 0, bias)[1], None, None, None, None, None, None
 
 
-def attend(qkv: Tensor, bias: Tensor, ends: Tensor, longest: int, heads: int, p: float, seed: Tensor, branch: Branch) -> Tensor:
+def draw(words: Tensor, p: float, seed: Tensor) -> None:
+    """Draw which attention weights dropout with probability p keeps: a bit each, in words [heads * T, W] (int64) of 64 keys.
+
+    They depend on `seed` (int64, one element).
+    """
+    halves = words.view(torch.int32).view(-1)
+    kernels.launch(_draw, triton.cdiv(len(halves), DRAWN), halves, seed, len(halves), KEPT=2**16 - rounded(p), BLOCK=DRAWN)
+
+
+def attend(
+    qkv: Tensor, bias: Tensor, ends: Tensor, longest: int, heads: int, p: float, words: Tensor | None, branch: Branch
+) -> Tensor:
     """Compute attention with dropout p within packed examples of up to `longest` tokens: [T, hidden].
 
     `qkv` [T, 3 * hidden]: queries, keys and values, heads of 16, 32, 64 or 128 side by side. They include their `bias` detached:
     the branch computes its gradient, the sum over tokens. `ends` [B + 2] (int32): 0, each example's end, and T. The rows after
-    the last example are 0, as are their gradients. `seed` (int64, one element) chooses what is dropped.
+    the last example are 0, as are their gradients. `words` are those of `draw`, with W = ceil(longest / 64); None if p is 0.
     """
-    return _Attention.apply(qkv, bias, ends, longest, heads, p, seed, branch)
+    return _Attention.apply(qkv, bias, ends, longest, heads, p, words, branch)
 
 
 # ---- kernels ----
 # A program computes a tile of an example's head: TILE queries, or keys and values. Those of the last example fill it with 0.
+# Scores are in units of log 2, since exp2 is an instruction.
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -81,144 +104,178 @@ def _fill(pointer, start, first, size, column, STRIDE: tl.constexpr, SIZE: tl.co
         first += TILE * TILES
 
 
-@triton.jit
-def _scores(queries, keys, keys_at, size, SCALE: tl.constexpr):
-    return tl.where((keys_at < size)[None, :], tl.dot(queries, tl.trans(keys)) * SCALE, float("-inf"))
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["seed"])
+def _draw(words, seed, count, KEPT: tl.constexpr, BLOCK: tl.constexpr):
+    """Draw words of bits that are 1 with probability KEPT / 2^16, from that number's last binary digit to its first: after each,
+    the probability of a 1 is half of (the digit + what it was)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bits = tl.zeros((BLOCK,), tl.int32)
+    for four in tl.static_range(4):
+        drawn = tl.randint4x(tl.load(seed), 4 * at + four, ROUNDS)
+        for i in tl.static_range(4):
+            word = drawn[i].to(tl.int32, bitcast=True)
+            bits = bits | word if (KEPT >> (4 * four + i)) & 1 else bits & word
+    tl.store(words + at, bits, at < count)
 
 
 @triton.jit
-def _kept(seed, unit, query, key, DROPPED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """The factors of dropout of a tile of weights, from its first query and key; `unit` numbers the example's head."""
-    tile = (unit * TILES + query // TILE) * TILES + key // TILE
-    return tl.reshape(factors(seed, tile * (TILE * TILE // 8), DROPPED, TILE * TILE), (TILE, TILE))
+def _words(words, row, rows, size, key, TILES: tl.constexpr):
+    """The words of a tile of queries for the tile of keys that begins with `key`; all ones without dropout."""
+    if words is None:
+        return tl.full(rows.shape, -1, tl.int64)
+    return tl.load(words + (row + rows) * TILES + key // WORD, rows < size, 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "examples"], do_not_specialize_on_alignment=["seed"])
-def _attention(
-    qkv, ends, seed, out, logs, tokens, examples,
-    HEADS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DROPPED: tl.constexpr,
-    SCALE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    unit, query = tl.program_id(0) // TILES, tl.program_id(0) % TILES * TILE
+@triton.jit
+def _bits(words, keys):
+    return (words >> keys.to(tl.int64)) & 1 != 0
+
+
+@triton.jit
+def _place(ends, tokens, HEADS: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """A program's example, its tile's first token, the example's first token and size, its head's column, and place in `logs`."""
+    unit = tl.program_id(0) // TILES
     example, head = unit // HEADS, unit % HEADS
     start = tl.load(ends + example)
-    size = tl.load(ends + example + 1) - start
-    if example == examples:
-        _fill(out, start, query, size, head * SIZE, WIDTH, SIZE, TILE, TILES)
-    elif query < size:
-        rows = query + tl.arange(0, TILE)
-        queries = _load(qkv, start, rows, size, head * SIZE, 3 * WIDTH, SIZE)
-        total, largest = tl.zeros((TILE,), tl.float32), tl.full((TILE,), float("-inf"), tl.float32)
-        result = tl.zeros((TILE, SIZE), tl.float32)
-        key = 0
-        while key < size:
-            at = key + tl.arange(0, TILE)
-            keys = _load(qkv, start, at, size, WIDTH + head * SIZE, 3 * WIDTH, SIZE)
-            values = _load(qkv, start, at, size, 2 * WIDTH + head * SIZE, 3 * WIDTH, SIZE)
-            scores = _scores(queries, keys, at, size, SCALE)
-            before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
-            weights, shrink = tl.exp(scores - largest[:, None]), tl.exp(before - largest)
-            total = total * shrink + tl.sum(weights, 1)
-            weights *= _kept(seed, unit, query, key, DROPPED, TILE, TILES)
-            result = result * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
-            key += TILE
-        _store(out, result / total[:, None], start, rows, size, head * SIZE, WIDTH, SIZE)
-        tl.store(logs + head * tokens + start + rows, largest + tl.log(total), rows < size)
+    return (
+        example,
+        tl.program_id(0) % TILES * TILE,
+        start,
+        tl.load(ends + example + 1) - start,
+        head * SIZE,
+        head * tokens + start,
+    )
 
 
-@triton.jit
-def _queries(grad, qkv, out, logs, start, rows, size, column, log, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """A tile of queries, the gradient of its result, and for each row result times gradient and the log of the weights' sum."""
-    upstream, result = _load(grad, start, rows, size, column, WIDTH, SIZE), _load(out, start, rows, size, column, WIDTH, SIZE)
-    delta = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
-    return _load(qkv, start, rows, size, column, 3 * WIDTH, SIZE), upstream, delta, tl.load(logs + log + rows, rows < size, 0.0)
-
-
-@triton.jit
-def _gradients(queries, keys, values, upstream, delta, log, kept, at, size, SCALE: tl.constexpr):
-    """The weights of a tile after dropout, and the gradient of its scores (Dao et al. 2022, algorithm 4)."""
-    weights = tl.exp(_scores(queries, keys, at, size, SCALE) - log[:, None])
-    dweights = tl.dot(upstream, tl.trans(values)) * kept
-    return (weights * kept).to(values.dtype), (weights * (dweights - delta[:, None]) * SCALE).to(values.dtype)
-
-
-@triton.jit
-def _of_keys(
-    grad, qkv, seed, out, logs, dqkv, own, unit, first, start, size, column, log,
-    TILES: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DROPPED: tl.constexpr, SCALE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The gradients of a tile of keys and values, and of the queries if they are no more than a tile."""
-    at = first + tl.arange(0, TILE)
-    keys = _load(qkv, start, at, size, WIDTH + column, 3 * WIDTH, SIZE)
-    values = _load(qkv, start, at, size, 2 * WIDTH + column, 3 * WIDTH, SIZE)
-    dkeys, dvalues = tl.zeros((TILE, SIZE), tl.float32), tl.zeros((TILE, SIZE), tl.float32)
-    query = tl.where(first < size, 0, size)
-    while query < size:
-        rows = query + tl.arange(0, TILE)
-        queries, upstream, delta, logarithm = _queries(grad, qkv, out, logs, start, rows, size, column, log, WIDTH, SIZE)
-        kept = _kept(seed, unit, query, first, DROPPED, TILE, TILES)
-        weights, dscores = _gradients(queries, keys, values, upstream, delta, logarithm, kept, at, size, SCALE)
-        dvalues += tl.dot(tl.trans(weights), upstream)
-        dkeys += tl.dot(tl.trans(dscores), queries)
-        if size <= TILE:
-            dqueries = tl.dot(dscores, keys)
-            _store(dqkv, dqueries, start, rows, size, column, 3 * WIDTH, SIZE)
-            tl.store(own, tl.sum(dqueries, 0))
-        query += TILE
-    _store(dqkv, dkeys, start, at, size, WIDTH + column, 3 * WIDTH, SIZE)
-    _store(dqkv, dvalues, start, at, size, 2 * WIDTH + column, 3 * WIDTH, SIZE)
-    tl.store(own + WIDTH, tl.sum(dkeys, 0))
-    tl.store(own + 2 * WIDTH, tl.sum(dvalues, 0))
-
-
-@triton.jit
-def _of_queries(
-    grad, qkv, seed, out, logs, dqkv, own, unit, first, start, size, column, log,
-    TILES: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DROPPED: tl.constexpr, SCALE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a tile of queries."""
-    rows = first + tl.arange(0, TILE)
-    queries, upstream, delta, logarithm = _queries(grad, qkv, out, logs, start, rows, size, column, log, WIDTH, SIZE)
-    dqueries = tl.zeros((TILE, SIZE), tl.float32)
-    key = tl.where(first < size, 0, size)
-    while key < size:
-        at = key + tl.arange(0, TILE)
-        keys = _load(qkv, start, at, size, WIDTH + column, 3 * WIDTH, SIZE)
-        values = _load(qkv, start, at, size, 2 * WIDTH + column, 3 * WIDTH, SIZE)
-        kept = _kept(seed, unit, first, key, DROPPED, TILE, TILES)
-        _, dscores = _gradients(queries, keys, values, upstream, delta, logarithm, kept, at, size, SCALE)
-        dqueries += tl.dot(dscores, keys)
-        key += TILE
-    _store(dqkv, dqueries, start, rows, size, column, 3 * WIDTH, SIZE)
-    tl.store(own, tl.sum(dqueries, 0))
-
-
-@triton.jit(do_not_specialize=["tokens", "examples"], do_not_specialize_on_alignment=["seed"])
-def _attention_backward(
-    grad, qkv, ends, seed, out, logs, dqkv, sums, tokens, examples,
+@triton.jit(do_not_specialize=["tokens", "examples"])
+def _attention(
+    qkv, ends, words, out, logs, tokens, examples,
     HEADS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DROPPED: tl.constexpr,
     SCALE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    of_keys, number = tl.program_id(0) % 2, tl.program_id(0) // 2
-    unit, first = number // TILES, number % TILES * TILE
-    example, column = unit // HEADS, unit % HEADS * SIZE
-    start = tl.load(ends + example)
-    size = tl.load(ends + example + 1) - start
-    log = unit % HEADS * tokens + start
-    own = sums + (example * TILES + number % TILES) * 3 * WIDTH + column + tl.arange(0, SIZE)
+    example, query, start, size, column, log = _place(ends, tokens, HEADS, TILES, SIZE, TILE)
     if example == examples:
-        if of_keys:
-            _fill(dqkv, start, first, size, WIDTH + column, 3 * WIDTH, SIZE, TILE, TILES)
-            _fill(dqkv, start, first, size, 2 * WIDTH + column, 3 * WIDTH, SIZE, TILE, TILES)
-        else:
-            _fill(dqkv, start, first, size, column, 3 * WIDTH, SIZE, TILE, TILES)
-    elif of_keys:
-        _of_keys(
-            grad, qkv, seed, out, logs, dqkv, own, unit, first, start, size, column, log,
-            TILES, WIDTH, SIZE, DROPPED, SCALE, TILE,
-        )  # fmt: skip
-    elif size > TILE or first > 0:
-        _of_queries(
-            grad, qkv, seed, out, logs, dqkv, own, unit, first, start, size, column, log,
-            TILES, WIDTH, SIZE, DROPPED, SCALE, TILE,
-        )  # fmt: skip
+        _fill(out, start, query, size, column, WIDTH, SIZE, TILE, TILES)
+    elif query < size:
+        rows = query + tl.arange(0, TILE)
+        queries = _load(qkv, start, rows, size, column, 3 * WIDTH, SIZE)
+        total, largest = tl.zeros((TILE,), tl.float32), tl.full((TILE,), float("-inf"), tl.float32)
+        result = tl.zeros((TILE, SIZE), tl.float32)
+        for key in tl.range(0, size, TILE):
+            at = key + tl.arange(0, TILE)
+            keys = _load(qkv, start, at, size, WIDTH + column, 3 * WIDTH, SIZE)
+            values = _load(qkv, start, at, size, 2 * WIDTH + column, 3 * WIDTH, SIZE)
+            scores = tl.where((at < size)[None, :], tl.dot(queries, tl.trans(keys)) * (SCALE * LOG2_E), float("-inf"))
+            before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
+            weights, shrink = tl.exp2(scores - largest[:, None]), tl.exp2(before - largest)
+            total = total * shrink + tl.sum(weights, 1)
+            kept = _bits(_words(words, log, rows, size, key, TILES)[:, None], tl.arange(0, TILE)[None, :])
+            weights = tl.where(kept, weights, 0.0)
+            result = result * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
+        _store(out, result * (inverse(DROPPED) / total)[:, None], start, rows, size, column, WIDTH, SIZE)
+        tl.store(logs + log + rows, largest + tl.log2(total), rows < size)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _deltas(grad, out, deltas, tokens, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """Result times gradient of each query."""
+    head, rows = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS * WORD + tl.arange(0, WORD)
+    upstream = _load(grad, 0, rows, tokens, head * SIZE, HEADS * SIZE, SIZE).to(tl.float32)
+    result = _load(out, 0, rows, tokens, head * SIZE, HEADS * SIZE, SIZE).to(tl.float32)
+    tl.store(deltas + head * tokens + rows, tl.sum(upstream * result, 1), rows < tokens)
+
+
+@triton.jit
+def _queries(grad, qkv, deltas, logs, start, rows, size, column, log, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """A tile of queries, the gradient of its result, and for each row result times gradient and the log of the weights' sum."""
+    queries = _load(qkv, start, rows, size, column, 3 * WIDTH, SIZE)
+    upstream = _load(grad, start, rows, size, column, WIDTH, SIZE)
+    return queries, upstream, tl.load(deltas + log + rows, rows < size, 0.0), tl.load(logs + log + rows, rows < size, 0.0)
+
+
+@triton.jit
+def _gradients(scores, dweights, kept, delta, log, inside, DROPPED: tl.constexpr, SCALE: tl.constexpr):
+    """A tile of weights after dropout, not yet divided by the fraction that is kept, and the gradient of its scores / SCALE (Dao
+    et al. 2022, algorithm 4)."""
+    weights = tl.exp2(tl.where(inside, scores * (SCALE * LOG2_E), float("-inf")) - log)
+    return tl.where(kept, weights, 0.0), weights * (tl.where(kept, dweights * inverse(DROPPED), 0.0) - delta)
+
+
+@triton.jit
+def _of_tile(
+    keys, values, queries, upstream, delta, log, words, at, size, DROPPED: tl.constexpr, SCALE: tl.constexpr, TILE: tl.constexpr
+):
+    """`_gradients` of a tile of keys and one of queries, [keys, queries]: so the products with both need no transposition."""
+    scores, dweights = tl.dot(keys, tl.trans(queries)), tl.dot(values, tl.trans(upstream))
+    kept = _bits(words[None, :], tl.arange(0, TILE)[:, None])
+    weights, dscores = _gradients(scores, dweights, kept, delta[None, :], log[None, :], (at < size)[:, None], DROPPED, SCALE)
+    return weights.to(values.dtype), dscores.to(values.dtype)
+
+
+@triton.jit(do_not_specialize=["tokens", "examples"])
+def _of_keys(
+    grad, qkv, ends, words, deltas, logs, dqkv, sums, tokens, examples,
+    HEADS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DROPPED: tl.constexpr,
+    SCALE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of keys and values, and of the queries of an example of one tile."""
+    example, first, start, size, column, log = _place(ends, tokens, HEADS, TILES, SIZE, TILE)
+    own = sums + (example * TILES + first // TILE) * 3 * WIDTH + column + tl.arange(0, SIZE)
+    at = first + tl.arange(0, TILE)
+    if example == examples:
+        for third in tl.static_range(3):
+            _fill(dqkv, start, first, size, third * WIDTH + column, 3 * WIDTH, SIZE, TILE, TILES)
+    else:
+        keys = _load(qkv, start, at, size, WIDTH + column, 3 * WIDTH, SIZE)
+        values = _load(qkv, start, at, size, 2 * WIDTH + column, 3 * WIDTH, SIZE)
+        dkeys, dvalues = tl.zeros((TILE, SIZE), tl.float32), tl.zeros((TILE, SIZE), tl.float32)
+        if size <= TILE:
+            dqueries = tl.zeros((TILE, SIZE), tl.float32)
+            if first == 0:
+                queries, upstream, delta, total = _queries(grad, qkv, deltas, logs, start, at, size, column, log, WIDTH, SIZE)
+                kept = _words(words, log, at, size, 0, TILES)
+                weights, dscores = _of_tile(keys, values, queries, upstream, delta, total, kept, at, size, DROPPED, SCALE, TILE)
+                dvalues, dkeys = tl.dot(weights, upstream), tl.dot(dscores, queries)
+                dqueries = tl.dot(tl.trans(dscores), keys) * SCALE
+            _store(dqkv, dqueries, start, at, size, column, 3 * WIDTH, SIZE)
+            tl.store(own, tl.sum(dqueries, 0))
+        elif first < size:
+            for query in tl.range(0, size, TILE):
+                rows = query + tl.arange(0, TILE)
+                queries, upstream, delta, total = _queries(grad, qkv, deltas, logs, start, rows, size, column, log, WIDTH, SIZE)
+                kept = _words(words, log, rows, size, first, TILES)
+                weights, dscores = _of_tile(keys, values, queries, upstream, delta, total, kept, at, size, DROPPED, SCALE, TILE)
+                dvalues += tl.dot(weights, upstream)
+                dkeys += tl.dot(dscores, queries)
+        dkeys, dvalues = dkeys * SCALE, dvalues * inverse(DROPPED)
+        _store(dqkv, dkeys, start, at, size, WIDTH + column, 3 * WIDTH, SIZE)
+        _store(dqkv, dvalues, start, at, size, 2 * WIDTH + column, 3 * WIDTH, SIZE)
+        tl.store(own + WIDTH, tl.sum(dkeys, 0))
+        tl.store(own + 2 * WIDTH, tl.sum(dvalues, 0))
+
+
+@triton.jit(do_not_specialize=["tokens", "examples"])
+def _of_queries(
+    grad, qkv, ends, words, deltas, logs, dqkv, sums, tokens, examples,
+    HEADS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DROPPED: tl.constexpr,
+    SCALE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of queries, of an example of several tiles."""
+    example, first, start, size, column, log = _place(ends, tokens, HEADS, TILES, SIZE, TILE)
+    if example < examples and size > TILE:
+        rows = first + tl.arange(0, TILE)
+        queries, upstream, delta, total = _queries(grad, qkv, deltas, logs, start, rows, size, column, log, WIDTH, SIZE)
+        dqueries = tl.zeros((TILE, SIZE), tl.float32)
+        for key in tl.range(0, tl.where(first < size, size, 0), TILE):
+            at = key + tl.arange(0, TILE)
+            keys = _load(qkv, start, at, size, WIDTH + column, 3 * WIDTH, SIZE)
+            values = _load(qkv, start, at, size, 2 * WIDTH + column, 3 * WIDTH, SIZE)
+            scores, dweights = tl.dot(queries, tl.trans(keys)), tl.dot(upstream, tl.trans(values))
+            kept = _bits(_words(words, log, rows, size, key, TILES)[:, None], tl.arange(0, TILE)[None, :])
+            given = delta[:, None], total[:, None], (at < size)[None, :]
+            dscores = _gradients(scores, dweights, kept, *given, DROPPED, SCALE)[1]
+            dqueries += tl.dot(dscores.to(keys.dtype), keys)
+        dqueries *= SCALE
+        _store(dqkv, dqueries, start, rows, size, column, 3 * WIDTH, SIZE)
+        own = sums + (example * TILES + first // TILE) * 3 * WIDTH + column + tl.arange(0, SIZE)
+        tl.store(own, tl.sum(dqueries, 0))

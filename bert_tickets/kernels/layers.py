@@ -6,6 +6,7 @@ gradient. Sums over tokens are taken in a fixed order: equal inputs give equal b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from bert_tickets.kernels.dropout import factors, rounded
 
 PROGRAMS = 528  # at most, of a kernel that sums over tokens; four for each multiprocessor of an H100
 BLOCK = 1024  # columns of a program of GELU
+CAST = 4096  # elements of a program that casts
 COLUMNS, ROWS = 64, 16  # of a tile of its backward pass
 
 
@@ -47,7 +49,8 @@ class _AddNorm(torch.autograd.Function):
         sums = torch.empty(programs, 3, width, device=x.device)
         grads = [None if given is None else given.contiguous() for given in (grad, half)]
         given = (*grads, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens, programs)
-        kernels.launch(_add_norm_backward, programs, *given, **ctx.constants)
+        ahead = 3 if tokens > 8 * PROGRAMS else 1  # loads of later rows, worth their shared memory where there are many
+        kernels.launch(_add_norm_backward, programs, *given, STAGES=ahead, **ctx.constants)
         (dweight, dshift), dbias = ctx.branch.run(add_rows, sums.view(programs, -1), 2 * width, bias)
         return dx, dbias, dresidual, dweight, dshift, None, None, None, None
 
@@ -89,29 +92,6 @@ def gelu(x: Tensor, bias: Tensor, branch: Branch) -> Tensor:
     return _Gelu.apply(x, bias, branch)
 
 
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, branch: Branch) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(bias)
-        ctx.branch = branch
-        return qkv.chunk(3, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (bias,), (tokens, width) = ctx.saved_tensors, grads[0].shape
-        columns = 3 * triton.cdiv(width, COLUMNS)
-        chunks = min(triton.cdiv(tokens, ROWS), triton.cdiv(2 * PROGRAMS, columns))
-        joined, sums = grads[0].new_empty(tokens, 3 * width), torch.empty(chunks, 3 * width, device=bias.device)
-        given = (*(grad.contiguous() for grad in grads), joined, sums, tokens, chunks)
-        kernels.launch(_join, columns * chunks, *given, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
-        return joined, ctx.branch.run(add_rows, sums, 0, bias)[1], None
-
-
-def split(qkv: Tensor, bias: Tensor, branch: Branch) -> tuple[Tensor, Tensor, Tensor]:
-    """Split [T, 3 * width], which includes `bias` detached, into three. The branch computes the gradient of `bias`."""
-    return _Split.apply(qkv, bias, branch)
-
-
 def add_rows(partial: Tensor, split: int, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Sum [R, C] over R: the first `split` sums as [2, split / 2], and the rest like `bias`."""
     sums, rest = partial.new_empty(2, split // 2), torch.empty_like(bias)
@@ -119,6 +99,14 @@ def add_rows(partial: Tensor, split: int, bias: Tensor) -> tuple[Tensor, Tensor]
     given = (partial, sums, rest, len(partial))
     kernels.launch(_sum_rows, triton.cdiv(count, 16), *given, COUNT=count, SPLIT=split, ROWS=128, COLUMNS=16, num_warps=4)
     return sums, rest
+
+
+def cast(results: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors into others of their sizes and another dtype, by one kernel; all are contiguous."""
+    sizes = [len(tensor.view(-1)) for tensor in tensors]
+    first = [0, *itertools.accumulate(triton.cdiv(size, CAST) for size in sizes)]
+    constants = {"SIZES": tuple(sizes), "FIRST": tuple(first), "BLOCK": CAST, "num_warps": 4}
+    kernels.launch(_cast, first[-1], tuple(results), tuple(tensors), **constants)
 
 
 # ---- kernels ----
@@ -162,14 +150,13 @@ def _add_norm(
 @triton.jit(do_not_specialize=["tokens", "programs"], do_not_specialize_on_alignment=["seed"])
 def _add_norm_backward(
     grad, half, x, bias, residual, weight, seed, mean, scale, dx, dresidual, sums, tokens, programs,
-    DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     biases, weights = row_of(bias, 0, at, WIDTH), row_of(weight, 0, at, WIDTH)
     dweight, dshift = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
-    row = tl.program_id(0)
-    while row < tokens:
+    for row in tl.range(tl.program_id(0), tokens, programs, num_stages=STAGES):
         g = tl.zeros((BLOCK,), tl.float32)
         if grad is not None:
             g += row_of(grad, row, at, WIDTH)
@@ -184,7 +171,6 @@ def _add_norm_backward(
         dweight += g * normal
         dshift += g
         dbias += inner * kept
-        row += programs
     own = sums + tl.program_id(0) * 3 * WIDTH + at
     tl.store(own, dweight, at < WIDTH)
     tl.store(own + WIDTH, dshift, at < WIDTH)
@@ -244,26 +230,10 @@ def _gelu_backward(
     tl.store(sums + chunk * WIDTH + at, tl.sum(total, 0), at < WIDTH)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks"])
-def _join(
-    dq, dk, dv, joined, sums, tokens, chunks, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    chunk, column = tl.program_id(0) % chunks, tl.program_id(0) // chunks
-    parts: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
-    third, at = column // parts, column % parts * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    first = chunk * ROWS
-    while first < tokens:
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows[:, None] < tokens) & (at[None, :] < WIDTH)
-        place = rows[:, None] * WIDTH + at[None, :]
-        if third == 0:
-            value = tl.load(dq + place, inside, 0.0)
-        elif third == 1:
-            value = tl.load(dk + place, inside, 0.0)
-        else:
-            value = tl.load(dv + place, inside, 0.0)
-        tl.store(joined + rows[:, None] * 3 * WIDTH + third * WIDTH + at[None, :], value, inside)
-        total += value.to(tl.float32)
-        first += chunks * ROWS
-    tl.store(sums + chunk * 3 * WIDTH + third * WIDTH + at, tl.sum(total, 0), at < WIDTH)
+@triton.jit
+def _cast(results, tensors, SIZES: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    for i in tl.static_range(len(SIZES)):
+        if program >= FIRST[i] and program < FIRST[i + 1]:
+            at = (program - FIRST[i]) * BLOCK + tl.arange(0, BLOCK)
+            tl.store(results[i] + at, tl.load(tensors[i] + at, at < SIZES[i]), at < SIZES[i])

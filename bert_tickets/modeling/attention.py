@@ -1,9 +1,9 @@
 """Attention within each example of a packed batch. Examples are padded only here; all other operations are on packed tokens.
 
-A layout has `attend(q, k, v, p)`, attention with dropout p: q, k, v [T, hidden], heads side by side, to [T, hidden]; or, for the
-package's kernels, `attend_joined`, which takes one tensor [T, 3 * hidden] and draws dropout by a seed; or both.
+A layout has `attend(q, k, v, p)`, attention with dropout p: q, k, v [T, hidden], heads side by side, to [T, hidden]. `Fused` is
+for the package's kernels, and takes one tensor [T, 3 * hidden].
 
-On a GPU, in half precision, it is attention on the packed tokens themselves: `Short` by the package's kernel, `Ragged` by
+On a GPU, in half precision, it is attention on the packed tokens themselves: `Fused` by the package's kernel, `Ragged` by
 FlashAttention (Dao 2023). Otherwise `Padded`: all examples are padded to the longest, for torch's fused kernels. `Blocks`: a CPU
 has no fused kernel with dropout, and padding costs as much as tokens there; so examples of similar length are padded together, by
 head, with a backward pass written out here.
@@ -55,25 +55,35 @@ def gather(x: Tensor, index: Tensor, inverse: Tensor, none: Tensor | None) -> Te
 
 
 @dataclass(frozen=True)
-class Short:
-    """Concatenated examples of few tokens, without padding."""
+class Fused:
+    """Concatenated examples, without padding, for the package's kernels."""
 
     ends: Tensor  # [b + 2], int32: 0, each example's end, and T: the batch's padding
     longest: int  # an upper bound of the tokens of an example
     heads: int
 
-    def attend_joined(self, qkv: Tensor, bias: Tensor, p: float, seed: Tensor, branch: Branch) -> Tensor:
+    def draw(self, tokens: int, p: float, seed: Tensor, branch: Branch) -> Tensor | None:
+        """Let the branch draw which weights dropout keeps, for `attend` on T tokens; None without dropout."""
+        from bert_tickets.kernels.attention import draw
+
+        if p == 0:
+            return None
+        words = torch.empty(self.heads * tokens, -(-self.longest // 64), dtype=torch.int64, device=seed.device)
+        branch.run(draw, words, p, seed)
+        return words
+
+    def attend(self, qkv: Tensor, bias: Tensor, p: float, words: Tensor | None, branch: Branch) -> Tensor:
         """Attend within [T, 3 * hidden], which includes `bias` detached: the branch computes its gradient."""
         from bert_tickets.kernels.attention import attend
 
-        return attend(qkv, bias, self.ends, self.longest, self.heads, p, seed, branch)
+        return attend(qkv, bias, self.ends, self.longest, self.heads, p, words, branch)
 
 
 @dataclass(frozen=True)
 class Ragged:
     """Concatenated examples, without padding."""
 
-    ends: Tensor  # as in `Short`; the batch's padding is one more example
+    ends: Tensor  # as in `Fused`; the batch's padding is one more example
     longest: int  # an upper bound of the tokens of an example
     heads: int
 
@@ -83,12 +93,6 @@ class Ragged:
         kernel = torch.ops.aten._flash_attention_forward
         out, *_ = kernel(q, k, v, self.ends, self.ends, self.longest, self.longest, p, False, False)
         return out.flatten(1)
-
-    def attend_joined(self, qkv: Tensor, bias: Tensor, p: float, seed: Tensor, branch: Branch) -> Tensor:
-        """As in `Short`, but for `seed`."""
-        from bert_tickets.kernels.layers import split
-
-        return self.attend(*split(qkv, bias, branch), p)
 
 
 def _ends(batch: Batch) -> Tensor:
@@ -259,17 +263,17 @@ class _Attention(torch.autograd.Function):
 
 # ---- on any device ----
 
-Grid = Short | Ragged | Padded | Blocks
+Grid = Fused | Ragged | Padded | Blocks
 
 
 def layout(batch: Batch, heads: int, head_size: int, dtype: torch.dtype, fused: bool = False) -> Grid:
-    """Choose the layout of a packed batch for attention in `dtype`, `Short` only if `fused`. Never waits for the device."""
+    """Choose the layout of a packed batch for attention in `dtype`, `Fused` only if `fused`. Never waits for the device."""
     device = batch.starts.device
     if device.type == "cpu":
         return _blocks(batch, heads)
     if dtype in (torch.float16, torch.bfloat16):  # constants from shapes alone, as a captured graph keeps them
-        if fused and batch.longest <= 128 and head_size in (16, 32, 64, 128):
-            return Short(_ends(batch), batch.longest, heads)
+        if fused and head_size in (16, 32, 64, 128):
+            return Fused(_ends(batch), batch.longest, heads)
         if _has_flash(device, head_size):
             return Ragged(_ends(batch), max(batch.longest, max_padding(batch.input_ids.shape[1])), heads)
     return _padded(batch, heads, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_tickets import kernels
-from bert_tickets.modeling.attention import Ragged, Short, gather, layouts
+from bert_tickets.kernels.branch import Branch, joined, linear
+from bert_tickets.modeling.attention import Fused, gather, layouts
 from bert_tickets.modeling.gates import Gates
 from bert_tickets.modeling.packing import Batch
 
@@ -38,8 +40,8 @@ def encode(net: Net, batch: Batch, states: list[Tensor] | None = None, gates: Ga
     fused = fused and not any(map(_is_emptied, bert.encoder.layer))
     heads = [layer.attention.self.num_attention_heads for layer in bert.encoder.layer]
     grids = layouts(batch, heads, config.hidden_size // config.num_attention_heads, dtype, fused)
-    packed = {count: grid for count, grid in grids.items() if isinstance(grid, Short | Ragged)}
-    if fused and packed:
+    packed = {count: grid for count, grid in grids.items() if isinstance(grid, Fused)}
+    if packed:
         return _encode_fused(bert, batch, packed, dtype, states)
     with cast_weights(bert.encoder, dtype) as joined:
         return _encode(bert, batch, grids, joined, dtype, states, gates)
@@ -77,18 +79,15 @@ def _encode(
     return hidden
 
 
-def _encode_fused(
-    bert: Any, batch: Batch, grids: Mapping[int, Short | Ragged], dtype: torch.dtype, states: list[Tensor] | None
-) -> Tensor:
+def _encode_fused(bert: Any, batch: Batch, grids: Mapping[int, Fused], dtype: torch.dtype, states: list[Tensor] | None) -> Tensor:
     """Compute `_encode` by our kernels, in half precision: `hidden` is in float32, and `half` its cast for matrix products."""
-    from bert_tickets.kernels.branch import Branch, linear
     from bert_tickets.kernels.embeddings import embed
     from bert_tickets.kernels.layers import add_norm, gelu
 
     device = batch.starts.device
     layers, branch = bert.encoder.layer, Branch(device)
-    weights = _layer_weights(layers, dtype, branch)
     seed, *seeds = torch.randint(2**62, (1 + 3 * len(layers),), device=device)
+    prepared = [*_prepare(layers, grids, batch.input_ids.shape[1], seeds[::3], dtype, branch)]
     ids = batch.input_ids[0], batch.token_type_ids[0], batch.position_ids[0]
     ends = next(iter(grids.values())).ends
     hidden, half = embed(bert.embeddings, ids, ends, batch.longest, seed, dtype, branch)
@@ -97,12 +96,11 @@ def _encode_fused(
         (weight, bias), p = dense, block.dropout.p if block.training else 0.0
         return add_norm(linear(x, weight, None, branch), bias, hidden, norm, p, block.LayerNorm.eps, seed, branch)
 
-    triples = zip(seeds[::3], seeds[1::3], seeds[2::3], strict=True)
-    for layer, (first, second, last), (cast, norms, ready) in zip(layers, triples, weights, strict=True):
+    for layer, second, last, (cast, norms, words, ready) in zip(layers, seeds[1::3], seeds[2::3], prepared, strict=True):
         branch.wait(ready)
         (weight, bias, inner, inner_bias), own = cast[:4], layer.attention.self
         projected, p = linear(half, weight, bias.detach(), branch), own.dropout.p if own.training else 0.0
-        attended = grids[own.num_attention_heads].attend_joined(projected, bias, p, first, branch)
+        attended = grids[own.num_attention_heads].attend(projected, bias, p, words, branch)
         hidden, half = output(layer.attention.output, attended, cast[4:6], norms[:2], second)
         expanded = gelu(linear(half, inner, None, branch), inner_bias, branch)
         hidden, half = output(layer.output, expanded, cast[6:], norms[2:], last)
@@ -111,29 +109,31 @@ def _encode_fused(
     return hidden
 
 
-def _layer_weights(
-    layers: Iterable[Any], dtype: torch.dtype, branch: Any
-) -> list[tuple[Sequence[Tensor], Sequence[Tensor], Any]]:
-    """Cast the layers' weights by the branch. Returns of each layer the casts, its norms' weights, and the event of its casts.
+def _prepare(
+    layers: Iterable[Any], grids: Mapping[int, Fused], tokens: int, seeds: Iterable[Tensor], dtype: torch.dtype, branch: Branch
+) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None, Any]]:
+    """Let the branch cast the layers' weights, and draw which attention weights dropout keeps.
 
-    The casts are weight and bias of query, key and value together, of the intermediate layer, of the attention's output, and of
-    the layer's output.
+    Yields of each layer the casts, its norms' weights, what was drawn, and the event of all this. The casts are weight and bias
+    of query, key and value together, of the intermediate layer, of the attention's output, and of the layer's output.
     """
-    from bert_tickets.kernels.branch import joined
+    from bert_tickets.kernels.layers import cast as copy
 
     cast: list[Tensor] = []
     norms: list[Tensor] = []
-    events = []
-    for layer in layers:
+    drawn = []
+    for layer, seed in zip(layers, seeds, strict=True):
         own, outputs = layer.attention.self, (layer.attention.output, layer.output)
         groups = [[getattr(x, name) for x in (own.query, own.key, own.value)] for name in ("weight", "bias")]
         groups += [[x] for dense in (layer.intermediate.dense, *(y.dense for y in outputs)) for x in (dense.weight, dense.bias)]
-        cast += _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype, branch.run)
+        cast += _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype, partial(branch.run, copy))
         norms += [x for block in outputs for x in (block.LayerNorm.weight, block.LayerNorm.bias)]
-        events.append(branch.event())
+        p = own.dropout.p if own.training else 0.0
+        drawn.append((grids[own.num_attention_heads].draw(tokens, p, seed, branch), branch.event()))
     tensors = joined(branch, [*cast, *norms])
     of_norms = tensors[len(cast) :]
-    return [(tensors[8 * i : 8 * i + 8], of_norms[4 * i : 4 * i + 4], event) for i, event in enumerate(events)]
+    for i, (words, event) in enumerate(drawn):
+        yield tensors[8 * i : 8 * i + 8], of_norms[4 * i : 4 * i + 4], words, event
 
 
 def classify(net: Net, batch: Batch, gates: Gates | None = None) -> Tensor:
@@ -150,19 +150,19 @@ def classify(net: Net, batch: Batch, gates: Gates | None = None) -> Tensor:
 class _Cast(torch.autograd.Function):
     """Cast all tensors to another dtype by one call, and their gradients back by one call, unless they may have any dtype.
 
-    The last three arguments are the number of tensors to concatenate into each result, the dtype, and what calls the first call.
+    The last three arguments are the number of tensors to concatenate into each result, the dtype, and the first call.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, sizes, dtype, run = args
+        *tensors, sizes, dtype, copy = args
         ctx.sizes, ctx.dtype = sizes, tensors[0].dtype
         ctx.any_dtype = all(tensor.is_leaf and tensor.grad_dtype is None for tensor in tensors)
         parts, cast = iter(tensors), []
         for size in sizes:
             group = [next(parts) for _ in range(size)]
             cast.append(group[0].new_empty(sum(map(len, group)), *group[0].shape[1:], dtype=dtype))
-        run(torch._foreach_copy_, _parts(cast, sizes), tensors)
+        copy(_parts(cast, sizes), tensors)
         return tuple(cast)
 
     @staticmethod
@@ -202,7 +202,7 @@ def cast_weights(encoder: Any, dtype: torch.dtype) -> Iterator[dict[nn.Module, J
         for name, tensor in linear._parameters.items()
     ]
     groups = [*joined, *([tensor] for *_, tensor in places)]
-    cast = _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype, lambda call, *given: call(*given))
+    cast = _Cast.apply(*chain(*groups), [len(group) for group in groups], dtype, torch._foreach_copy_)
     for (parameters, name, _), tensor in zip(places, cast[len(joined) :], strict=True):
         parameters[name] = tensor
     try:

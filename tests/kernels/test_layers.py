@@ -80,13 +80,11 @@ def test_gelu_equals_torch(device, dtype, tokens, width):
 
 
 @HALF
-def test_split_concatenates_gradients_and_sums_them(device, dtype):
-    tokens, width = 70, 130
-    qkv, bias = torch.randn(tokens, 3 * width, device=device).to(dtype), torch.zeros(3 * width, device=device).to(dtype)
-    leaves = [qkv.requires_grad_(), bias.requires_grad_()]
-    upstream = torch.randn(tokens, 3 * width, device=device).to(dtype)
-    out = layers.split(*leaves, Branch(device))
-    assert torch.equal(torch.cat(out, 1), qkv)
-    joined, of_bias = torch.autograd.grad(out, leaves, upstream.chunk(3, 1))
-    assert torch.equal(joined, upstream)
-    torch.testing.assert_close(of_bias.float(), upstream.float().sum(0), rtol=2e-2, atol=2e-2)
+def test_cast_copies_tensors_of_all_sizes(device, dtype):
+    """Of less and of more than a block, into slices of one tensor."""
+    tensors = [torch.randn(*shape, device=device) for shape in ((3, 5), (1,), (70, 130), (layers.CAST,))]
+    joined = torch.zeros(sum(x.numel() for x in tensors), device=device).to(dtype)
+    layers.cast(
+        [part.view(x.shape) for part, x in zip(joined.split([x.numel() for x in tensors]), tensors, strict=True)], tensors
+    )
+    close(joined, torch.cat([x.flatten() for x in tensors]), dtype)

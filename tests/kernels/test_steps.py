@@ -78,7 +78,7 @@ def test_every_dropout_of_a_step_has_its_own_seed_and_an_evaluation_has_none(one
         case = make_case("cola", given, 0.5)
         batch = case.store.batch(torch.arange(2))
         patch.setattr(kernels, "usable", lambda device: True)
-        for owner, name, place in ((embeddings, "embed", 4), (layers, "add_norm", 6), (attention, "attend", 6)):
+        for owner, name, place in ((embeddings, "embed", 4), (layers, "add_norm", 6), (attention, "draw", 2)):
             patch.setattr(owner, name, noting(getattr(owner, name), place))
         training = [encode(case.net, batch).cpu() for _ in range(2)]
         assert len(seeds) == len(set(seeds)) == 2 * (1 + 3 * case.net.config.num_hidden_layers)

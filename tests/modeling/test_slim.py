@@ -232,11 +232,11 @@ EMPTIED = [("equal", "none"), ("emptied", "some")]
 
 
 @only_fake
-@pytest.mark.parametrize("layouts", ["Padded", "Ragged", "Short"])
+@pytest.mark.parametrize("layouts", ["Padded", "Ragged", "Fused"])
 @pytest.mark.parametrize(("heads", "neurons"), [("equal", "some"), ("unequal", "some"), *EMPTIED])
 def test_a_gpus_layouts_serve_any_numbers_of_heads_and_neurons(one_gpu, two_heads, monkeypatch, layouts, heads, neurons):
-    """In hidden states and gradients. Our kernels, with `Short`, leave a network with an emptied layer to torch's operators."""
-    if layouts == "Short":
+    """In hidden states and gradients. Our kernels, with `Fused`, leave a network with an emptied layer to torch's operators."""
+    if layouts == "Fused":
         pytest.importorskip("triton")
     kept = torch.ones(2, 64, dtype=torch.bool)
     kept[0, 5:20], kept[1, : 64 if neurons == "none" else 3] = False, False
@@ -249,10 +249,10 @@ def test_a_gpus_layouts_serve_any_numbers_of_heads_and_neurons(one_gpu, two_head
         mask.apply(weights)
         patch.setattr(bert, "_encode_fused", lambda *given: calls.append(given) or fused(*given))
         expected = states_and_gradients(net, batch, half=layouts != "Padded")
-        patch.setattr(kernels, "usable", lambda device: layouts == "Short")
+        patch.setattr(kernels, "usable", lambda device: layouts == "Fused")
         with slimmed(net, mask) as left:
             found = states_and_gradients(net, batch, half=layouts != "Padded")
-        assert len(calls) == (layouts == "Short" and (heads, neurons) not in EMPTIED)
+        assert len(calls) == (layouts == "Fused" and (heads, neurons) not in EMPTIED)
         bound = 1e-5 if layouts == "Padded" else 0.02
         for name, gradient in found.items():
             of_masked = expected[name]
