@@ -65,8 +65,9 @@ class Fused:
     def draw(self, tokens: int, p: float, seed: Tensor, branch: Branch) -> Tensor | None:
         """Let the branch draw which weights dropout keeps, for `attend` on T tokens; None without dropout."""
         from bert_tickets.kernels.attention import draw
+        from bert_tickets.kernels.dropout import rounded
 
-        if p == 0:
+        if rounded(p) == 0:
             return None
         words = torch.empty(self.heads * tokens, -(-self.longest // 64), dtype=torch.int64, device=seed.device)
         branch.run(draw, words, p, seed)
