@@ -90,6 +90,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def beginning_sha256(path: Path, size: int) -> str | None:
+    """Return the sha256 of the first `size` bytes of a file; None if it has fewer, or is missing."""
+    if not path.is_file() or path.stat().st_size < size:
+        return None
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(min(size, 1 << 20)):
+            sha.update(part)
+            size -= len(part)
+    return sha.hexdigest()
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file. Raises `Busy`, naming the holder, if another process has it."""

@@ -165,6 +165,17 @@ class Batches:
         first = self.rank * self.grad_accum
         return [self.augment_batch(self._shard(examples, n), step) for n in range(first, first + self.grad_accum)]
 
+    def lengths(self, start: int, stop: int) -> np.ndarray:
+        """Return the numbers of tokens of all examples of the steps [start, stop), in all processes."""
+        at, last = (step // self.per_epoch * len(self.store) + step % self.per_epoch * self.batch_size for step in (start, stop))
+        found = []
+        while at < last:
+            epoch, first = divmod(at, len(self.store))
+            examples = order(len(self.store), self.seed, epoch)[first : first + last - at]
+            found.append(self.store.lengths[examples.numpy()])
+            at += len(examples)
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
     def _shard(self, examples: Tensor, number: int) -> Batch:
         """Return a shard of the examples. An empty one becomes the first example with weight 0: every process takes the step."""
         shards = self.world_size * self.grad_accum

@@ -16,7 +16,7 @@ from bert_tickets.files import sha256_of, writing_folder
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
 from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights, head_weights, set_parameters, untie_decoder
-from bert_tickets.runs.integrity import check_model, check_weights, read_own
+from bert_tickets.runs.integrity import check_files, check_weights, read_own
 from bert_tickets.tasks.create import create
 
 
@@ -44,7 +44,7 @@ def _write_trained(ticket: Ticket, folder: Path) -> None:
     """Write a level's trained network: its kept model, or its weights in the base model."""
     kept, weights = ticket.folder / "model", ticket.folder / "weights.safetensors"
     if kept.is_dir() and ticket.result.get("model_files"):  # the level records its checksums
-        check_model(ticket.run, ticket.level)
+        check_files(ticket.run, ticket.level)
         shutil.copytree(kept, folder, dirs_exist_ok=True)
         return
     if not weights.is_file():

@@ -7,7 +7,7 @@ over parameters, which is a ticket as any other: it trains, transfers and export
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -111,12 +111,12 @@ def emptied_layers(units: Mask) -> list[str]:
 # ---- gates ----
 
 
-def effective_weights(gates: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def effective_weights(gates: Mapping[str, Iterable[Tensor]], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters whose use in the place of `weights` equals gating the activations: `functional_call` takes them.
 
-    `gates` are of the shapes of a mask of units, of any float values. A head's gate multiplies its context vectors, hence its
-    columns of the attention's output; a neuron's its activation, hence its column of the output; an MLP's its output with the
-    bias.
+    `gates` are of the shapes of a mask of units, of any float values; or a row for each layer, of the units that it has. A head's
+    gate multiplies its context vectors, hence its columns of the attention's output; a neuron's its activation, hence its column
+    of the output; an MLP's its output with the bias.
     """
     found: dict[str, Tensor] = {}
     for kind, values in gates.items():
@@ -125,7 +125,7 @@ def effective_weights(gates: Mapping[str, Tensor], weights: Mapping[str, Tensor]
             names += [f"{LAYER}{layer}.{OUTER}.bias"] if kind == "mlps" else []
             for name in names:
                 weight = found.get(name, weights[name])
-                columns = gate.repeat_interleave(weight.shape[1] // len(gate)) if kind == "heads" else gate
+                columns = gate.repeat_interleave(weight.shape[1] // max(1, len(gate))) if kind == "heads" else gate
                 found[name] = weight * columns
     return found
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_tickets.config import from_flat
 from bert_tickets.errors import Damaged, UserError
-from bert_tickets.files import file_sha256, read_checksummed, read_facts, read_tensors
+from bert_tickets.files import beginning_sha256, file_sha256, read_checksummed, read_facts, read_tensors
 from bert_tickets.runs.directory import has_results, level_dir, levels_done, read_run, result
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 JOURNAL = "search.json"  # the measurements of the level in progress, if it is a search
+RECORD = "coefficients.part"  # of level 0 in progress, if it trains coefficients (training.coefficients.Record)
 
 
 def check_run(run: Path) -> None:
@@ -60,7 +61,7 @@ def problems(run: Path) -> list[str]:
     for level in range(done):
         attempt(check_level, run, level)
         attempt(read_mask, run, level)
-        attempt(check_model, run, level)
+        attempt(check_files, run, level)
     if done:
         newest = level_dir(run, done - 1)
         attempt(_check_kept, run, about["config"], done)
@@ -102,6 +103,9 @@ def read_checkpoint(run: Path, level: int) -> tuple[dict[str, Tensor], dict[str,
     tensors, facts = read_own(run / CHECKPOINT, run, level), read_facts(run / CHECKPOINT)
     if "step" not in facts:
         raise Damaged(f"{run / CHECKPOINT} is another file of the run, not a checkpoint")
+    for own in facts["hooks"].values():
+        if "file" in own and beginning_sha256(run / own["file"], own["bytes"]) != own["sha256"]:
+            raise Damaged(f"{run / own['file']} is not the one that {CHECKPOINT} continues")
     return tensors, facts
 
 
@@ -131,10 +135,11 @@ def check_weights(run: Path, level: int) -> dict[str, Tensor]:
     return weights
 
 
-def check_model(run: Path, level: int) -> None:
-    """Raise `Damaged` (or an `OSError`) if a kept model does not match the checksums in the level's metrics.json."""
-    for name, sha256 in result(run, level).get("model_files", {}).items():
-        path = level_dir(run, level) / "model" / name
+def check_files(run: Path, level: int) -> None:
+    """Raise `Damaged` (or an `OSError`) if a kept model, or another file, does not match the checksums in metrics.json."""
+    line, folder = result(run, level), level_dir(run, level)
+    paths = {folder / "model" / name: sha256 for name, sha256 in line.get("model_files", {}).items()}
+    for path, sha256 in {**paths, **{folder / name: sha256 for name, sha256 in line.get("files", {}).items()}}.items():
         if file_sha256(path) != sha256:
             raise Damaged(f"{path} is damaged: its content does not match metrics.json")
 

@@ -34,6 +34,8 @@ from bert_tickets.training.hooks import At, Evaluations, LossCurve, ProgressBar,
 from bert_tickets.training.loop import Hook, Loop, total_steps, train
 from bert_tickets.training.step import Loss
 
+Predict = Callable[[Batch], Tensor]
+
 
 @dataclass
 class Session:
@@ -92,63 +94,85 @@ class Session:
         execution: Execution = "masked",
         loss: Loss | None = None,
         params: Mapping[str, Tensor] | None = None,
+        leaves: Mapping[str, Tensor] | None = None,
+        predict: Predict | None = None,
         found: Callable[[], tuple[Mask, dict[str, Any]]] | None = None,
+        after: Callable[[Mask], None] = lambda mask: None,
+        results: Mapping[str, Any] | None = None,
+        files: Mapping[str, Callable[[Path], None]] | None = None,
         hooks: Sequence[Hook] = (),
         warnings: Sequence[str] = (),
         **training: Any,
     ) -> None:
         """Train and evaluate the network under `mask`, and write the level's folder.
 
-        Default: the task's loss, and all parameters of the network with `requires_grad`. With `found` the mask is what is
-        trained: gradients are not masked, and after training it masks the network, and returns its mask and further results.
+        Default: the task's loss and predictions, and all parameters of the network with `requires_grad`; `leaves` are trained
+        beside these. With `found` the mask is what is trained: gradients are not masked, and after training it masks the network,
+        and returns its mask and further results. `after` is called with the mask after the evaluation, and may change what is
+        written of the network. `results` join the level's, and `files`, functions of a path, write files of the level's folder.
         With `execution` slim, heads and neurons that `mask` prunes whole are removed until the level is evaluated, also when
         `found` is called. AdamW's state is then of the narrower tensors: only for methods that reset it.
         `warnings` join the level's. Further arguments are those of `training.loop.train`: `batches`, `start`, `steps`,
         `schedule`, `moments`, `optimizer`.
         """
         net, title, init_sha256 = self.net, self._title(level, mask), sha256_of(encoder_weights(self.net))
-        loss = loss or (lambda batch: self.task.loss(net, batch))
-        more: dict[str, Any] = {"removed": self._removed(mask, title)} if execution == "slim" else {}
+        loss, predict = loss or (lambda batch: self.task.loss(net, batch)), predict or self._predict_task
+        more: dict[str, Any] = dict(results or {})
+        more |= {"removed": self._removed(mask, title)} if execution == "slim" else {}
         try:
             with slimmed(net, mask) if execution == "slim" else nullcontext(mask) as left:
-                params = params or {name: p for name, p in net.named_parameters() if p.requires_grad}
-                trained = self._train(level, title, hooks, loss, params, mask=None if found else left, **training)
+                params = {**(params or {n: p for n, p in net.named_parameters() if p.requires_grad}), **(leaves or {})}
+                trained = self._train(level, title, hooks, loss, params, predict, mask=None if found else left, **training)
                 if found:
-                    mask, results = found()
-                    more |= results
+                    mask, facts = found()
+                    more |= facts
                     title = self._title(level, mask)
-                metrics, noticed = self._evaluate()
+                metrics, noticed = self._evaluate(predict)
         except Diverged as error:
             self.run.fail(level, error, title)
+        after(mask)
         loop, losses, evaluations = trained
         more |= {"init_sha256": sha256_of(encoder_weights(net)) if found else init_sha256}  # if found: of the ticket, m * theta
         print(f"{title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
         steps, skipped = loop.steps - loop.start, loop.steps - loop.start - loop.step.taken(training.get("moments"))
         warnings = [*warnings, *noticed, *_mask_warnings(mask), *_skip_warnings(skipped, steps)]
-        for warning in warnings:
-            print(f"{title}: {warning}", flush=True)
+        print(*(f"{title}: {warning}\n" for warning in warnings), sep="", end="", flush=True)
         result = self._result(mask, metrics, warnings) | {"steps": steps, "skipped_steps": skipped, "losses": losses}
         result |= more | {"seconds": loop.seconds}
         if self.cfg.eval_steps:
             evaluations.append({"step": loop.at, "metrics": result["metrics"]})
             result |= {"evaluations": evaluations, "best": _best(evaluations, self.task.metric)}
-        labelled = Mask(dict(mask), {**mask.info, **self._origin(level)})
-        moments = {} if self.cfg.settings.reset_optimizer else loop.step.moments()
-        write_model = self._write_model if self.cfg.keep_models else None
-        self.run.finish(level, result, labelled, dict(net.named_parameters()), moments, write_model)
-        self.previous = mask
+        self._finish(level, result, mask, loop, files or {})
 
     # ---- parts of a level ----
 
+    def _finish(
+        self, level: int, result: dict[str, Any], mask: Mask, loop: Loop, files: Mapping[str, Callable[[Path], None]]
+    ) -> None:
+        """Write the level's folder."""
+        labelled = Mask(dict(mask), {**mask.info, **self._origin(level)})
+        moments = {} if self.cfg.settings.reset_optimizer else loop.step.moments()
+        write_model = self._write_model if self.cfg.keep_models else None
+        self.run.finish(level, result, labelled, dict(self.net.named_parameters()), moments, write_model, files)
+        self.previous = mask
+
     def _train(
-        self, level: int, title: str, hooks: Sequence[Hook], loss: Loss, params: Mapping[str, Tensor], **training: Any
+        self,
+        level: int,
+        title: str,
+        hooks: Sequence[Hook],
+        loss: Loss,
+        params: Mapping[str, Tensor],
+        predict: Predict,
+        **training: Any,
     ) -> tuple[Loop, list[tuple[int, float]], list[dict[str, Any]]]:
         """Train with the hooks of every level. Returns the final loop, the loss curve, and the evaluations within the level."""
         cfg, group = self.cfg.train, self.run.group
         with train_log(self.run.dir, level) if group.rank == 0 else nullcontext(lambda line: None) as append:
             curve = LossCurve(cfg.log_every, append)
-            evaluations = [Evaluations(n, lambda: _json(self._evaluate()[0]), append)] if (n := self.cfg.eval_steps) else []
-            own = [curve, *hooks, *evaluations]
+            n, evaluate = self.cfg.eval_steps, lambda: _json(self._evaluate(predict)[0])
+            evaluations = [Evaluations(n, evaluate, append)] if n else []
+            own = [*hooks, curve, *evaluations]  # a hook may end the loop, and the curve ends with it
             checkpoint = Checkpoint(self.run, level, own, cfg.save_minutes, cfg.save_steps)
             every = [*own, checkpoint, ProgressBar(title, curve)]
             self.net.train()
@@ -194,10 +218,12 @@ class Session:
                 raise Diverged(f"the network's predictions on {name} are not finite")
         return outputs
 
-    def _evaluate(self) -> tuple[dict[str, float], list[str]]:
-        """Compute the task's metrics on all its evaluation sets, and its warnings about them."""
-        net, task = self.net, self.task
-        outputs = self._predict(lambda batch: task.predict(net, batch))
+    def _predict_task(self, batch: Batch) -> Tensor:
+        return self.task.predict(self.net, batch)
+
+    def _evaluate(self, predict: Predict) -> tuple[dict[str, float], list[str]]:
+        """Compute the task's metrics of predictions on all its evaluation sets, and its warnings about them."""
+        task, outputs = self.task, self._predict(predict)
         metrics = task.compute_metrics(outputs, self.evals)
         if self.cfg.check_metrics:
             print(task.compare_with_evaluate(outputs, self.evals, metrics))

@@ -20,6 +20,7 @@ from bert_tickets.config import Config
 from bert_tickets.errors import Damaged, Diverged, Stopped, UserError
 from bert_tickets.files import (
     append_line,
+    file_sha256,
     locked,
     read_checksummed,
     read_facts,
@@ -42,6 +43,7 @@ from bert_tickets.runs.directory import (
 from bert_tickets.runs.integrity import (
     CHECKPOINT,
     JOURNAL,
+    RECORD,
     advice_to_restore,
     check_run,
     kept_weights,
@@ -218,8 +220,9 @@ class Run:
         weights: Mapping[str, Tensor],
         moments: Mapping[str, Tensor],
         write_model: Callable[[Path], dict[str, str]] | None,
+        files: Mapping[str, Callable[[Path], None]],
     ) -> None:
-        """Write the level's folder, and remove files that are not needed any more."""
+        """Write the level's folder with `files`, and remove files that are not needed any more."""
         facts, seconds = {"run": self.dir.name, "level": level}, result.pop("seconds")
 
         def write_level() -> None:
@@ -230,6 +233,10 @@ class Run:
                     write_tensors(folder / "moments.safetensors", moments, facts)
                 if write_model is not None:
                     result["model_files"] = write_model(folder / "model")
+                for name, write_file in files.items():
+                    write_file(folder / name)
+                if files:
+                    result["files"] = {name: file_sha256(folder / name) for name in files}
                 write_checksummed(folder / "metrics.json", {**facts, **result})
                 self.log("level", level=level, seconds=round(seconds, 2))
             tidy(self.dir)
@@ -263,6 +270,8 @@ def tidy(run: Path) -> None:
     with contextlib.suppress(FileNotFoundError, Damaged):  # the level that loads a damaged one reports it
         if read_facts(run / CHECKPOINT)["level"] < done:
             (run / CHECKPOINT).unlink()
+    if done:
+        (run / RECORD).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError, Damaged):
         if read_checksummed(run / JOURNAL)["level"] < done:
             (run / JOURNAL).unlink()

@@ -7,27 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bert_tickets.masking.mask import Mask
 from bert_tickets.masking.straight_through import THRESHOLD, Rounding, initial_scores, masked, refresh
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.packing import Batch
+from bert_tickets.training.functional import call_with
 from bert_tickets.training.loop import Hook, Loop
 
 T = TypeVar("T")
 MLM_HEAD = re.compile(r"cls\.predictions\.(transform\..+|bias|decoder\.bias)")  # its decoder stays as it is
-
-
-class _Call(nn.Module):
-    """A function of a network and a batch as a module, for `functional_call`."""
-
-    def __init__(self, net: Net, function: Callable[[Net, Batch], Any]) -> None:
-        super().__init__()
-        self.net, self.function = net, function
-
-    def forward(self, batch: Batch) -> Any:
-        return self.function(self.net, batch)
 
 
 class MaskedNetwork:
@@ -55,8 +45,8 @@ class MaskedNetwork:
     def __call__(self, function: Callable[[Net, Batch], T], batch: Batch) -> T:
         """Return `function(net, batch)` under the mask. A decoder that is tied to masked word embeddings stays dense."""
         weights = dict(self.net.named_parameters())
-        given = {f"net.{name}": masked(weights[name], s, self.thresholds[name]) for name, s in self.scores.items()}
-        return torch.func.functional_call(_Call(self.net, function), given, (batch,), tie_weights=False)
+        given = {name: masked(weights[name], s, self.thresholds[name]) for name, s in self.scores.items()}
+        return call_with(self.net, given, function, batch)
 
     @torch.no_grad()
     def refresh(self, sparsity: float, rounding: Rounding) -> Mask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,10 @@ class LossScale:
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "bert_adam": BertAdam}
 
 
+# Parameters without weight decay, by name; a coefficient of a unit is drawn to zero by its own penalty alone.
+UNDECAYED = re.compile(r".*bias|.*LayerNorm.*|coefficient\..*")
+
+
 class Step:
     """Forward, backward, mask the gradients, clip, optimizer. A call takes one step and returns the loss, on the device.
 
@@ -96,7 +101,7 @@ class Step:
             for name, kept in (mask or {}).items()
             if name in params and not kept.all()  # frozen tensors are not in `params`, and stay as they are
         }
-        undecayed = {name for name in self.params if name.endswith("bias") or "LayerNorm" in name}
+        undecayed = {name for name in self.params if UNDECAYED.fullmatch(name)}
         groups = [
             {"params": [p for name, p in self.params.items() if name not in undecayed], "weight_decay": cfg.weight_decay},
             {"params": [self.params[name] for name in self.params if name in undecayed], "weight_decay": 0.0},

@@ -65,7 +65,7 @@ def test_a_toy_method_has_flags_and_a_plan(toy, harness, tmp_path):
     said = shown(0, "lt_glue.py", "--method", "toy", "--help")
     assert "--share X fraction of the remaining weights that a level prunes (default: 0.2)" in said
     assert "--rewind" not in said
-    assert "one of guarded_magnitude, imp, importance, score, toy, transfer; here: toy" in said
+    assert "one of early_bird, guarded_magnitude, imp, importance, score, toy, transfer; here: toy" in said
     said = shown(0, "lt_glue.py", *["--method", "toy", "--task", "rte", "--levels", "3", "--dry-run"])
     assert "runs/rte-toy-s57-" in said
     assert "prune 20% in each of 3 levels" in said
