@@ -140,7 +140,7 @@ MISTAKES = [
     (
         "glue",
         "--task rte --method lasso",
-        "there is no method lasso for this script; the methods are early_bird, guarded_magnitude, imp, importance, score, transfer",
+        "there is no method lasso for this script; the methods are early_bird, guarded_magnitude, imp, importance",
     ),
     ("glue", "--task rte --method transfer", "the following arguments are required: --mask"),
     ("glue", "--task rte --method imp --mask m", "--mask belongs to --method score or transfer, and this is --method imp"),

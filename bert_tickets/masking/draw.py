@@ -39,7 +39,8 @@ def _kept(scores: Tensor, fraction: float, by_layer: bool, rule: Rule) -> Tensor
     if rule == "count":
         kept: Mapping[str, Tensor] = prune(Mask.ones(parts), parts, fraction, "tensor")
     else:
-        kept = {number: part > float(np.quantile(part.double().numpy(), fraction)) for number, part in parts.items()}
+        wide = {number: part.double() for number, part in parts.items()}  # float32 would round a quantile up to a coefficient
+        kept = {number: part > float(np.quantile(part.numpy(), fraction)) for number, part in wide.items()}
     return torch.stack(list(kept.values())).view(scores.shape)
 
 

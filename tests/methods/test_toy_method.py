@@ -70,7 +70,7 @@ def test_a_toy_method_has_flags_and_a_plan(toy, harness, tmp_path):
     assert "runs/rte-toy-s57-" in said
     assert "prune 20% in each of 3 levels" in said
     said = shown(2, "lt_squad.py", "--method", "toy")
-    assert "there is no method toy for this script; the methods are imp, score, transfer" in said
+    assert "there is no method toy for this script; the methods are early_bird, imp, score, transfer" in said
     said = shown(2, "lt_glue.py", "--task", "rte", "--share", "0.1")
     assert "--share belongs to --method toy, and this is --method imp" in said
 
