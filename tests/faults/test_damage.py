@@ -26,11 +26,13 @@ UNCHECKED = {"log.jsonl", "train.jsonl", "lock"}
 DISPENSABLE = {"checkpoint.safetensors", "results.jsonl", *UNCHECKED}
 VARIANTS = [("lt_glue.py", words) for words in ("", "--rewind 3", "--rewind none", "--keep-models")]
 VARIANTS += [("lt_squad.py", ""), ("lt_pretrain.py", "")]
+SEARCHES = [("lt_glue.py", "--method early-bird --draw-at 5")]
 # Of each run, every so many of the pairs of a file and a damage.
 SAMPLE = [pytest.param("lt_glue.py", "--rewind 3 --keep-models", False, 5, id="sample")]
+SAMPLE += [pytest.param(*SEARCHES[0], False, 4, id="search")]
 CAMPAIGN = [
     pytest.param(script, words, finished, 1, id=f"{script}{words}-{finished}", marks=pytest.mark.faults)
-    for (script, words), finished in itertools.product(VARIANTS, [False, True])
+    for (script, words), finished in itertools.product([*VARIANTS, *SEARCHES], [False, True])
 ]
 
 
@@ -55,13 +57,14 @@ def damage(path: Path, kind: str, other: Path, rng: random.Random) -> None:
 
 @pytest.mark.parametrize(("script", "words", "finished", "stride"), [*SAMPLE, *CAMPAIGN])
 def test_a_damaged_file_is_recovered_or_refused(commands, tmp_path, monkeypatch, figures, script, words, finished, stride):
-    runs = Runs(script, [*commands[script], *THREE_LEVELS], tmp_path, monkeypatch)
+    levels = ["--save-steps", "2"] if (script, words) in SEARCHES else THREE_LEVELS
+    runs = Runs(script, [*commands[script], *levels], tmp_path, monkeypatch)
     rng, began, counts, more = random.Random(1), time.monotonic(), Counter(), words.split()
     expected = runs("undisturbed", *more)
     for name, seed in (("source", "57"), ("other", "58")):
         with monkeypatch.context() as patch:
             if not finished:  # killed in the evaluation of the last level
-                patch.setattr(session, "evaluate", dying(session.evaluate, 3))
+                patch.setattr(session, "evaluate", dying(session.evaluate, 2 if (script, words) in SEARCHES else 3))
             try:
                 runs(name, *more, "--seed", seed)
             except Killed:
@@ -98,7 +101,8 @@ def check_problems(run: Path, name: str, kind: str) -> None:
 def check_rerun(runs: Runs, words: list[str], name: str, finished: bool, expected: dict[str, bytes]) -> str:
     """Give the command again over a damaged file: the run ends with the undisturbed bytes, or is refused and left as it is.
 
-    A run reads no kept model, and a finished one only run.json, metrics, and the masks' metadata: then it leaves the file.
+    A run reads no kept model and no record of a finished search, and a finished run only run.json, metrics, and the masks'
+    metadata: then it leaves the file.
     """
     before, error = contents(runs.dir("damaged")), None
     try:
@@ -114,5 +118,5 @@ def check_rerun(runs: Runs, words: list[str], name: str, finished: bool, expecte
         return "recovered"
     assert found.pop(name, None) == before.pop(name, None)
     assert found == {path: data for path, data in expected.items() if path != name}
-    assert (finished and name.endswith(".safetensors")) or "model" in Path(name).parts
+    assert (finished and name.endswith(".safetensors")) or "model" in Path(name).parts or name.endswith("coefficients.npy")
     return "not read"

@@ -26,6 +26,7 @@ ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO"]
 VARIANTS = [("lt_glue.py", words) for words in ("", "--rewind 3", "--rewind none", "--keep-models", "--protocol released")]
 VARIANTS += [("lt_squad.py", words) for words in ("", "--rewind 3")] + [("lt_pretrain.py", words) for words in ("", "--rewind 3")]
 SEARCHES = [("lt_glue.py", f"--method {method} --threshold 0") for method in ("importance", "guarded-magnitude")]
+SEARCHES += [(script, "--method early-bird --draw-at 5") for script in ("lt_glue.py", "lt_pretrain.py")]
 VARIANTS += SEARCHES
 
 

@@ -76,6 +76,35 @@ def test_two_processes_train_what_one_trains_to_rounding(run, script, commands, 
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours), "the batches were split"
 
 
+@pytest.mark.parametrize("words", ["--draw-at 5", "--draw-when stable --draw-every 1 --record-epochs 2"])
+def test_two_processes_search_and_draw_what_one_does(run, commands, calm_bert_dir, tmp_path, words):
+    """The main one has the record. In the first update a coefficient goes by the sign of its gradient, which is the same."""
+    script = "lt_glue.py"
+    arguments = [*commands[script], "--batch-size", 7, "--model", calm_bert_dir, "--method", "early-bird", *words.split()]
+    for processes in (1, 2):
+        codes, out = run(processes, tmp_path / str(processes), script, *arguments, "--search-lr", "1e-4", "--save-steps", 2)
+        assert codes == [0] * processes, out
+    one, two = (directory(tmp_path / str(processes)) for processes in (1, 2))
+    for a, b in zip(results(one), results(two), strict=True):
+        assert a["steps"] == b["steps"] > 0
+        assert np.allclose(a["losses"], b["losses"], rtol=1e-5)
+        assert (a["flops"], a.get("draw")) == (b["flops"], b.get("draw"))
+        assert a["sizes"] == b["sizes"]
+    ours, theirs = (np.load(path / "level_00" / "coefficients.npy") for path in (one, two))
+    assert ours.shape == theirs.shape
+    assert (abs(ours - theirs) > 1e-6).mean() < 0.05
+    trained = [read_tensors(path / "level_01" / "weights.safetensors") for path in (one, two)]
+    assert any(not torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items()), "the batches were split"
+
+    killed = tmp_path / "killed"
+    codes, out = run(2, killed, script, *arguments, "--search-lr", "1e-4", "--save-steps", 2, fault=Fault("SIGTERM", STEP, 4))
+    assert all(codes)
+    assert (directory(killed) / "coefficients.part").exists()
+    codes, out = run(2, killed, script, *arguments, "--search-lr", "1e-4", "--save-steps", 2)
+    assert codes == [0, 0], out
+    assert contents(directory(killed)) == contents(two)
+
+
 DIFFERENT_WEIGHTS = """
 import os
 from bert_tickets.training.step import Step
