@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import only_fake, sync_debug
-from trainrun import Killed, dying, of_sst2, train
+from trainrun import Killed, dying, of_sst2, same, train
 
 from bert_tickets.data.batches import Batches, TokenStore
 from bert_tickets.methods.oneshot import oneshot
@@ -19,6 +19,7 @@ from bert_tickets.tasks import glue
 from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import Mlm
 from bert_tickets.tasks.squad import Squad
+from bert_tickets.training.coefficients import Record
 from bert_tickets.training.cuda_graphs import Graphs
 from bert_tickets.training.step import Step
 
@@ -104,6 +105,41 @@ def test_a_mask_is_trained_and_scored(commands, documents_dir, tmp_path, one_gpu
     assert [record["step"] for record in line["refreshes"]] == [2, 4, 6]
     assert all(np.isfinite(loss) for _, loss in line["losses"])
     assert results(scored)[0]["hidden_states"]["cosine"] > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (GLUE, "--draw-at 3 --precision fp16"),
+        (SQUAD, "--draw-at 3 --keep-gates --precision fp16"),
+        (MLM, "--draw-at 3 --graphs on --precision fp16"),
+        (MLM, "--draw-when stable --draw-every 1 --search-lr 1e-6 --graphs on --precision fp32"),
+    ],
+)
+def test_units_are_drawn_and_their_ticket_trained_killed_and_resumed(commands, tmp_path, one_gpu, monkeypatch, script, words):
+    """A step's coefficients are recorded without waiting for the GPU; MLM's steps are replayed, and eager after the kill."""
+    record = Record.__call__
+
+    def recorded(*arguments):
+        with sync_debug("error"):
+            record(*arguments)
+
+    monkeypatch.setattr(Record, "__call__", recorded)
+    given = [*commands[script], "--method", "early-bird", *words.split(), "--save-steps", "1"]
+    with one_gpu():
+        whole = train(script, [*given, "--output-dir", tmp_path / "whole"])
+        for step in (3, 8):
+            with monkeypatch.context() as patch:
+                patch.setattr(Step, "__call__", dying(Step.__call__, step))
+                with pytest.raises(Killed):
+                    train(script, [*given, "--output-dir", tmp_path / str(step)])
+            assert same(train(script, [*given, "--output-dir", tmp_path / str(step)]), whole)
+    search, training = results(whole)
+    rows = np.load(level_dir(whole, 0) / "coefficients.npy")
+    assert len(rows) == search["steps"] >= 3
+    assert np.isfinite(rows).all()
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    assert (training["removed"]["heads"], search["init_sha256"]) == (2, training["init_sha256"])
 
 
 def _without_training(words):
