@@ -125,7 +125,9 @@ class Settings(MethodSettings):
     """The flags of `--method early-bird`."""
 
     search_lr: float = flag("initial learning rate of the search; --lr is that of the ticket's training, as are --epochs", 2e-5)
-    search_epochs: float | None = flag("epochs in which it would decay to zero (default: the steps of a level)", None)
+    search_epochs: float | None = flag(
+        "epochs in which that would decay to zero; if not given, the steps of the ticket's training", None
+    )
     lambda_heads: float = flag("weight of the sum of the heads' |coefficients| in the loss of the search", 1e-4)
     lambda_neurons: float = flag("weight of the sum of the neurons' |coefficients|", 1e-4)
     draw_at: str = flag("step of the search after which the ticket is drawn; below 1: a part of an epoch", "0.2")

@@ -49,7 +49,8 @@ def level_lines(run: Path) -> Iterator[str]:
     lines, spent = results(run), seconds(run)
     if lines:
         metric, names = lines[0]["metric"], list(lines[0]["metrics"])
-        dense = lines[0]["metrics"][metric] if lines[0]["sparsity"] == 0 else None
+        is_dense = lines[0]["sparsity"] == 0 and "draw" not in lines[0]  # a search that draws all units has trained nothing
+        dense = lines[0]["metrics"][metric] if is_dense else None
         best = [f"best {metric}"] if any("best" in line for line in lines) else []  # beside the last one, of --eval-steps
         rows = [["level", "sparsity", *names, *best, f"{metric} - dense", "mask distance", "seconds"]]
         for line in lines:

@@ -107,10 +107,12 @@ def test_the_arithmetic_is_that_of_the_steps_and_their_examples(commands, run, t
     assert more["flops"] > budget
 
 
-def test_the_full_networks_learning_rate_decays_over_its_own_steps(commands, tmp_path):
+def test_the_full_networks_learning_rate_decays_over_its_own_steps(commands, tmp_path, capsys):
     run = found(commands, tmp_path, "--draw-at", "4", "--ticket", "full", "--log-every", "1")
     rates = [json.loads(line)["lr"] for line in (run / "train.jsonl").read_text().splitlines()]
     assert rates == pytest.approx([1e-3 * (1 - step / 8) for step in range(8)])
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[1:2] == ["0.0%"]]
+    assert [row[3] for row in table] == ["-", "-"]  # level 0 trains nothing: no difference to it
 
 
 def test_random_tickets_are_drawn_by_the_seed_without_a_search(commands, tmp_path):
