@@ -6,7 +6,6 @@ gradient. Sums over tokens are taken in a fixed order: equal inputs give equal b
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +70,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor, branch: Branch) -> Tensor:
         out, ctx.branch = torch.empty_like(x), branch
         tokens, width = x.shape
-        kernels.launch(_gelu, tokens * triton.cdiv(width, BLOCK), x, bias, out, WIDTH=width, BLOCK=BLOCK, num_warps=4)
+        kernels.launch(_gelu, tokens * triton.cdiv(width, BLOCK), x, bias, out, width, BLOCK=BLOCK, num_warps=4)
         ctx.save_for_backward(x, bias)
         return out
 
@@ -82,8 +81,8 @@ class _Gelu(torch.autograd.Function):
         columns = triton.cdiv(width, COLUMNS)
         chunks = min(triton.cdiv(tokens, ROWS), triton.cdiv(2 * PROGRAMS, columns))
         dx, sums = torch.empty_like(x), torch.empty(chunks, width, device=x.device)
-        given = (grad.contiguous(), x, bias, dx, sums, tokens, chunks)
-        kernels.launch(_gelu_backward, columns * chunks, *given, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+        given = (grad.contiguous(), x, bias, dx, sums, tokens, chunks, width)
+        kernels.launch(_gelu_backward, columns * chunks, *given, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
         return dx, ctx.branch.run(add_rows, sums, 0, bias)[1], None
 
 
@@ -96,20 +95,20 @@ def add_rows(partial: Tensor, split: int, bias: Tensor) -> tuple[Tensor, Tensor]
     """Sum [R, C] over R: the first `split` sums as [2, split / 2], and the rest like `bias`."""
     sums, rest = partial.new_empty(2, split // 2), torch.empty_like(bias)
     count = partial.shape[1]
-    given = (partial, sums, rest, len(partial))
-    kernels.launch(_sum_rows, triton.cdiv(count, 16), *given, COUNT=count, SPLIT=split, ROWS=128, COLUMNS=16, num_warps=4)
+    given = (partial, sums, rest, len(partial), count, split)
+    kernels.launch(_sum_rows, triton.cdiv(count, 16), *given, ROWS=128, COLUMNS=16, num_warps=4)
     return sums, rest
 
 
 def cast(results: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """Copy tensors into others of their sizes and another dtype, by one kernel; all are contiguous."""
-    sizes = [len(tensor.view(-1)) for tensor in tensors]
-    first = [0, *itertools.accumulate(triton.cdiv(size, CAST) for size in sizes)]
-    constants = {"SIZES": tuple(sizes), "FIRST": tuple(first), "BLOCK": CAST, "num_warps": 4}
-    kernels.launch(_cast, first[-1], tuple(results), tuple(tensors), **constants)
+    sizes = tuple(len(tensor.view(-1)) for tensor in tensors)
+    programs = sum(triton.cdiv(size, CAST) for size in sizes)
+    kernels.launch(_cast, programs, tuple(results), tuple(tensors), sizes, BLOCK=CAST, num_warps=4)
 
 
 # ---- kernels ----
+# Widths that differ between the layers of a slim network are arguments, not constants: one compilation serves all.
 
 
 @triton.jit
@@ -178,18 +177,16 @@ def _add_norm_backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _sum_rows(
-    partial, sums, rest, rows, COUNT: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def _sum_rows(partial, sums, rest, rows, count, split, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     at, first = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), 0
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     while first < rows:
         row = first + tl.arange(0, ROWS)
-        total += tl.load(partial + row[:, None] * COUNT + at[None, :], (row < rows)[:, None] & (at < COUNT)[None, :], 0.0)
+        total += tl.load(partial + row[:, None] * count + at[None, :], (row < rows)[:, None] & (at < count)[None, :], 0.0)
         first += ROWS
     total = tl.sum(total, 0)
-    tl.store(sums + at, total, at < SPLIT)
-    tl.store(rest + at - SPLIT, total, (at >= SPLIT) & (at < COUNT))
+    tl.store(sums + at, total, at < split)
+    tl.store(rest + at - split, total, (at >= split) & (at < count))
 
 
 @triton.jit
@@ -202,38 +199,39 @@ def _normal(x):
 
 
 @triton.jit
-def _gelu(x, bias, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+def _gelu(x, bias, out, width, BLOCK: tl.constexpr):
+    parts = tl.cdiv(width, BLOCK)
     row, at = tl.program_id(0) // parts, tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
-    value = row_of(x, row, at, WIDTH) + row_of(bias, 0, at, WIDTH)
-    tl.store(out + row * WIDTH + at, value * _normal(value)[0], at < WIDTH)
+    value = row_of(x, row, at, width) + row_of(bias, 0, at, width)
+    tl.store(out + row * width + at, value * _normal(value)[0], at < width)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def _gelu_backward(
-    grad, x, bias, dx, sums, tokens, chunks, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    grad, x, bias, dx, sums, tokens, chunks, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     chunk, at = tl.program_id(0) % chunks, tl.program_id(0) // chunks * COLUMNS + tl.arange(0, COLUMNS)
-    biases = row_of(bias, 0, at, WIDTH)
+    biases = row_of(bias, 0, at, width)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = chunk * ROWS
     while first < tokens:
         rows = first + tl.arange(0, ROWS)
-        place = rows[:, None] * WIDTH + at[None, :]
-        inside = (rows[:, None] < tokens) & (at[None, :] < WIDTH)
+        place = rows[:, None] * width + at[None, :]
+        inside = (rows[:, None] < tokens) & (at[None, :] < width)
         value = tl.load(x + place, inside, 0.0).to(tl.float32) + biases[None, :]
         normal, bell = _normal(value)
         d = tl.load(grad + place, inside, 0.0).to(tl.float32) * (normal + value * bell * 0.3989422804014327)
         tl.store(dx + place, d, inside)
         total += d
         first += chunks * ROWS
-    tl.store(sums + chunk * WIDTH + at, tl.sum(total, 0), at < WIDTH)
+    tl.store(sums + chunk * width + at, tl.sum(total, 0), at < width)
 
 
 @triton.jit
-def _cast(results, tensors, SIZES: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    program = tl.program_id(0)
-    for i in tl.static_range(len(SIZES)):
-        if program >= FIRST[i] and program < FIRST[i + 1]:
-            at = (program - FIRST[i]) * BLOCK + tl.arange(0, BLOCK)
-            tl.store(results[i] + at, tl.load(tensors[i] + at, at < SIZES[i]), at < SIZES[i])
+def _cast(results, tensors, sizes, BLOCK: tl.constexpr):
+    program, first = tl.program_id(0), 0
+    for i in tl.static_range(len(sizes)):
+        if program >= first and program < first + tl.cdiv(sizes[i], BLOCK):
+            at = (program - first) * BLOCK + tl.arange(0, BLOCK)
+            tl.store(results[i] + at, tl.load(tensors[i] + at, at < sizes[i]), at < sizes[i])
+        first += tl.cdiv(sizes[i], BLOCK)
