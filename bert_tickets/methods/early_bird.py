@@ -88,7 +88,7 @@ def search(session: Session, s: Settings, theta_0: Mapping[str, Tensor]) -> None
 def train(session: Session, s: Settings, mask: Mask) -> None:
     """Level 1: train f(m * theta_0, gamma) without a penalty."""
     from bert_tickets.methods.arithmetic import cost, matched_steps
-    from bert_tickets.modeling.slim import kept_units
+    from bert_tickets.modeling.slim import executed_units, kept_units
     from bert_tickets.modeling.units import all_units
     from bert_tickets.training.coefficients import GatedNetwork
 
@@ -98,7 +98,7 @@ def train(session: Session, s: Settings, mask: Mask) -> None:
     if s.ticket == "full":  # all tickets of these flags have the arithmetic of this one
         start, steps = 0, matched_steps(session, random_units(session, s), s.draw_step(session), start)
     elif s.keep_gates:  # variant: coefficients of the units that are left
-        gated = GatedNetwork(net, units)
+        gated = GatedNetwork(net, executed_units(net, mask) if s.execution == "slim" else full)
         gates = {"loss": lambda batch: gated(task.loss, batch), "predict": lambda batch: gated(task.predict, batch)}
         gates |= {"leaves": gated.params(), "after": lambda mask: gated.fold()}
     results = {"flops": cost(session, units, start, steps), "full_flops": cost(session, full, start, steps)}

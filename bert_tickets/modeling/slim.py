@@ -15,6 +15,8 @@ from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.units import HEAD_OUTPUT, INNER, LAYER, OUTER, QKV, all_units
 
+MULTIPLE = 8  # of the neurons that a layer is left with: matrix products of other widths in half precision are slow on a GPU
+
 
 def kept_units(net: Net, mask: Mask) -> Mask:
     """Return the heads [L, A] and the neurons [L, I] that the mask does not prune whole, on the CPU.
@@ -27,6 +29,14 @@ def kept_units(net: Net, mask: Mask) -> Mask:
             if (columns := mask.get(f"{LAYER}{layer}.{matrix}.weight")) is not None:
                 kept.copy_(columns.any(0).view(len(kept), -1).any(1))
     return found
+
+
+def executed_units(net: Net, mask: Mask) -> Mask:
+    """Return the units that `slimmed` leaves: those kept, and up to 7 pruned neurons of a layer, masked, for a multiple of 8."""
+    units = kept_units(net, mask)
+    for kept in units["neurons"]:
+        kept[(~kept).nonzero().flatten()[: -int(kept.count_nonzero()) % MULTIPLE]] = True
+    return units
 
 
 def removed_units(net: Net, mask: Mask) -> dict[str, int]:
@@ -42,7 +52,7 @@ def slimmed(net: Net, mask: Mask) -> Iterator[Mask]:
     with the values of the narrower ones; the removed entries are as they were before. These should be zero: weight decay does not
     reach those that the mask keeps, as the rows of a head of which an unstructured mask prunes all columns.
     """
-    units = kept_units(net, mask)
+    units = executed_units(net, mask)
     cuts = {name: (dim, kept.nonzero().flatten()) for name, dim, kept in _cuts(units, net.bert.encoder.layer)}
     dense = {name: net.get_parameter(name) for name in cuts}
     left = {name: _cut(kept, *cuts[name]) if name in cuts else kept for name, kept in mask.items()}

@@ -180,7 +180,7 @@ def test_a_slim_run_killed_again_and_again_ends_bit_identical(units, commands, t
     expected = runs("undisturbed")
     runs.killed_at(4, "killed")
     checkpoint = read_tensors(runs.dir("killed") / "checkpoint.safetensors")
-    assert checkpoint["param/bert.encoder.layer.0.output.dense.weight"].shape == (32, 44)
+    assert checkpoint["param/bert.encoder.layer.0.output.dense.weight"].shape == (32, 48)
     runs.killed_at(3, "killed")
     assert runs("killed") == expected
     assert problems(runs.dir("killed")) == []

@@ -87,7 +87,13 @@ def test_logits_and_gradients_of_any_units_equal_the_masked_networks(heads, mlps
             of_kept = slim[name][left[name]] if name in left else slim[name].flatten()
             torch.testing.assert_close(of_kept, masked[name][kept], rtol=0, atol=1e-12, msg=name)
             if name in mask and not name.endswith("output.dense.bias"):
-                assert p.numel() == int(kept.count_nonzero()), name
+                extra = p.numel() - int(kept.count_nonzero())
+                if "attention" in name:
+                    assert extra == 0, name
+                else:  # neurons that stay for a multiple of 8
+                    width = p.shape[-1 if name.endswith(f".{OUTER}.weight") else 0]
+                    assert width % 8 == 0, name
+                    assert extra * width <= 7 * p.numel(), name
 
 
 def test_unstructured_masks_are_removed_where_they_can_be_and_masked_elsewhere():
@@ -109,15 +115,15 @@ def test_only_whole_units_are_removed_and_only_of_matrices_that_the_mask_covers(
     net = net_of()
     weights = dict(net.named_parameters())
     heads, outer = (torch.ones(weights[f"{LAYER}1.{name}.weight"].shape, dtype=torch.bool) for name in (HEAD_OUTPUT, OUTER))
-    heads[:, :8], heads[:, 8:15], outer[:, 3], outer[1:, 4] = False, False, False, False
+    heads[:, :8], heads[:, 8:15], outer[:, 3:12], outer[1:, 12] = False, False, False, False
     mask = Mask({f"{LAYER}1.{HEAD_OUTPUT}.weight": heads, f"{LAYER}1.{OUTER}.weight": outer})
-    assert removed_units(net, mask) == {"heads": 1, "neurons": 1}
+    assert removed_units(net, mask) == {"heads": 1, "neurons": 9}
     assert kept_units(net, mask)["heads"].tolist() == [[True] * 4, [False, True, True, True], [True] * 4]
     mask.apply(weights)
     before = {name: p.detach().clone() for name, p in weights.items()}
     with slimmed(net, mask) as left:
-        assert net.get_parameter(f"{LAYER}1.{INNER}.bias").shape == (63,)
-        assert left[f"{LAYER}1.{OUTER}.weight"].shape == (32, 63)
+        assert net.get_parameter(f"{LAYER}1.{INNER}.bias").shape == (56,)  # 55 are kept
+        assert left[f"{LAYER}1.{OUTER}.weight"].shape == (32, 56)
         assert net.get_parameter(f"{LAYER}0.{INNER}.weight") is weights[f"{LAYER}0.{INNER}.weight"]
         with torch.no_grad():
             for p in net.parameters():
