@@ -40,7 +40,9 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
 from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.token_cache import Tokens
+from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.loading import load_bert
+from bert_tickets.modeling.units import lower
 
 ROOT = Path(__file__).parent.parent
 
@@ -296,6 +298,31 @@ def exported(train_task: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         found[name] = Exported(run, *(folder / name for folder in folders[1:]))
         export(run, found[name].trained)
         export(run, found[name].untrained, untrained=True)
+    return found
+
+
+# Runs whose tickets have neither heads nor neurons in some layer.
+SLIM = {"rte": "--max-steps 6", "squad": "", "mlm": ""}
+
+
+@pytest.fixture(scope="session")
+def slim_tickets(
+    bert_dir: Path, train_task: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Exported]:
+    """Runs that trained a mask of units by slim execution, exported: three heads and no neurons in one layer, no heads and 44
+    neurons in the other. No test changes them."""
+    from bert_tickets.export.export import export
+
+    folders, found = [tmp_path_factory.mktemp(name) for name in Exported._fields], {}
+    units = {"heads": torch.tensor([[True, False, True, True], [False] * 4]), "neurons": torch.zeros(2, 64, dtype=torch.bool)}
+    units["neurons"][1, 20:] = True
+    like = dict(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].named_parameters())
+    lower(Mask(units), like).write(folders[0] / "mask.safetensors")
+    for task, words in SLIM.items():
+        run = train_task(task, folders[0], "--mask", folders[0] / "mask.safetensors", "--execution", "slim", *words.split())
+        found[task] = Exported(run, *(folder / task for folder in folders[1:]))
+        export(run, found[task].trained)
+        export(run, found[task].untrained, untrained=True)
     return found
 
 

@@ -1,18 +1,21 @@
 """Slim execution: heads and neurons that a mask prunes whole are removed from the network, instead of masked.
 
 Without dropout the narrower network trains and evaluates as the masked one, to rounding. It takes less time and arithmetic.
+`slimmed` removes them within a context, for our packed forward pass; `remove_units` for good, for the model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
+from bert_tickets.modeling.parameters import ENCODER
 from bert_tickets.modeling.units import HEAD_OUTPUT, INNER, LAYER, OUTER, QKV, all_units
 
 MULTIPLE = 8  # of the neurons that a layer is left with: matrix products of other widths in half precision are slow on a GPU
@@ -93,3 +96,52 @@ def _set_heads(net: Net, heads: Iterable[int]) -> None:
     for layer, count in zip(net.bert.encoder.layer, heads, strict=True):
         own = layer.attention.self
         own.num_attention_heads, own.all_head_size = count, count * own.attention_head_size
+
+
+# ---- for good ----
+
+
+class _NoHeads(nn.Module):
+    """The self-attention of a layer without heads: it computes nothing."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return hidden, None
+
+
+class _Bias(nn.Module):
+    """A linear layer without inputs: its bias, of the shape of the residual [..., hidden]."""
+
+    def __init__(self, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.bias.expand_as(hidden)
+
+
+def remove_units(net: Net, mask: Mask) -> None:
+    """Remove the heads and neurons that `mask` prunes whole from a BERT of transformers, with or without a head, in place.
+
+    Its own forward pass then runs on narrower layers: attention takes as many heads as there are. Of a layer without heads, or
+    without neurons, the output's bias is left, which is frozen if the mask prunes it.
+    """
+    units, bert = kept_units(net, mask), net.base_model
+    for name, dim, kept in _cuts(units, bert.encoder.layer):
+        own = name.removeprefix(ENCODER)
+        p = bert.get_parameter(own)
+        _replace(bert, own, nn.Parameter(_cut(p.detach(), dim, kept.nonzero().flatten()), p.requires_grad))
+    nothing = {HEAD_OUTPUT: ("attention.self", _NoHeads), OUTER: ("intermediate", nn.Identity)}
+    for number, layer in enumerate(bert.encoder.layer):
+        own = layer.attention.self
+        own.num_attention_heads = int(units["heads"][number].count_nonzero())
+        own.all_head_size = own.num_attention_heads * own.attention_head_size
+        for linear in (module for module in layer.modules() if isinstance(module, nn.Linear)):
+            linear.out_features, linear.in_features = linear.weight.shape
+        for output, kept in ((HEAD_OUTPUT, units["heads"][number]), (OUTER, units["neurons"][number])):
+            if not kept.any():
+                bias, of_mask = layer.get_submodule(output).bias, mask.get(f"{LAYER}{number}.{output}.bias")
+                if of_mask is not None and not of_mask.any():
+                    bias.requires_grad_(False)
+                inputs, kind = nothing[output]
+                layer.set_submodule(inputs, kind())
+                layer.set_submodule(output, _Bias(bias))

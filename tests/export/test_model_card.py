@@ -92,3 +92,17 @@ def test_the_examples_of_the_card_work(exported, monkeypatch, task):
         assert len(lines) == 3
         for script, *words in lines:
             assert parse(KINDS[script], None, words).settings.mask == f"{task}/mask.safetensors"
+
+
+@pytest.mark.parametrize("task", ["rte", "squad"])
+def test_the_card_of_a_ticket_of_units_loads_it_without_them(exported, slim_tickets, monkeypatch, task):
+    folder, names = slim_tickets[task].trained, {}
+    monkeypatch.chdir(folder.parent)
+    text = (folder / "README.md").read_text()
+    assert "The mask prunes heads and neurons. bert_tickets loads the network without them" in text
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]:
+        exec(code, names)
+    inputs = names["tokenizer"]("a good film", return_tensors="pt")
+    dense, slim = (next(iter(model.eval()(**inputs).values())) for model in (names["model"], names["slim"]))
+    torch.testing.assert_close(slim, dense, rtol=0, atol=1e-5)
+    assert "bert_tickets.load(" not in (exported[task].trained / "README.md").read_text()
