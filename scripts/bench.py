@@ -7,6 +7,7 @@
   python scripts/bench.py --model DIR --data-dir glue --tasks mnli --importance    # a pass of the search, beside an evaluation
   python scripts/bench.py --model random --tasks mnli --slim 4,0.4                 # 4 heads and 40 % of the neurons a layer gone
   python scripts/bench.py --model DIR --data-dir glue --tasks sst2 --slim runs/sst2-importance-s42-*/level_01/mask.safetensors
+  python scripts/bench.py --onnx mnli-slim                                         # an exported ticket as ONNX: dense, slim
 
 All sides train the same network at the same sparsity on the same examples, in turns of a few steps; figures are medians over the
 turns. FLOPs are counted on real tokens only, and compared with the machine's rate for a large matrix product.
@@ -20,6 +21,7 @@ import os
 import platform
 import tempfile
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +55,18 @@ def parse() -> argparse.Namespace:
     instead.add_argument("--importance", action="store_true", help=words)
     words = "measure the network without HEADS heads and the fraction NEURONS of each layer, or under a mask: full, masked, slim"
     instead.add_argument("--slim", type=removed_units, metavar="HEADS,NEURONS|FILE", help=words)
+    words = "measure ONNX files of an exported ticket of units instead, on the CPU: dense with its zeros, and slim"
+    instead.add_argument("--onnx", type=Path, metavar="DIR", help=words)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there, with the machine and the versions")
     args = parser.parse_args(normalize_argv())
     for name in ("turns", "turn_steps", "batch_size", "max_length"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.onnx:
+        others = ("tasks", "sparsity", *SETTINGS)
+        if idle := [name.replace("_", "-") for name in others if getattr(args, name) != parser.get_default(name)]:
+            parser.error(f"--{idle[0]} has no effect with --onnx")
+        args.device = "cpu"
     if args.mask_training and args.tasks != ["mlm"]:
         parser.error("--mask-training is for --tasks mlm")
     if (args.slim or args.importance) and args.sparsity != parser.get_default("sparsity"):
@@ -102,6 +111,15 @@ def measure_task(name: str, args: argparse.Namespace) -> Figures:
     return function(make_case(name, given, args.sparsity), args.turns, turn_steps)
 
 
+def measure_onnx(args: argparse.Namespace) -> Figures:
+    """Measure an exported ticket as ONNX files, with its zeros and without what they stand for."""
+    from bert_tickets.bench.onnx_speed import compare_onnx
+    from bert_tickets.export.load import load
+    from bert_tickets.export.trainer import load_ticket
+
+    return compare_onnx({"dense": load_ticket(args.onnx)[0], "slim": load(args.onnx)}, args.turns, args.turn_steps or 4)
+
+
 def main(args: argparse.Namespace) -> None:
     import pandas as pd
     import torch
@@ -114,14 +132,20 @@ def main(args: argparse.Namespace) -> None:
         if args.model == "random":
             save_bert(Path(folder))
             args.model = folder
-        columns = {name: measure_task(name, args) for name in args.tasks}
+        if args.onnx:
+            columns = {args.onnx.absolute().name: measure_onnx(args)}
+        else:
+            columns = {name: measure_task(name, args) for name in args.tasks}
     print(pd.DataFrame(columns).to_string(float_format="{:.4g}".format, na_rep=""))
     machine: dict[str, Any] = environment("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     machine |= {"cuda": torch.version.cuda, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    print(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {torch.__version__}")
+    names = ["torch", *["onnxruntime"] * bool(args.onnx)]
+    machine["versions"] |= {name: version(name) for name in names[1:]}
+    named = ", ".join(f"{name} {machine['versions'][name]}" for name in names)
+    print(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {named}")
     if args.json:
         figures = {"machine": machine, "arguments": arguments, "figures": columns}
-        write(Path(args.json), json.dumps(figures, indent=1).encode() + b"\n")
+        write(Path(args.json), json.dumps(figures, indent=1, default=str).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ NO_TORCH = [
 ]
 NO_TORCH += ["report.tables", "runs.directory", "runs.integrity", "runs.naming", "runs.summary", "sweep.jobs", "sweep.runner"]
 ONLY_IN = {"transformers": {"modeling.loading", "modeling.tokenizer", "modeling.weights", "export.trainer", "bench.tiny_bert"}}
-NEVER_AT_IMPORT = {"datasets", "evaluate", "pyarrow", "pandas", "matplotlib", "ray"}
+NEVER_AT_IMPORT = {"datasets", "evaluate", "pyarrow", "pandas", "matplotlib", "ray", "onnx", "onnxruntime", "onnxscript"}
 MAX_LINES = {"file": 300, "function": 60}
 
 

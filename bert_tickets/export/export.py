@@ -10,23 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from bert_tickets.errors import UserError
+from bert_tickets.export.load import load
 from bert_tickets.export.model_card import model_card, without_folder
 from bert_tickets.export.ticket import Ticket, read_ticket
 from bert_tickets.files import sha256_of, writing_folder
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.loading import save_model
+from bert_tickets.modeling.onnx import check_onnx_installed, write_onnx
 from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights, head_weights, set_parameters, untie_decoder
 from bert_tickets.runs.integrity import check_files, check_weights, read_own
 from bert_tickets.tasks.create import create
 
 
-def export(run: Path, output: Path, level: int | None = None, *, untrained: bool = False, model: str | None = None) -> Ticket:
+def export(
+    run: Path,
+    output: Path,
+    level: int | None = None,
+    *,
+    untrained: bool = False,
+    model: str | None = None,
+    onnx: bool = False,
+) -> Ticket:
     """Write a level of a run (the newest unless `level` is given) as the folder `output`, which must not exist or be empty.
 
     The folder holds the trained subnetwork, or with `untrained` the weights that the level started from. `model` is the base
-    model, if it was moved since the run. Raises `UserError` for files that are missing, damaged, or another run's; then no
-    folder is written.
+    model, if it was moved since the run. `onnx` adds model.onnx, the network without the heads and neurons that the mask prunes
+    whole. Raises `UserError` for files that are missing, damaged, or another run's, and for a network that cannot be an ONNX
+    file; then no folder is written.
     """
+    if onnx:
+        check_onnx_installed()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists: give a folder that does not exist yet, or is empty")
     ticket = read_ticket(run, level, model)
@@ -36,7 +49,9 @@ def export(run: Path, output: Path, level: int | None = None, *, untrained: bool
         else:
             _write_trained(ticket, folder)
         ticket.mask.write(folder / "mask.safetensors", **{key: without_folder(value) for key, value in ticket.mask.info.items()})
-        model_card(ticket, output.absolute().name, untrained=untrained).save(folder / "README.md")
+        if onnx:
+            write_onnx(load(folder), folder / "model.onnx")
+        model_card(ticket, output.absolute().name, untrained=untrained, onnx=onnx).save(folder / "README.md")
     return ticket
 
 

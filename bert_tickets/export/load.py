@@ -22,7 +22,7 @@ def load(folder: str | Path, head: type | None = None, **options: Any) -> nn.Mod
     """
     model, _, mask = load_ticket(folder, head, **options)
     if "units" not in mask.info and not any(removed_units(model, mask).values()):
-        why = "it prunes no head and no neuron whole. bert_tickets.load_ticket loads the zeros in place"
-        raise UserError(f"nothing can be removed by the mask of {folder}: {why}")
+        why = "the mask prunes no head and no neuron whole"
+        raise UserError(f"nothing can be removed: {why}. bert_tickets.load_ticket loads the zeros in place")
     remove_units(model, mask)
     return model.eval()

@@ -26,8 +26,8 @@ KINDS = {  # of tasks: the script, the class of transformers that opens the fold
 HUB_METRICS = {"accuracy_mm": "accuracy", "matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 
 
-def model_card(ticket: Ticket, name: str, *, untrained: bool) -> ModelCard:
-    """Render the card of a folder called `name`."""
+def model_card(ticket: Ticket, name: str, *, untrained: bool, onnx: bool = False) -> ModelCard:
+    """Render the card of a folder called `name`, which has a model.onnx or none."""
     cfg = ticket.cfg
     method = importlib.import_module(f"bert_tickets.methods.{cfg.method}")
     info = {key: without_folder(value) for key, value in sorted(ticket.mask.info.items())}
@@ -37,6 +37,7 @@ def model_card(ticket: Ticket, name: str, *, untrained: bool) -> ModelCard:
         ticket=ticket,
         name=name,
         untrained=untrained,
+        onnx=onnx,
         kind=KINDS[cfg.kind],
         row=glue_files.ROWS.get(cfg.task),
         data=hub_data(cfg),

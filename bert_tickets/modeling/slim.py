@@ -130,18 +130,17 @@ def remove_units(net: Net, mask: Mask) -> None:
         own = name.removeprefix(ENCODER)
         p = bert.get_parameter(own)
         _replace(bert, own, nn.Parameter(_cut(p.detach(), dim, kept.nonzero().flatten()), p.requires_grad))
-    nothing = {HEAD_OUTPUT: ("attention.self", _NoHeads), OUTER: ("intermediate", nn.Identity)}
-    for number, layer in enumerate(bert.encoder.layer):
+    for number, (layer, heads, neurons) in enumerate(zip(bert.encoder.layer, units["heads"], units["neurons"], strict=True)):
         own = layer.attention.self
-        own.num_attention_heads = int(units["heads"][number].count_nonzero())
+        own.num_attention_heads = int(heads.count_nonzero())
         own.all_head_size = own.num_attention_heads * own.attention_head_size
         for linear in (module for module in layer.modules() if isinstance(module, nn.Linear)):
             linear.out_features, linear.in_features = linear.weight.shape
-        for output, kept in ((HEAD_OUTPUT, units["heads"][number]), (OUTER, units["neurons"][number])):
+        parts = ((heads, "attention.self", _NoHeads, HEAD_OUTPUT), (neurons, "intermediate", nn.Identity, OUTER))
+        for kept, inputs, nothing, output in parts:
             if not kept.any():
                 bias, of_mask = layer.get_submodule(output).bias, mask.get(f"{LAYER}{number}.{output}.bias")
                 if of_mask is not None and not of_mask.any():
                     bias.requires_grad_(False)
-                inputs, kind = nothing[output]
-                layer.set_submodule(inputs, kind())
+                layer.set_submodule(inputs, nothing())
                 layer.set_submodule(output, _Bias(bias))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench
 import pytest
@@ -14,10 +15,12 @@ import torch.nn.utils.prune as torch_prune
 from conftest import ROOT
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from bert_tickets.bench import baselines, measure, units
+from bert_tickets.bench import baselines, measure, onnx_speed, units
 from bert_tickets.bench.tiny_bert import save_bert
 from bert_tickets.errors import UserError
+from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.loading import load_bert
+from bert_tickets.modeling.onnx import INPUTS
 
 
 @pytest.fixture
@@ -67,6 +70,49 @@ def test_mask_training_is_measured_by_its_own_objectives(bert_dir):
     assert 0 < kd < 2  # a mean of 1 - cosine
     assert mlm > 2
     assert both > mlm
+
+
+def quick_onnx(net, path):
+    """Write a file with the parameters of a network that computes nearly nothing, as torch's exporter takes seconds."""
+    onnx = pytest.importorskip("onnx")
+    flat = onnx.numpy_helper.from_array(torch.cat([p.detach().flatten() for p in net.parameters()]).numpy(), "flat")
+    nodes = [onnx.helper.make_node("ReduceMean", ["flat"], ["mean"])]
+    nodes += [onnx.helper.make_node("Size", [name], [f"size of {name}"]) for name in INPUTS]
+    outputs = [onnx.helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, [1])]
+    outputs += [onnx.helper.make_tensor_value_info(f"size of {name}", onnx.TensorProto.INT64, []) for name in INPUTS]
+    given = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["batch", 128]) for name in INPUTS]
+    graph = onnx.helper.make_graph(nodes, "quick", given, outputs, [flat])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def test_onnx_files_of_a_ticket_are_measured_dense_and_slim(slim_tickets, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    output, folder, ran = tmp_path / "bench.json", slim_tickets["rte"].trained, []
+    words = ["--onnx", str(folder), "--turns", "1", "--turn-steps", "2"]
+    monkeypatch.setattr("sys.argv", ["bench.py", *words, "--json", str(output)])
+    monkeypatch.setattr(onnx_speed, "write_onnx", quick_onnx)
+    opened = onnx_speed.session
+
+    def session(file):
+        return SimpleNamespace(run=lambda names, given: ran.append((file.stem, *opened(file).run(names, given)[1:])))
+
+    monkeypatch.setattr(onnx_speed, "session", session)
+    bench.main(bench.parse())
+    assert sorted({(name, *map(int, sizes)) for name, *sizes in ran}) == [
+        (name, *[batch * 128] * 3) for name in ("dense", "slim") for batch in (1, 32)
+    ]
+    assert len(ran) == 2 * 2 * 2 * 2  # files, batches, turns, steps
+    found = json.loads(output.read_text())
+    figures, mask = found["figures"]["rte"], Mask.load(folder / "mask.safetensors")
+    assert figures["dense: file, MB"] - figures["slim: file, MB"] == pytest.approx(4 * (mask.total - mask.kept) / 1e6, abs=1e-4)
+    for batch in (1, 32):
+        ratio = figures[f"dense: batch {batch}, ms"] / figures[f"slim: batch {batch}, ms"]
+        assert figures[f"slim over dense, batch {batch}, times"] == pytest.approx(ratio)
+    assert f"{found['machine']['threads']} threads, torch {torch.__version__}, onnxruntime" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["bench.py", *words, "--max-length", "64"])
+    with pytest.raises(SystemExit):
+        bench.parse()
+    assert "--max-length has no effect with --onnx" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["rte", "mlm"])

@@ -100,7 +100,7 @@ def test_single_weights_beside_units_are_zeros(slim_tickets, tmp_path):
 
 def test_what_has_no_units_is_a_sentence(exported, slim_tickets, tmp_path):
     run, folder, _ = exported["rte"]
-    with pytest.raises(UserError, match=r"nothing can be removed by .*rte: .*\.load_ticket loads the zeros in place$"):
+    with pytest.raises(UserError, match="nothing can be removed: the mask prunes no head and no neuron whole"):
         bert_tickets.load(folder)
     with pytest.raises(UserError, match="is a run; export one of its tickets"):
         bert_tickets.load(run)
