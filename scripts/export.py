@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"open it with transformers.{KINDS[ticket.cfg.kind]['opener']}.from_pretrained({str(args.output)!r})")
     if args.onnx:
         slim, dense = (args.output / name for name in ("model.onnx", "model.safetensors"))
-        sizes = f"{slim.stat().st_size / 1e6:.1f} MB, {dense.name} with its zeros {dense.stat().st_size / 1e6:.1f} MB"
+        sizes = f"{slim.stat().st_size / 1e6:.3g} MB, {dense.name} with its zeros {dense.stat().st_size / 1e6:.3g} MB"
         print(f"{slim}: without the pruned heads and neurons, equal to torch in onnxruntime, {sizes}")
 
 

@@ -94,7 +94,11 @@ def test_onnx_files_of_a_ticket_are_measured_dense_and_slim(slim_tickets, monkey
     opened = onnx_speed.session
 
     def session(file):
-        return SimpleNamespace(run=lambda names, given: ran.append((file.stem, *opened(file).run(names, given)[1:])))
+        def run(names, given):
+            assert given["attention_mask"].all()
+            ran.append((file.stem, *opened(file).run(names, given)[1:]))
+
+        return SimpleNamespace(run=run)
 
     monkeypatch.setattr(onnx_speed, "session", session)
     bench.main(bench.parse())

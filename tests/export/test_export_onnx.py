@@ -29,7 +29,8 @@ def test_a_ticket_is_exported_as_onnx(slim_tickets, tmp_path, capsys, task):
     assert [each.name for each in ran.get_outputs()] == list(expected) == names
     for name, output in zip(names, found, strict=True):
         torch.testing.assert_close(torch.from_numpy(output), expected[name], rtol=0, atol=1e-4)
-    megabytes = [f"{(folder / file).stat().st_size / 1e6:.1f} MB" for file in ("model.onnx", "model.safetensors")]
+    megabytes = [f"{(folder / file).stat().st_size / 1e6:.3g} MB" for file in ("model.onnx", "model.safetensors")]
+    assert megabytes[0] != megabytes[1]
     assert f"in onnxruntime, {megabytes[0]}, model.safetensors with its zeros {megabytes[1]}" in capsys.readouterr().out
     assert "`model.onnx` is the network without" in (folder / "README.md").read_text()
     assert "model.onnx" not in (slim_tickets[task].trained / "README.md").read_text()
