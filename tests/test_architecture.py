@@ -23,18 +23,9 @@ LAYERS = [  # from the bottom; "" are the modules at the package's top level. A 
     {"export", "report", "sweep", "bench"},
 ]
 # Needed by --help, a mistyped flag, --dry-run, a finished run and a finished sweep: importing these must not import torch.
-NO_TORCH = [
-    "cli",
-    "config",
-    "content",
-    "errors",
-    "files",
-    "methods.early_bird",
-    "methods.imp",
-    "methods.main",
-    "methods.transfer",
-]
-NO_TORCH += ["report.tables", "runs.directory", "runs.integrity", "runs.naming", "runs.summary", "sweep.jobs", "sweep.runner"]
+NO_TORCH = ["cli", "config", "content", "errors", "files", "methods.early_bird", "methods.imp", "methods.main"]
+NO_TORCH += ["methods.transfer", "report.tables", "runs.directory", "runs.integrity", "runs.naming", "runs.summary"]
+NO_TORCH += ["sweep.jobs", "sweep.runner"]
 ONLY_IN = {"transformers": {"modeling.loading", "modeling.tokenizer", "modeling.weights", "export.trainer", "bench.tiny_bert"}}
 NEVER_AT_IMPORT = {"datasets", "evaluate", "pyarrow", "pandas", "matplotlib", "ray", "onnx", "onnxruntime", "onnxscript"}
 MAX_LINES = {"file": 300, "function": 60}

@@ -22,26 +22,22 @@ if TYPE_CHECKING:
 
 def run(session: Session, s: Settings) -> None:
     """Level 0 searches and draws the ticket, level 1 trains it."""
-    from bert_tickets.modeling.parameters import rewind, snapshot
-
-    theta_0 = snapshot(session.net)  # and gamma
     if not session.finished(0):
-        search(session, s, theta_0)
-    mask = session.restore(0)
-    rewind(session.net, theta_0, mask)
-    train(session, s, mask)
+        search(session, s)
+    train(session, s, session.restore(0))  # f(m * theta_0, gamma), as level 0 leaves it
 
 
-def search(session: Session, s: Settings, theta_0: Mapping[str, Tensor]) -> None:
+def search(session: Session, s: Settings) -> None:
     """Level 0: train the network together with coefficients, under an L1 penalty on these, and draw the ticket from them."""
     from bert_tickets.masking.draw import FIFO, first_stable, stable
     from bert_tickets.methods.arithmetic import cost
-    from bert_tickets.modeling.parameters import rewind
+    from bert_tickets.modeling.parameters import rewind, snapshot
     from bert_tickets.modeling.units import all_units, lower
     from bert_tickets.runs.integrity import RECORD
     from bert_tickets.training.coefficients import GatedNetwork, Record, StopWhen
 
     net, task, full, warnings = session.net, session.task, all_units(session.net.config, "heads+neurons"), list[str]()
+    theta_0 = snapshot(net)  # and gamma, the task's head
     gated = GatedNetwork(net)  # c = 1
     record = Record(gated.coefficients, session.run.dir / RECORD)
     t, steps, horizon = s.search_steps(session)
@@ -79,7 +75,7 @@ def search(session: Session, s: Settings, theta_0: Mapping[str, Tensor]) -> None
         steps=steps,
         hooks=[record, *([StopWhen(s.draw_every, fires)] if t is None and not s.whole_search else [])],
         found=found,
-        after=lambda mask: rewind(net, theta_0, mask),  # the weights of the search are discarded
+        after=lambda mask: rewind(net, theta_0, mask),  # the search's weights are discarded
         files={"coefficients.npy": record.write} if steps else {},
         warnings=warnings,
     )

@@ -1,5 +1,6 @@
 """Runs of EarlyBERT: search, draw and training, killed and resumed (Chen et al. 2021)."""
 
+import copy
 import json
 import os
 import shutil
@@ -15,13 +16,17 @@ from bert_tickets.errors import Stopped
 from bert_tickets.files import read_tensors, sha256_of
 from bert_tickets.masking.draw import draw, first_stable
 from bert_tickets.masking.mask import Mask
+from bert_tickets.methods import early_bird
 from bert_tickets.methods.early_bird import Settings
+from bert_tickets.modeling import parameters
+from bert_tickets.modeling.flops import forward_flops
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.parameters import encoder_weights, head_weights
-from bert_tickets.modeling.units import read_units
+from bert_tickets.modeling.units import all_units, read_units
 from bert_tickets.runs.directory import results
 from bert_tickets.runs.integrity import problems
 from bert_tickets.training import coefficients
+from bert_tickets.training.coefficients import GatedNetwork
 
 GLUE, MLM = "lt_glue.py", "lt_pretrain.py"
 SHAPES = {"heads": (2, 4), "neurons": (2, 64)}  # of the small BERT
@@ -78,14 +83,36 @@ def test_a_run_searches_draws_and_trains_the_ticket_from_theta_0_and_gamma(run, 
     assert not (run / "coefficients.part").exists()
 
 
-def test_the_searchs_metrics_are_those_of_the_gated_network_that_was_trained(commands, tmp_path):
-    """Not those of theta_0 that is written; also within the level."""
-    (search, _), (shorter, _), (random, _) = (
-        results(found(commands, tmp_path, *words, script=MLM))
-        for words in ([*SEARCH, "--draw-at", "4", "--eval-steps", "2"], [*SEARCH, "--draw-at", "2"], ["--ticket", "random"])
-    )
-    assert search["evaluations"][0]["metrics"] == shorter["metrics"]
-    assert shorter["metrics"]["loss"] < random["metrics"]["loss"] - 0.1  # of theta_0
+def test_the_searchs_metrics_are_those_of_the_gated_network_that_was_trained(commands, tmp_path, monkeypatch):
+    """Also within the level. What is written is theta_0."""
+    gated, expected, search, rewind = [], [], early_bird.search, parameters.rewind
+
+    class Kept(GatedNetwork):
+        def __init__(self, *given):
+            super().__init__(*given)
+            gated.append(self)
+
+    def rewinding(net, *given):
+        folded = copy.deepcopy(net).eval()
+        Kept(folded).coefficients = gated[0].coefficients
+        gated[1].fold()
+        expected.append(session.evaluate(lambda batch: session.task.predict(folded, batch)))
+        rewind(net, *given)
+
+    def searching(given, s):
+        nonlocal session
+        session = given
+        search(given, s)
+
+    session = None
+    monkeypatch.setattr(coefficients, "GatedNetwork", Kept)
+    monkeypatch.setattr(parameters, "rewind", rewinding)
+    monkeypatch.setattr(early_bird, "search", searching)
+    line, _ = results(found(commands, tmp_path, "--search-lr", "0.1", "--draw-at", "2", script=MLM))
+    assert line["metrics"] == pytest.approx(expected[0], rel=1e-5)
+    monkeypatch.undo()
+    longer, _ = results(found(commands, tmp_path, "--search-lr", "0.1", "--draw-at", "4", "--eval-steps", "2", script=MLM))
+    assert longer["evaluations"][0]["metrics"] == line["metrics"] != longer["metrics"]
 
 
 def test_the_arithmetic_is_that_of_the_steps_and_their_examples(commands, run, tmp_path):
@@ -105,6 +132,14 @@ def test_the_arithmetic_is_that_of_the_steps_and_their_examples(commands, run, t
     more = results(found(commands, tmp_path, "--ticket", "full", "--draw-at", "5"))[1]
     assert more["steps"] == 9
     assert more["flops"] > budget
+
+
+def test_a_step_costs_three_forward_passes(commands, bert_dir, tmp_path):
+    """Four of MLM, of eight blocks of sixteen tokens, of which 15 % are predicted, but for [CLS] and [SEP]."""
+    search, _ = results(found(commands, tmp_path, "--draw-at", "4", script=MLM))
+    net = load_bert(str(bert_dir), "mlm", "random", 0)[0]
+    full = all_units(net.config, "heads+neurons")
+    assert search["flops"] == 3 * forward_flops(net, full, np.full(4 * 8, 16), 0.15 * 4 * 8 * 14)
 
 
 def test_the_full_networks_learning_rate_decays_over_its_own_steps(commands, tmp_path, capsys):
