@@ -103,7 +103,7 @@ def read_checkpoint(run: Path, level: int) -> tuple[dict[str, Tensor], dict[str,
     tensors, facts = read_own(run / CHECKPOINT, run, level), read_facts(run / CHECKPOINT)
     if "step" not in facts:
         raise Damaged(f"{run / CHECKPOINT} is another file of the run, not a checkpoint")
-    for own in facts["hooks"].values():
+    for own in facts.get("hooks", {}).values():
         if "file" in own and beginning_sha256(run / own["file"], own["bytes"]) != own["sha256"]:
             raise Damaged(f"{run / own['file']} is not the one that {CHECKPOINT} continues")
     return tensors, facts

@@ -128,12 +128,13 @@ def test_each_penalty_lowers_its_coefficients(commands, plain, tmp_path):
 
 def test_the_search_has_its_own_learning_rate_and_horizon(commands, tmp_path):
     """The first updates of AdamW are the learning rate; the level's own is another."""
-    runs = [found(commands, tmp_path, "--search-epochs", epochs, "--log-every", "1") for epochs in ("1", "2")]
+    given = ["--lr", "1e-3", "--log-every", "1"]
+    runs = [found(commands, tmp_path, "--search-epochs", epochs, *given) for epochs in ("1", "2")]
     for run, horizon in zip(runs, (6, 12), strict=True):  # 44 examples by 8
         lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
         rates = {level: [line["lr"] for line in lines if line["level"] == level] for level in (0, 1)}
         assert rates[0] == pytest.approx([1e-2 * (1 - step / horizon) for step in range(4)])
-        assert rates[1] == pytest.approx([1e-2 * (1 - step / 6) for step in range(6)])
+        assert rates[1] == pytest.approx([1e-3 * (1 - step / 6) for step in range(6)])
         assert abs(record_of(run)[0] - 1) == pytest.approx(1e-2, rel=1e-2)
 
 
