@@ -39,6 +39,13 @@ def fingerprint(value: str) -> str:
     return of_files({file.name: file for file in checkpoint_files(path)}) or str(path.resolve())
 
 
+def of_checkpoint(hashes: Mapping[str, str]) -> str:
+    """Return the fingerprint of a checkpoint's folder without shards, from the sha256 of its files by name."""
+    groups = (CONFIGS, WEIGHTS, TOKENIZERS, *([name] for name in (*SETTINGS, POOLER)))
+    read = [name for names in groups if (name := next((name for name in names if name in hashes), None))]
+    return _of_hashes({name: hashes[name] for name in read})
+
+
 def first_file(folder: Path, names: Iterable[str]) -> Path | None:
     """Return the first file of these names that a folder has. Raises `UserError` if `check_file` does."""
     for name in names:
@@ -82,7 +89,11 @@ def of_init(init: str) -> str:
 def of_files(files: Mapping[str, Path]) -> str | None:
     """Return `sha256:...` of several files with their names, which need not be those on disk; None if there are none."""
     found = {name: _sha256(path) for name, path in files.items() if path.is_file()}
-    return PREFIX + hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() if found else None
+    return _of_hashes(found) if found else None
+
+
+def _of_hashes(found: Mapping[str, str]) -> str:
+    return PREFIX + hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def brief(value: str) -> str:

@@ -16,6 +16,7 @@ Takes run directories, or folders that hold them. Tables, and the sweeps (script
   tamt        mask training (Liu et al. 2022): tickets found on MLM over sparsities, and their losses   tamt, tamt_cost
   importance  heads and MLPs (Prasanna et al. 2020): good, random, bad and super tickets                importance
   stability   heads and MLPs: the agreement of masks over seeds and tasks                               stability
+  earlybert   EarlyBERT (Chen et al. 2021): tickets, time saved, ablations, pre-training                earlybert*
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bert_tickets.config import build, flat
-from bert_tickets.files import read_checksummed, read_facts, write_checksummed, write_tensors
+from bert_tickets.files import append_line, file_sha256, read_checksummed, read_facts, write_checksummed, write_tensors
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.units import HEAD_OUTPUT, INNER, LAYER, OUTER, QKV, lower, sizes
 from bert_tickets.runs.directory import FORMAT
@@ -71,7 +71,10 @@ def describe(place: Path, cfg: Any) -> Path:
         "run": folder.name,
         "config": {key: value for key, value in flat(cfg).items() if key != "dry_run"},
         "differs_from_preset": differences(cfg),
-        "fingerprint": {"init": None if cfg.init in ("pretrained", "random") else read_facts(Path(cfg.init))},
+        "fingerprint": {
+            "init": None if cfg.init in ("pretrained", "random") else read_facts(Path(cfg.init)),
+            "architecture": {"num_attention_heads": HEADS},
+        },
     }
     write_checksummed(folder / "run.json", about)
     return folder
@@ -176,6 +179,75 @@ def derived(path: Path, mask: Mask, kind: str, task: str, method: str = "importa
 def given(place: Path, task: str, seed: int, mask: Path, value: float, method: str = "transfer", **settings: Any) -> Path:
     """A run that trains a given ticket once, or with the method `score` scores it."""
     return by_hand(place, task, seed, method, [Mask.load(mask)], [value], mask=str(mask), **settings)
+
+
+# ---- EarlyBERT ----
+
+NEURONS = 6  # of a layer
+MACHINE = {"gpu": None, "threads": 2, "processes": 1, "versions": {"torch": "2"}}
+
+
+def timed(folder: Path, *seconds: float, host: str = "here", **environment: Any) -> Path:
+    """Add to a finished run the seconds of its levels, and its machine."""
+    about = read_checksummed(folder / "run.json")
+    write_checksummed(folder / "run.json", about | {"environment": MACHINE | {"git": folder.name} | environment})
+    for level, spent in enumerate(seconds):
+        append_line(folder / "log.jsonl", {"event": "level", "level": level, "seconds": spent, "host": host})
+    return folder
+
+
+def add(folder: Path, level: int, **facts: Any) -> None:
+    """Add facts to a level's results."""
+    path = folder / f"level_{level:02d}" / "metrics.json"
+    write_checksummed(path, read_checksummed(path) | facts)
+
+
+def dense(place: Path, task: str, seed: int, value: float, seconds: float = 100.0, steps: int = 300, **given: Any) -> Path:
+    """The full BERT of an EarlyBERT sweep, with the batch size of EarlyBERT's preset unless another is given."""
+    given = {"batch_size": 48 if task == "squad" else 16 if task == "mlm" else 128} | given
+    folder = timed(run(place, [value], task, seed, levels=1, **given), seconds)
+    add(folder, 0, steps=steps)
+    return folder
+
+
+def early(
+    place: Path,
+    task: str,
+    seed: int,
+    value: float,
+    seconds: Sequence[float] = (10.0, 50.0),
+    gone: tuple[int, int] = (1, 5),
+    draw: dict[str, Any] | None = None,
+    **given: Any,
+) -> Path:
+    """A finished run of EarlyBERT whose ticket lacks so many heads of each layer, and so many of all neurons.
+
+    A step of the full network has an arithmetic of 100, one of the ticket of 60; the search has 30 steps, the training 200.
+    """
+    cfg = build({"task": task, "seed": seed, "method": "early_bird", **given})
+    folder = timed(describe(place, cfg), *seconds)
+    kept = torch.arange(LAYERS * NEURONS).view(LAYERS, NEURONS) >= gone[1]
+    found = lower(Mask({"heads": torch.arange(HEADS).expand(LAYERS, -1) >= gone[0], "neurons": kept}), LIKE)
+    full = cfg.settings.ticket == "full"
+    mask = Mask(dict(Mask.ones(found) if full else found), found.info)
+    search = 0 if cfg.settings.ticket != "early-bird" else 30
+    for level, steps in enumerate((search, 200)):
+        own = {"method": "early_bird", "task": task, "seed": seed, "run": folder.name, "level": level}
+        write_level(folder, level, Mask(dict(mask), {**mask.info, **own}), value if level else 0.1, task)
+        one = 100 if full or not level else 60
+        add(folder, level, steps=steps, flops=one * steps, full_flops=100 * steps, sizes=sizes(mask, LIKE | EMBEDDINGS))
+    never = {"step": 0, "fired": None, "heads_fired": None, "neurons_fired": None}
+    add(folder, 0, draw=draw or ({"step": 30, "fired": 20, "heads_fired": 20, "neurons_fired": 10} if search else never))
+    return folder
+
+
+def pretrained(folder: Path, level: int) -> Path:
+    """Write the model that a level of a run keeps, with a file in it, and its hash to the level's results."""
+    model = folder / f"level_{level:02d}" / "model"
+    model.mkdir()
+    (model / "config.json").write_text(folder.name)
+    add(folder, level, model_files={"config.json": file_sha256(model / "config.json"), "README.md": "0"})
+    return model
 
 
 # ---- several runs ----

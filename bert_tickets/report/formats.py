@@ -19,6 +19,7 @@ CSV_COLUMNS = (
     *("reference", "pairs", "difference", "interval_low", "interval_high", "p_holm", "verdict"),
     *("run", "level", "mask_sha256"),
 )
+COSTS = ("search_seconds", "train_seconds", "full_seconds", "time_saved", "flops_saved", "heads_kept", "neurons_kept", "drawn")
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,11 @@ def _escape_tex(text: str) -> str:
 
 
 def csv(tables: Sequence[Table]) -> str:
-    """A line per cell in full precision, with its runs, levels and masks separated by semicolons."""
+    """A line per cell in full precision, with its runs, levels and masks separated by semicolons; of EarlyBERT with its costs."""
     import pandas as pd
 
-    columns = [*CSV_COLUMNS, "unit"]
+    costs = [name for name in COSTS if any(name in table.cells for table in tables)]
+    columns = [*CSV_COLUMNS, *costs, "unit"]
     cells = pd.concat([table.cells.reindex(columns=columns).assign(table=table.name) for table in tables])
     for name in ("best_of", "seeds", "undefined", "run", "level", "mask_sha256"):
         cells[name] = [";".join(map(str, values)) for values in cells[name]]

@@ -1,5 +1,5 @@
-"""The numbers of Chen et al. 2020, of Liu et al. 2022 for mask training, and of Prasanna et al. 2020 for heads and MLPs
-(published.toml), to be printed beside ours. Sparsities are fractions."""
+"""The numbers of Chen et al. 2020, of Liu et al. 2022 for mask training, of Prasanna et al. 2020 for heads and MLPs, and of Chen
+et al. 2021 for EarlyBERT (published.toml), to be printed beside ours. Sparsities are fractions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ TASKS: list[str] = DATA["tasks"]  # in the paper's order
 TAMT_TASKS: list[str] = DATA["tamt"]["tasks"]  # over which the means of mask training's paper are
 LOSSES: dict[str, str] = DATA["tamt"]["losses"]  # of scored tickets, which tables have as tasks: task -> name
 BERTPLAYS_TASKS: list[str] = DATA["bertplays"]["tasks"]  # of Prasanna et al. 2020; WNLI is the last
-SWEEP_TASKS = {"tamt": TAMT_TASKS, "importance": BERTPLAYS_TASKS[:-1], "stability": BERTPLAYS_TASKS[:-1]}  # of others: TASKS
+EARLYBERT: dict[str, Any] = DATA["earlybert"]  # Chen et al. 2021
+SWEEP_TASKS = {  # of others: TASKS
+    "tamt": TAMT_TASKS,
+    "importance": BERTPLAYS_TASKS[:-1],
+    "stability": BERTPLAYS_TASKS[:-1],
+    "earlybert": EARLYBERT["base"]["tasks"],
+}
 TRANSFER_SPARSITY: float = DATA["transfer"]["sparsity"] / 100  # of Figure 2
 
 
@@ -34,7 +40,7 @@ def name(task: str) -> str:
 
 
 def source(table: str) -> str:
-    """The mark of the source of `table2`, `table4`, `transfer`, `tamt` or `bertplays`, such as [fig]."""
+    """The mark of the source of `table2`, `table4`, `transfer`, `tamt`, `bertplays` or `earlybert`, such as [fig]."""
     return f"[{DATA[table]['source']}]"
 
 
@@ -141,6 +147,27 @@ def bertplays_mark(part: str) -> str:
 
 def _bertplays(values: list[Any] | None, task: str) -> Any:
     return dict(zip(BERTPLAYS_TASKS, values or [], strict=False)).get(task)
+
+
+# ---- EarlyBERT (Chen et al. 2021) ----
+
+
+def earlybert(part: str, row: str, task: str) -> str:
+    """A score x 100 of EarlyBERT's paper with the mark of its source; "" if there is none.
+
+    `part` is `base`, `large`, `heads-only`, `pretraining-base` or `pretraining-large`, a row `full BERT`, `EarlyBERT`, `random`
+    or `LayerDrop`.
+    """
+    found = EARLYBERT.get(part, {"tasks": [], "rows": {}})
+    value = dict(zip(found["tasks"], found["rows"].get(row, []), strict=False)).get(task)
+    return "" if value is None else f"{value:g} {source('earlybert')}"
+
+
+def earlybert_tradeoff() -> dict[tuple[int, int], tuple[float, float]]:
+    """The time saved in percent and the score, by the percent of neurons and the number of a layer's 12 heads that are gone."""
+    table = EARLYBERT["tradeoff"]
+    found = {int(neurons): pairs for neurons, pairs in table.items() if neurons != "heads"}
+    return {(neurons, heads): pair for neurons, pairs in found.items() for heads, pair in zip(table["heads"], pairs, strict=True)}
 
 
 def _of_task(values: list[Any] | None, task: str) -> Any:

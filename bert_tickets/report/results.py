@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.config import COMMON, build, deciding_flags, fields_of, flat, kind_of
-from bert_tickets.content import brief
+from bert_tickets.content import brief, of_checkpoint
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.report import published
-from bert_tickets.report.rows import FULL, GUARDED, PERTURBED, PRETRAINED, RANDOM, name_rows, plainness
+from bert_tickets.report.recipes import adopt_settings, name_models, shared_settings
+from bert_tickets.report.rows import FULL, GUARDED, PERTURBED, PRETRAINED, RANDOM, is_early_bird, name_rows, plainness
 from bert_tickets.runs.directory import failure, level_dir, levels_done, read_run, results
 from bert_tickets.runs.integrity import check_level
 
@@ -49,10 +50,12 @@ COLUMNS = {
     "source": 'the task that the ticket was found on; "" if none',
     "weights": "that the ticket starts from",
     "setting": "settings of the training that differ from the preset; not the folder of the data",
+    "recipe": "of a run beside EarlyBERT's: length and learning rate, where they differ from the preset of its method",
     "search": "of the run that found the ticket: settings of its training that differ from the preset",
     "data": "sha256 of the data, and the precision; without training data that are drawn by the seed",
     "subset": 'sha256 of the training data, if they are drawn by the seed; otherwise ""',
     "model": "sha256 of the encoder before training",
+    "maker": 'the run that pre-trained the model, if it is there; otherwise ""',
 }
 # Settings that other columns say, or the files that the run reads.
 NOT_IN_ROWS = dict.fromkeys(("mask", "weights", "rewind", "levels", "sparsity", "ticket_step", "save_masks"))
@@ -79,10 +82,13 @@ def read_results(places: Iterable[str | Path], setting: str | None = None) -> tu
     failures = []
     for run in runs:
         facts, done = _facts_of_run(run), levels_done(run)
-        lines += [facts | _facts_of_level(run, level, facts) for level in range(done)]
+        first = int(is_early_bird(facts["method"]))  # its level 0 is a search
+        lines += [facts | _facts_of_level(run, level, facts) for level in range(first, done)]
         if (failed := failure(run)) and _has_setting(facts["setting"], setting):
             failures.append(f"{run}: level {failed['level']} diverged: {failed['ended']}")
     lines = [part for line in lines for part in _losses(line)]
+    name_models(lines)
+    adopt_settings(lines)
     name_rows(lines)  # after runs of other settings, which may have found the tickets
     lines = [line for line in lines if _has_setting(line["setting"], setting)]
     return pd.DataFrame(lines, columns=list(COLUMNS)), failures
@@ -124,6 +130,9 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
         "weights": _weights(config["init"], differs.get("init", ""), fingerprint.get("init") or {}, config["seed"]),
         "setting": _words(setting),
         "search": _words(setting | length),
+        "shared": shared_settings(config, differs, COMMON),
+        "recipe": "",
+        "maker": "",
         "report": config.get("report", "last"),
         "data": json.dumps([fingerprint.get(key) for key in ("train", "evaluation", "precision")[drawn:]], sort_keys=True),
         "subset": json.dumps(fingerprint.get("train"), sort_keys=True) if drawn else "",
@@ -176,6 +185,7 @@ def _facts_of_level(run: Path, level: int, of_run: Mapping[str, Any]) -> dict[st
     facts |= {"value": math.nan if value is None else 100 * value}
     facts |= {"sparsity": round(line["sparsity"], 3), "total": line.get("total", 0)}
     is_scored = of_run["scored"] and of_run["task"] != "mlm"  # there the losses are no scores of a trained network
+    facts["made"] = of_checkpoint(line["model_files"]) if "model_files" in line else ""
     facts["pruned"] = is_scored or (of_run["method"] in GUARDED and level > 0)
     if of_run["given"]:
         info = read_facts(level_dir(run, level) / "mask.safetensors")
@@ -225,6 +235,8 @@ def comparable(levels: DataFrame) -> DataFrame:
         return levels
     advice = "give the runs of one, choose it with --setting, or leave the task out with --tasks"
     _refuse_several(levels, ["setting"], ["task"], f"have different settings; {advice}")
+    dense = levels[~levels["given"] & ~levels["method"].map(is_early_bird)]
+    _refuse_several(dense, ["recipe"], ["task"], f"have different lengths or learning rates; {advice}")
     for columns, what, same in (
         (["data"], "data or precision", ["task"]),
         (["subset"], "training data", ["task", "seed"]),
@@ -234,6 +246,7 @@ def comparable(levels: DataFrame) -> DataFrame:
         _refuse_several(levels, columns, same, f"have the same settings, but different {what}; give one of them")
     levels = levels.drop_duplicates(["task", "row", "sparsity", "seed"])
     is_full = ~levels["given"] & ~levels["pruned"] & (levels["weights"] == PRETRAINED) & (levels["sparsity"] == 0)
+    is_full &= ~levels["method"].map(is_early_bird).astype(bool)
     dense = levels[is_full].sort_values("row", key=lambda rows: rows.map(plainness)).drop_duplicates(["task", "seed"])
     levels = pd.concat([levels[~is_full], dense.assign(row=FULL)], ignore_index=True)
     return levels.loc[[line.Index for line in sorted(levels.itertuples(), key=_place)]].reset_index(drop=True)

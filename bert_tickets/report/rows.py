@@ -12,9 +12,11 @@ FULL = "full BERT"
 RANDOM_PRUNING, ONE_SHOT = "random pruning", "one-shot pruning"
 UNTRAINED = {"oneshot random": RANDOM_PRUNING, "oneshot magnitude": ONE_SHOT}  # the paper's names of what oneshot.py makes
 GUARDED = ("importance", "guarded_magnitude")  # methods that prune a trained network while its score holds, and train no more
+EARLY_BIRD = "early_bird"  # the method whose level 0 searches for a ticket, and whose level 1 trains it
 PRUNED = "pruned"  # in the rows of tickets that are scored as they stand
 LENGTH = ("batch size", "epochs")  # settings of a training that the row names where only it has them
 PRETRAINED, RANDOM, SHUFFLED = "pre-trained", "random", "shuffled"  # weights; others as their file says
+PRETRAINED_BY = "pre-trained by "  # weights of a run that is there
 PERTURBED = {  # what perturb_weight.py writes: weights in the name of a row
     "the entries of each matrix shuffled": SHUFFLED,
     "its layers whole": "layers in another order",
@@ -88,7 +90,9 @@ def _with_settings(method: str, words: Iterable[str]) -> str:
 def _name_row(line: dict[str, Any]) -> None:
     line["method"] = _with_settings(line["method"], [line["own_settings"]])
     method, source, weights = line["method"], line["source"], line["weights"]
-    if not line["given"]:
+    if not line["given"] and weights.startswith(PRETRAINED_BY):
+        line["row"] = (row_name(method, rewind=line["rewind"]) if line["sparsity"] else FULL) + f", {weights}"
+    elif not line["given"]:
         found_in = "" if weights == PRETRAINED else f", found in {weights} weights"
         line["row"] = row_name(method, rewind=line["rewind"]) + found_in
     elif not source:
@@ -116,6 +120,16 @@ def _from(weights: str) -> str:
 def is_guarded(method: str) -> bool:
     """Whether a method, with or without settings, is a guarded search, or derives tickets from one's."""
     return method.partition(" ")[0] in GUARDED
+
+
+def is_early_bird(method: str) -> bool:
+    """Whether a method, with or without settings, is EarlyBERT's."""
+    return method.partition(" ")[0] == EARLY_BIRD
+
+
+def has_own_table(method: str) -> bool:
+    """Whether a method's tickets are in a table of their own, not in those over sparsities."""
+    return is_guarded(method) or is_early_bird(method)
 
 
 def plainness(row: str) -> tuple[int, bool, str]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
 from bert_tickets.report.cells import best_of, fill, full, percent
+from bert_tickets.report.earlybert import earlybert
 from bert_tickets.report.formats import Table, frame, listing, scores
 from bert_tickets.report.importance import importance
 from bert_tickets.report.results import own_tickets
-from bert_tickets.report.rows import FULL, PRETRAINED, RANDOM, RANDOM_PRUNING, SHUFFLED, is_guarded, is_published, row_name
+from bert_tickets.report.rows import FULL, PRETRAINED, RANDOM, RANDOM_PRUNING, SHUFFLED, has_own_table, is_published, row_name
 from bert_tickets.report.stability import stability
 from bert_tickets.report.tamt import tamt
 from bert_tickets.report.transfer import transfer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 REWINDS = ("5%", "10%", "20%", "50%", "none")  # the paper's Table 3
+AT_SPARSITY = ("table2", "transfer", "perturbed")  # sweeps with the variable SPARSITY
 WITHIN = "Within one deviation, the paper's criterion: mean >= mean - standard deviation of the full BERT; it needs two seeds."
 EXCEED = "Match or exceed, the stricter criterion: mean >= mean of the full BERT. That one seed does is weak evidence."
 COMMON_NOTES = (
@@ -95,7 +97,7 @@ def _missing_seeds(group: DataFrame, task: str, sparsity: float, sweep: str, see
     if not sweep:
         return text
     tasks = " ".join(dict.fromkeys(task for task in (*group["source"], task) if task))
-    more = f" SPARSITY={100 * sparsity:.0f}" if sparsity and sweep not in ("rewinding", "importance") else ""
+    more = f" SPARSITY={100 * sparsity:.0f}" if sparsity and sweep in AT_SPARSITY else ""
     return f"{text}. To make them: `TASKS='{tasks}' SEEDS='{seeds}'{more} bash scripts/{sweep}.sh`"
 
 
@@ -126,9 +128,10 @@ def _matching(title: str, levels: DataFrame, criterion: str, notes: Sequence[str
     lines: list[dict[str, str]] = []
     shown: list[dict[str, Any]] = []
     tested: list[dict[str, Any]] = []
+    is_other = levels["method"].map(has_own_table) & (levels["row"] != FULL)
     for task in published.in_order(levels.loc[levels["row"] == FULL, "task"]):
         shown.append(full(task))
-        of_task = levels[levels["task"] == task]
+        of_task = levels[(levels["task"] == task) & ~is_other]
         for method, runs in own_tickets(of_task).groupby("method"):
             finders = of_task[(of_task["method"] == method) & ~of_task["given"]]
             ticket: dict[str, Any] = {"task": task, "row": row_name(method), "reference": FULL, "expected": set(finders["seed"])}
@@ -142,7 +145,7 @@ def _matching(title: str, levels: DataFrame, criterion: str, notes: Sequence[str
                 shown += _with_controls(of_task, method, ticket, best)
             elif best is not None:
                 shown.append(ticket | {"sparsity": best})
-    if not shown or (not lines and levels["method"].map(is_guarded).all()):
+    if not shown or (not lines and levels["method"].map(has_own_table).any()):
         return None
     cells = fill(levels, [*(cell | {"shown": True} for cell in shown), *(cell | {"shown": False} for cell in tested)])
     cells = cells[cells["shown"]]
@@ -202,8 +205,8 @@ def highest(curve: DataFrame, criterion: str) -> tuple[float | None, str]:
 
 
 def curves(levels: DataFrame, _: float | None = None) -> Table:
-    """Every row of every task at every sparsity; not guarded searches, whose tickets differ in sparsity by seed."""
-    levels = levels[~levels["method"].map(is_guarded) | (levels["row"] == FULL)]
+    """Every row of every task at every sparsity; not methods with a table of their own, whose tickets have one sparsity."""
+    levels = levels[~levels["method"].map(has_own_table) | (levels["row"] == FULL)]
     own = own_tickets(levels)
     by_sweep = {*own.loc[own["method"].map(is_published), "row"]}
     wanted = []
@@ -291,4 +294,5 @@ TABLES = {  # name -> function, the sweep that makes its runs
     "tamt": (tamt, "tamt"),
     "importance": (importance, "importance"),
     "stability": (stability, "stability"),
+    "earlybert": (earlybert, "earlybert"),
 }
