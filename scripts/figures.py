@@ -11,6 +11,8 @@
   python scripts/figures.py losses runs_tamt --output losses.png                      # scores over losses without training
   python scripts/figures.py survival runs_importance --output survival.png            # heads and MLPs that seeds keep
   python scripts/figures.py survival runs_importance --method "importance (units heads)" --output heads.png
+  python scripts/figures.py distances runs_earlybert --output distances.png           # EarlyBERT: masks of all pairs of steps
+  python scripts/figures.py tradeoff runs_earlybert --output tradeoff.png             # EarlyBERT: scores over the time saved
 
 Takes run directories, or folders that hold them. Runs that differ only in their seed are one line or cell: their mean, with the
 standard deviation of single runs. Masks outside of run directories: scripts/compare.py.
@@ -34,9 +36,12 @@ FIGURES = {
     "distance": "the distance of masks in mask training from their initial masks over steps, a panel per sparsity",
     "losses": "the scores of tickets over their losses without training (--score), a panel per task and loss",
     "survival": "the heads and MLPs that a search by importance or magnitude keeps, a panel per task",
+    "distances": "the distances between the masks of all pairs of steps of EarlyBERT's searches, a row of panels per task",
+    "tradeoff": "the scores of EarlyBERT's tickets over the time saved, a panel per task",
 }
 OF_TAMT = ("distance", "losses")  # drawn by report/tamt_figures.py
-CHOOSING = ("examples", *OF_TAMT)  # figures that choose comparable levels themselves
+OF_EARLYBERT = ("distances", "tradeoff")  # drawn by report/earlybert_figures.py
+CHOOSING = ("examples", "distances", *OF_TAMT)  # figures that choose comparable levels themselves
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,7 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from bert_tickets.report import figures, survival, tamt_figures
+    from bert_tickets.report import earlybert_figures, figures, survival, tamt_figures
     from bert_tickets.report.results import comparable, of_tasks, read_results
 
     levels, failures = read_results(args.runs, args.setting)
@@ -70,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
         levels = comparable(levels)
     if levels.empty:
         raise UserError("no finished level" + (f" with the setting {args.setting!r}" if args.setting is not None else ""))
-    module = tamt_figures if args.figure in OF_TAMT else survival if args.figure == "survival" else figures
+    modules = dict.fromkeys(OF_TAMT, tamt_figures) | dict.fromkeys(OF_EARLYBERT, earlybert_figures) | {"survival": survival}
+    module = modules.get(args.figure, figures)
     draw = getattr(module, f"draw_{args.figure}")
     more = {"sparsity": args.sparsity / 100} if "sparsity" in args else {}
     more |= {"method": args.method} if args.figure == "survival" else {}

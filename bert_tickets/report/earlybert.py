@@ -73,7 +73,7 @@ def tickets(levels: DataFrame) -> DataFrame:
     shorter = [{name: value for name, value in found.items() if name not in LONGER} for found in words]
     there = [(line.task, line.seed, line.kind, line.changed) for line in own.itertuples()]
     again = [one[3] != short and (*one[:3], short) in there for one, short in zip(there, shorter, strict=True)]
-    return own[[not repeated for repeated in again]]
+    return own[~own.assign(again=again)["again"].astype(bool)]
 
 
 def changed(method: str, row: str) -> dict[str, float | str]:

@@ -251,6 +251,38 @@ def draw_units(output: Path, title: str, panels: Mapping[str, tuple[Any, Any]], 
         figure.colorbar(image, ax=plots[: len(panels)], label=unit, **bar)
 
 
+def draw_maps(output: Path, title: str, panels: Sequence[tuple[str, Any, Any, Mapping[str, int]]], unit: str) -> None:
+    """Draw matrices of distances between steps, two panels a row, with a line at each marked step; 0 is dark.
+
+    A panel has a title, n steps at equal intervals [n], distances [n, n], and the steps to mark by name.
+    """
+    high = max(float(values.max()) for _, _, values, _ in panels) or 1.0
+    rows, handles = math.ceil(len(panels) / 2), dict[str, Any]()
+    names = list(dict.fromkeys(mark for *_, marks in panels for mark in marks))
+    with drawing(output) as figure:
+        figure.set_size_inches(WIDTH, 2.5 * rows + 1.1)
+        plots = list(figure.subplots(rows, 2, squeeze=False).flatten())
+        for plot, (name, steps, values, marks) in zip(plots, panels, strict=True):
+            extent = (steps[0], steps[-1], steps[-1], steps[0])
+            image = plot.imshow(values, cmap="cividis", vmin=0, vmax=high, extent=extent, aspect="auto", interpolation="nearest")
+            for mark, step in marks.items():
+                i = names.index(mark) % 2
+                style: dict[str, Any] = {"color": ("#FFFFFF", "#D55E00")[i], "linestyle": DASHES[i], "linewidth": 0.9}
+                handles[mark] = plot.axvline(step, **style)
+                plot.axhline(step, **style)
+            plot.set(title=name, xlabel="step", ylabel="step")
+        figure.suptitle(title)
+        figure.colorbar(image, ax=plots, label=unit, location="bottom", aspect=50, shrink=0.8, pad=0.03)
+        if handles:
+            legend: dict[str, Any] = {
+                "loc": "outside lower center",
+                "ncols": len(handles),
+                "facecolor": "0.6",
+                "edgecolor": "none",
+            }
+            figure.legend(handles.values(), handles.keys(), **legend)
+
+
 def _short(share: float) -> str:
     """A share as `1`, `.8`, `.25`."""
     return f"{share:.2f}".rstrip("0").rstrip(".").removeprefix("0") or "0"
