@@ -11,10 +11,12 @@
 #   LEVELS  levels per run, 0 % included      OUTPUT      folder of runs, masks and weights
 #   PYTHON  the interpreter                   TAMT_FLAGS  flags of mask training, IMP_FLAGS  of IMP (tamt*.sh)
 #   PROTOCOL  paper or released               SEARCHES  s, heads, mlps, m (importance.sh, stability.sh)
+#   EARLY_FLAGS  flags of EarlyBERT (earlybert*.sh)
 # The FLAGS variables are split into words as the shell does it: FLAGS="--data-dir 'my data'" holds two words.
 
 : "${MODEL:=bert-base-uncased}" "${STEP:=10}" "${OUTPUT:=runs}" "${PYTHON:=python}"
 : "${FLAGS:=}" "${GLUE_FLAGS:=}" "${SQUAD_FLAGS:=}" "${MLM_FLAGS:=}" "${LEVELS:=}" "${TAMT_FLAGS:=}" "${IMP_FLAGS:=}"
+: "${EARLY_FLAGS:=}"
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=false stage_wanted='' failures=()
@@ -45,7 +47,7 @@ case " $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS " in
 esac
 if [ "$PWD" != "$here" ]; then # the commands run in the repository
   eval "words=($FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS)"
-  [[ $OUTPUT =~ ^(runs|runs_tamt|runs_importance(_released)?|/.*)$ ]] || fail "OUTPUT=$OUTPUT: give an absolute path, or start the sweep in $here"
+  [[ $OUTPUT =~ ^(runs|runs_tamt|runs_(importance|earlybert)(_released)?|runs_earlybert_pretrain|/.*)$ ]] || fail "OUTPUT=$OUTPUT: give an absolute path, or start the sweep in $here"
   for word in "$MODEL" "${words[@]}"; do
     [[ ${word#--*=} = /* || ! -e ${word#--*=} ]] || fail "${word#--*=}: give an absolute path, or start the sweep in $here"
   done
@@ -290,6 +292,28 @@ pruned_and_retrained() { # task, seed, flags of the training ...
 retrained() { # stage, task, seed, flags ...
   training "$2" "$3" --mask "$mask" "${@:4}"
   emit "$1" "${command[@]}"
+}
+
+# ---- EarlyBERT (earlybert*.sh) ----
+
+# Train the full BERT: its presets' epochs and learning rate, and the batch size of EarlyBERT's preset, unless a variable gives one.
+full_bert() { # task, seed, flags ...
+  local size=()
+  case $1 in
+    mlm) ;; # has the same
+    squad) [[ "$FLAGS $SQUAD_FLAGS" =~ --batch[-_]size ]] || size=(--batch-size 48) ;;
+    *) [[ "$FLAGS $GLUE_FLAGS" =~ --batch[-_]size ]] || size=(--batch-size 128) ;;
+  esac
+  training "${@:1:2}" --levels 1 "${size[@]}" "${@:3}"
+  emit 1 "${command[@]}"
+}
+
+# Search, draw and train a ticket of EarlyBERT.
+early_bird() { # task, seed, flags ...
+  eval "flags=($EARLY_FLAGS)"
+  [ "${PROTOCOL:-paper}" = paper ] || flags+=(--protocol "$PROTOCOL")
+  training "${@:1:2}" --method early-bird "${flags[@]}" "${@:3}"
+  emit 1 "${command[@]}"
 }
 
 cd "$here"

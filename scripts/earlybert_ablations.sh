@@ -18,6 +18,8 @@ unless_preset() { # flag, its value in the preset, value, ...: sets `given` to t
 }
 
 for task in $TASKS; do
+  length=2 speed=4e-5 # of the preset
+  [ $task != squad ] || length=3 speed=3e-5
   for seed in $SEEDS; do
     full_bert $task $seed
     for neurons in $NEURONS; do
@@ -34,7 +36,7 @@ for task in $TASKS; do
     done
     for epochs in $EPOCHS; do
       for rate in $RATES; do
-        unless_preset --epochs 2 $epochs --lr 4e-5 $rate
+        unless_preset --epochs $length $epochs --lr $speed $rate
         early_bird $task $seed "${given[@]}"
       done
     done

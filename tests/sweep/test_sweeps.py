@@ -16,7 +16,7 @@ from bert_tickets.signals import STOP_SIGNALS
 from bert_tickets.sweep.jobs import TRAINING, plan
 
 SWEEPS = ["table2", "transfer", "rewinding", "oneshot", "similarity", "mlm", "perturbed", "tamt", "tamt_cost", "tamt_fewshot"]
-SWEEPS += ["importance", "stability"]
+SWEEPS += ["importance", "stability", "earlybert", "earlybert_ablations", "earlybert_pretrain"]
 SMALL = {"TASKS": "rte squad", "SEEDS": "1 2", "SPARSITIES": "40 70", "NOISE": "0.1 1", "RUNS": "2", "SIZES": "100 3000"}
 ON_GLUE = {name: {"TASKS": "rte cola", "LONGER": "6"} for name in ("importance", "stability")}
 TABLE_2 = {"mnli": 70, "qqp": 90, "stsb": 50, "wnli": 90, "qnli": 70, "mrpc": 50, "rte": 60, "sst2": 60, "cola": 50}
@@ -202,6 +202,66 @@ def test_stability_has_the_searches_of_importance_and_may_train_bad_tickets_long
     ]
     found = sweep("stability", "--dry-run", **variables | {"SEARCHES": "x"}, PYTHON=stub(tmp_path))
     assert (found.returncode, "SEARCHES=x: each is s, heads, mlps or m" in found.stderr) == (2, True)
+
+
+def own_flags(words: list[str]) -> list[str]:
+    """The flags after those that every command of a sweep has."""
+    at = words.index("--method") + 2 if "--method" in words else words.index("--seed") + 2
+    return words[at:]
+
+
+def test_earlybert_stands_beside_the_full_bert_random_tickets_and_its_budget(tmp_path):
+    whole = lines("earlybert", tmp_path, TASKS="sst2 squad", SEEDS="1 2")
+    assert [own_flags(words) for words in whole if flag(words, "--seed") == "2"] == [
+        ["--levels", "1", "--batch-size", "128"], [], ["--ticket", "random"], ["--ticket", "full"],
+        ["--levels", "1", "--batch-size", "48"], [], ["--ticket", "random"], ["--ticket", "full"],
+    ]  # fmt: skip
+    assert [flag(words, "--method") for words in whole] == [None, *["early-bird"] * 3] * 4
+    assert len(lines("earlybert", tmp_path)) == 5 * 3 * 4
+    small = lines("earlybert", tmp_path, TASKS="sst2", SEEDS="1", FLAGS="--batch-size 8", EARLY_FLAGS="--draw-at 5")
+    assert [words.count("--batch-size") for words in small] == [1] * 4
+    assert [flag(words, "--draw-at") for words in small] == [None, "5", "5", "5"]
+
+
+def test_heads_only_and_the_released_protocol_of_earlybert(tmp_path):
+    heads = lines("earlybert", tmp_path, SEEDS="1", HEADS_ONLY="1")
+    assert [flag(words, "--task") for words in heads[::4]] == ["mnli", "qnli", "qqp", "sst2", "cola", "rte", "mrpc"]
+    assert [flag(words, "--neurons") for words in heads[:4]] == [None, "0", "0", "0"]
+    released = lines("earlybert", tmp_path, TASKS="rte", SEEDS="1", PROTOCOL="released")
+    assert [flag(words, "--protocol") for words in released] == [None, *["released"] * 3]
+    assert {flag(words, "--output-dir") for words in released} == {"runs_earlybert_released"}
+
+
+def test_ablations_vary_one_thing_and_leave_out_what_the_preset_has(tmp_path):
+    whole = [words for words in lines("earlybert_ablations", tmp_path, SEEDS="1 2") if flag(words, "--seed") == "1"]
+    found = [own_flags(words) for words in whole]
+    names = [tuple(flags[::2]) for flags in found]
+    assert (names.count(("--heads", "--neurons")), names.count(("--heads",)), names.count(("--neurons",))) == (6, 3, 2)
+    assert [flags for flags in found if "--neuron-scope" in flags] == [
+        [*neurons, "--neuron-scope", "layer"] for neurons in (["--neurons", "0.3"], [], ["--neurons", "0.5"])
+    ]
+    assert [flags[1::2] for flags in found if "--lambda-heads" in flags] == [["1e-3", "1e-3"], ["1e-2", "1e-2"]]
+    rates = {(flag(flags, "--epochs"), flag(flags, "--lr")) for flags in found if {"--epochs", "--lr"} & {*flags}}
+    assert rates == {("1", rate) for rate in ("2e-5", None, "6e-5", "8e-5")} | {(None, rate) for rate in ("2e-5", "6e-5", "8e-5")}
+    assert found[-1] == ["--whole-search", "--record-epochs", "2.5"]
+    assert len(found) == 1 + 12 + 3 + 2 + 7 + 1
+    squad = [own_flags(words) for words in lines("earlybert_ablations", tmp_path, SEEDS="1", TASKS="squad")]
+    assert ["--epochs", "2", "--lr", "4e-5"] in squad
+
+
+def test_slim_pretrained_networks_are_fine_tuned_beside_their_dense_twin(tmp_path):
+    whole = lines("earlybert_pretrain", tmp_path, SEEDS="1", TASKS="rte squad", MODEL="m")
+    made = [words for words in whole if words[0] == "lt_pretrain.py"]
+    assert [(flag(words, "--method"), flag(words, "--ticket"), flag(words, "--levels")) for words in made] == [
+        (None, None, "1"), ("early-bird", None, None), ("early-bird", "full", None),
+    ]  # fmt: skip
+    assert all(flag(words, "--model") == "m" and flag(words, "--init") == "random" and "--keep-models" in words for words in made)
+    tuned = [words for words in whole if words[0] != "lt_pretrain.py"]
+    models = [flag(words, "--model") for words in tuned]
+    assert [model.split("/", 2)[2] for model in models] == [f"level_0{level}/model" for level in (0, 0, 1, 1, 1, 1)]
+    assert len({*models}) == 3
+    assert [flag(words, "--execution") for words in tuned] == [None, None, "slim", "slim", None, None]
+    assert flag(tuned[2], "--mask") == models[2].replace("level_01/model", "level_00/mask.safetensors")
 
 
 def test_variables_reach_the_commands(tmp_path):
