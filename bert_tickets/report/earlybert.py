@@ -56,7 +56,8 @@ def earlybert(levels: DataFrame, _: float | None) -> Table | None:
         grids, notes = grids | more, [*notes, SLIM_NOTE, *said]
         parts.append(cells)
     notes = [published.explain("earlybert"), *notes]
-    return Table("EarlyBERT: tickets drawn early in fine-tuning (Chen et al. 2021)", grids, pd.concat(parts), notes)
+    title, sweep = "EarlyBERT: tickets drawn early in fine-tuning (Chen et al. 2021)", "" if len(own) else "earlybert_pretrain"
+    return Table(title, grids, pd.concat(parts), notes, sweep=sweep)
 
 
 # ---- rows ----

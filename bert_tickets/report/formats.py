@@ -32,6 +32,7 @@ class Table:
     notes: Sequence[str] = ()
     name: str = ""
     missing: Sequence[str] = ()
+    sweep: str = ""  # that makes the runs of more tasks, if not the one of all tables of this name
 
 
 # ---- grids ----

@@ -20,6 +20,7 @@ SWEEP_TASKS = {  # of others: TASKS
     "importance": BERTPLAYS_TASKS[:-1],
     "stability": BERTPLAYS_TASKS[:-1],
     "earlybert": EARLYBERT["base"]["tasks"],
+    "earlybert_pretrain": EARLYBERT["pretraining-base"]["tasks"],
 }
 TRANSFER_SPARSITY: float = DATA["transfer"]["sparsity"] / 100  # of Figure 2
 

@@ -44,7 +44,7 @@ def build(name: str, levels: DataFrame, sparsity: float | None = None, failures:
     if table is None:
         return None
     notes = [*table.notes, *COMMON_NOTES, *remarks(table.cells), *_coverings(levels, table.cells), *_settings(levels)]
-    return replace(table, name=name, notes=notes, missing=[*failures, *missing_runs(levels, table.cells, sweep)])
+    return replace(table, name=name, notes=notes, missing=[*failures, *missing_runs(levels, table.cells, table.sweep or sweep)])
 
 
 def remarks(cells: DataFrame) -> Iterator[str]:
