@@ -140,6 +140,7 @@ def test_time_and_arithmetic_saved_count_the_search(runs):
     assert (cost["FLOPs saved"], by_row(table, "Cost")[BUDGET]["FLOPs saved"]) == ("50.0 ± 0.0 %", "33.3 ± 0.0 %")
     assert (cost["heads kept"], cost["neurons kept"]) == ("6 ± 0 of 8", "7 ± 0 of 12")
     assert (cost["drawn at step"], cost["rule fires at step"]) == ("30 ± 0", "20 ± 0")
+    assert by_row(table, "Cost")[RANDOM]["drawn at step"] == ""  # of no search
     line = by_row(table, "Scores")[EARLY]
     other = [100 * (1 - 70 / (100 + seed)) for seed in (1, 2, 3)]
     assert line["time saved"] == f"{sum(other) / 3:.1f} to {sum(saved) / 3:.1f} %"

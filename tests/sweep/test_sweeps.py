@@ -218,9 +218,9 @@ def test_earlybert_stands_beside_the_full_bert_random_tickets_and_its_budget(tmp
     ]  # fmt: skip
     assert [flag(words, "--method") for words in whole] == [None, *["early-bird"] * 3] * 4
     assert len(lines("earlybert", tmp_path)) == 5 * 3 * 4
-    small = lines("earlybert", tmp_path, TASKS="sst2", SEEDS="1", FLAGS="--batch-size 8", EARLY_FLAGS="--draw-at 5")
-    assert [words.count("--batch-size") for words in small] == [1] * 4
-    assert [flag(words, "--draw-at") for words in small] == [None, "5", "5", "5"]
+    small = lines("earlybert", tmp_path, TASKS="sst2 squad", SEEDS="1", FLAGS="--batch-size 8", EARLY_FLAGS="--draw-at 5")
+    assert [words.count("--batch-size") for words in small] == [1] * 8
+    assert [flag(words, "--draw-at") for words in small] == [None, "5", "5", "5"] * 2
 
 
 def test_heads_only_and_the_released_protocol_of_earlybert(tmp_path):
