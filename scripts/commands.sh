@@ -147,6 +147,22 @@ finding() { # task, seed, flags ...: the same for a run of iterative magnitude p
   [ -z "$LEVELS" ] || command+=(--levels "$LEVELS")
 }
 
+# Set `words` to a command without some flags and their values.
+without() { # pattern of the flags, words ...
+  local pattern=$1 word skipped=false
+  shift
+  words=()
+  for word in "$@"; do
+    if $skipped; then
+      skipped=false
+    elif [[ $word =~ ^--($pattern)(=|$) ]]; then
+      [[ $word = *=* ]] || skipped=true
+    else
+      words+=("$word")
+    fi
+  done
+}
+
 # Find tickets by iterative magnitude pruning. Level 0 is the full BERT.
 imp() { # task, seed, flags ...
   finding "$@"
@@ -268,17 +284,8 @@ derived() { # name of the good tickets, kind, seed, masks and flags ...
 
 # Score the ticket `mask` as it stands on the fine-tuned `weights`.
 scored() { # stage, task, seed
-  local word words=() skipped=false
   training "$2" "$3" --score --mask "$mask" --weights "$weights"
-  for word in "${command[@]}"; do # without the flags that have no effect on scoring
-    if $skipped; then
-      skipped=false
-    elif [[ $word =~ ^--(epochs|max[-_]steps|lr|weight[-_]decay|eval[-_]steps|report)(=|$) ]]; then
-      [[ $word = *=* ]] || skipped=true
-    else
-      words+=("$word")
-    fi
-  done
+  without 'epochs|max[-_]steps|lr|weight[-_]decay|eval[-_]steps|report' "${command[@]}" # they have no effect on scoring
   emit "$1" "${words[@]}"
 }
 
@@ -308,9 +315,16 @@ full_bert() { # task, seed, flags ...
   emit 1 "${command[@]}"
 }
 
-# Search, draw and train a ticket of EarlyBERT.
+# Search, draw and train a ticket of EarlyBERT; or another ticket, on which the EARLY_FLAGS of a search have no effect.
 early_bird() { # task, seed, flags ...
+  local of_search='search[-_](lr|epochs)|draw[-_](when|every)|lambda[-_](heads|neurons)|record|rank|record[-_]epochs'
   eval "flags=($EARLY_FLAGS)"
+  case " ${*:3} " in
+    *" --ticket random "*) without "$of_search|draw[-_]at" "${flags[@]}" ;;
+    *" --ticket full "*) without "$of_search|execution" "${flags[@]}" ;;
+    *) words=("${flags[@]}") ;;
+  esac
+  flags=("${words[@]}")
   [ "${PROTOCOL:-paper}" = paper ] || flags+=(--protocol "$PROTOCOL")
   training "${@:1:2}" --method early-bird "${flags[@]}" "${@:3}"
   emit 1 "${command[@]}"
