@@ -164,7 +164,7 @@ def test_random_tickets_are_drawn_by_the_seed_without_a_search(commands, tmp_pat
 
 def test_a_search_ends_when_its_masks_are_stable(commands, tmp_path):
     given = ["--search-lr", "1e-4", "--batch-size", "4", "--draw-every", "2"]
-    when = ["--draw-when", "stable", "--record-epochs", "3"]
+    when = ["--draw-when", "stable", "--record-epochs", "3", "--log-every", "99"]
     run = found(commands, tmp_path, *given, *when)
     search, rows = results(run)[0], record_of(run)
     first = first_stable((at, drawn(rows[at - 1])) for at in range(2, len(rows) + 1, 2))
