@@ -17,12 +17,12 @@ from bert_tickets.files import read_tensors, sha256_of
 from bert_tickets.masking.draw import draw, first_stable
 from bert_tickets.masking.mask import Mask
 from bert_tickets.methods import early_bird
-from bert_tickets.methods.early_bird import Settings
 from bert_tickets.modeling import parameters
 from bert_tickets.modeling.flops import forward_flops
 from bert_tickets.modeling.loading import load_bert
 from bert_tickets.modeling.parameters import encoder_weights, head_weights
 from bert_tickets.modeling.units import all_units, read_units
+from bert_tickets.runs import session
 from bert_tickets.runs.directory import results
 from bert_tickets.runs.integrity import problems
 from bert_tickets.training import coefficients
@@ -93,18 +93,17 @@ def test_the_searchs_metrics_are_those_of_the_gated_network_that_was_trained(com
             gated.append(self)
 
     def rewinding(net, *given):
-        folded = copy.deepcopy(net).eval()
+        folded, (own,) = copy.deepcopy(net).eval(), sessions
         Kept(folded).coefficients = gated[0].coefficients
         gated[1].fold()
-        expected.append(session.evaluate(lambda batch: session.task.predict(folded, batch)))
+        expected.append(own.evaluate(lambda batch: own.task.predict(folded, batch)))
         rewind(net, *given)
 
     def searching(given, s):
-        nonlocal session
-        session = given
+        sessions.append(given)
         search(given, s)
 
-    session = None
+    sessions = []
     monkeypatch.setattr(coefficients, "GatedNetwork", Kept)
     monkeypatch.setattr(parameters, "rewind", rewinding)
     monkeypatch.setattr(early_bird, "search", searching)
@@ -226,14 +225,16 @@ def test_a_run_killed_in_any_stage_ends_with_the_same_bits(commands, tmp_path, m
         assert runs(f"killed{step}") == whole
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_run_killed_at_the_draw_or_before_its_mask_is_written(commands, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("words", ["--draw-at 4", "--draw-when stable --draw-every 1 --search-lr 1e-5 --batch-size 4"])
+def test_a_run_killed_after_the_draw_or_when_its_mask_is_written(commands, tmp_path, monkeypatch, before, words):
+    """A search that ended early is not continued."""
     monkeypatch.setattr("bert_tickets.runs.checkpoint.EVALUATION", 0.0)  # a checkpoint after the last step
-    runs = Runs(GLUE, [*commands[GLUE], "--method", "early-bird", "--draw-at", "4"], tmp_path, monkeypatch)
+    runs = Runs(GLUE, [*commands[GLUE], "--method", "early-bird", *words.split()], tmp_path, monkeypatch)
     whole = runs("whole")
-    for name, target, key in (("draw", Settings, "draw"), ("write", Mask, "write")):
+    for name, target, key in (("draw", session, "evaluate"), ("write", Mask, "write")):
         with monkeypatch.context() as patch:
-            patch.setattr(target, key, dying(getattr(target, key), 1, before=number == 1))
+            patch.setattr(target, key, dying(getattr(target, key), 1, before=before))
             with pytest.raises(Killed):
                 runs(name)
         assert (runs.dir(name) / "coefficients.part").exists()

@@ -68,7 +68,7 @@ def test_loss_and_gradients_are_the_released_codes(net, batch):
 
 
 def test_each_penalty_is_the_sum_of_absolute_coefficients_of_its_kind(net):
-    gated = set_to(GatedNetwork(net), {"heads": torch.full((3, 4), -2.0), "neurons": torch.full((3, 64), 0.5)})
+    gated = set_to(GatedNetwork(net), {"heads": torch.full((3, 4), -2.0), "neurons": torch.full((3, 64), -0.5)})
     assert gated.penalty(0.1, 0.0).item() == pytest.approx(0.1 * 24)
     assert gated.penalty(0.0, 0.1).item() == pytest.approx(0.1 * 96)
 
