@@ -122,8 +122,10 @@ def _draw(words, seed, count, KEPT: tl.constexpr, BLOCK: tl.constexpr):
 def _words(words, row, rows, size, key, TILES: tl.constexpr):
     """The words of a tile of queries for the tile of keys that begins with `key`; all ones without dropout."""
     if words is None:
-        return tl.full(rows.shape, -1, tl.int64)
-    return tl.load(words + (row + rows) * TILES + key // WORD, rows < size, 0)
+        found = tl.full(rows.shape, -1, tl.int64)
+    else:  # after a return, Triton would compile this for None too
+        found = tl.load(words + (row + rows) * TILES + key // WORD, rows < size, 0)
+    return found
 
 
 @triton.jit
