@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from bert_tickets.bench.baselines import OBJECTIVES, SIDES, Case, TrainStep, eager, graphs, mask_training, take_steps
 from bert_tickets.bench.units import Removed, evaluation, executions, importance_pass
-from bert_tickets.modeling.bert import Net
-from bert_tickets.modeling.parameters import prunable
+from bert_tickets.modeling.flops import TRAINING, forward_flops
 from bert_tickets.tasks.mlm import MASK_RATE
 
 Figures = dict[str, float]
@@ -167,20 +165,7 @@ def case_flops(case: Case) -> float:
     """Return the FLOPs of a mean training step of a case."""
     lengths = case.store.lengths
     masked_tokens = MASK_RATE * (lengths - 2).sum() if case.task.name == "mlm" else 0.0
-    return step_flops(case.net, lengths, masked_tokens) / len(lengths) * case.cfg.train.batch_size
-
-
-def step_flops(net: Net, lengths: np.ndarray, masked_tokens: float = 0) -> float:
-    """Return the FLOPs of training once on examples of these lengths, without padding.
-
-    Six per weight and token (two forward, four backward) of the encoder's matrices, attention's two products within each example,
-    and the MLM head for masked tokens. Other heads and the pooler are left out. The layers may be slim (`modeling.slim`).
-    """
-    weights = sum(p.numel() for name, p in prunable(net).items() if "pooler" not in name)
-    widths = sum(len(layer.attention.self.query.bias) for layer in net.bert.encoder.layer)
-    attention = 12 * widths * (lengths.astype(float) ** 2).sum()
-    head = net.config.hidden_size * (net.config.hidden_size + net.config.vocab_size)
-    return 6 * (weights * lengths.sum() + head * masked_tokens) + attention
+    return TRAINING * forward_flops(case.net, lengths, masked_tokens) / len(lengths) * case.cfg.train.batch_size
 
 
 # ---- GPU kernels ----

@@ -15,7 +15,7 @@ def cost(session: Session, units: Mask, start: int, stop: int) -> int:
     """Count the arithmetic of the steps [start, stop) of a network with these units, on the tokens of the steps' own examples. Of
     these an MLM head predicts 15 %."""
     lengths = session.batches.lengths(start, stop)
-    return TRAINING * forward_flops(session.net, units, lengths, MASK_RATE * float((lengths - 2).sum()))
+    return TRAINING * forward_flops(session.net, lengths, MASK_RATE * float((lengths - 2).sum()), units)
 
 
 def matched_steps(session: Session, units: Mask, searched: int, start: int) -> int:
