@@ -220,7 +220,13 @@ def test_earlybert_stands_beside_the_full_bert_random_tickets_and_its_budget(tmp
     assert len(lines("earlybert", tmp_path)) == 5 * 3 * 4
     small = lines("earlybert", tmp_path, TASKS="sst2 squad", SEEDS="1", FLAGS="--batch-size 8", EARLY_FLAGS="--draw-at 5")
     assert [words.count("--batch-size") for words in small] == [1] * 8
-    assert [flag(words, "--draw-at") for words in small] == [None, "5", "5", "5"] * 2
+    assert [flag(words, "--draw-at") for words in small] == [None, "5", None, "5"] * 2
+    early = "--search-lr 1e-4 --lambda-heads=1e-3 --neurons 0.3 --execution masked --draw_when stable"  # no search, no flag of it
+    assert [own_flags(words) for words in lines("earlybert", tmp_path, TASKS="rte", SEEDS="1", EARLY_FLAGS=early)][1:] == [
+        early.split(),
+        ["--neurons", "0.3", "--execution", "masked", "--ticket", "random"],
+        ["--neurons", "0.3", "--ticket", "full"],
+    ]  # fmt: skip
 
 
 def test_heads_only_and_the_released_protocol_of_earlybert(tmp_path):
