@@ -246,4 +246,5 @@ def _recipes(levels: DataFrame, own: DataFrame) -> Iterator[str]:
 def _length(run: str) -> str:
     config = read_run(Path(run))["config"]
     length = f"{config['max_steps']} steps" if config.get("max_steps") else f"{config.get('epochs', 0):g} epochs"
-    return f"for {length} at {config.get('lr', 0):g}"
+    searched = f" after a search at {config['search_lr']:g}" if "search_lr" in config else ""
+    return f"for {length} at {config.get('lr', 0):g}{searched}"

@@ -12,6 +12,7 @@ from typing import Any
 from bert_tickets.report.rows import PRETRAINED_BY, is_early_bird
 
 RECIPE = ("epochs", "lr", "max steps")  # settings in words in which a ticket's training may differ from the full BERT's
+SEARCH = ("search lr", "search epochs")  # those of a search
 OF_RUN = ("task", "method", "protocol", "seed", "init", "epochs", "lr", "max_steps")  # no part of what a task's runs must share
 
 
@@ -27,21 +28,27 @@ def adopt_settings(lines: Sequence[dict[str, Any]]) -> None:
     """Give the runs of a task the setting of its EarlyBERT runs, if their shared settings have the same values.
 
     What all EarlyBERT runs of the task have of `RECIPE` stays in the setting. What some have is their `length`, which the row
-    names. The `recipe` of other runs is what differs from their own preset.
+    names, as it does what some have of `SEARCH`. The `recipe` of other runs is what differs from their own preset.
     """
     for task in {line["task"] for line in lines if _searches(line)}:
         of_task = [line for line in lines if line["task"] == task]
         searches = [line for line in of_task if _searches(line)]
-        common = set.intersection(*(_words(line["setting"], of_recipe=True) for line in searches))
+        common = set.intersection(*(_words(line["setting"], RECIPE) for line in searches))
+        early = [
+            line for line in searches if not _words(line["own_settings"], ("ticket",))
+        ]  # random and full ones search nothing
+        of_search = set.intersection(*(_words(line["own_settings"], SEARCH) for line in early)) if early else set()
+        for line in early:
+            line["own_settings"] = _without(line["own_settings"], of_search)
         for line in searches:
-            own = _words(line["setting"], of_recipe=True) - common
+            own = _words(line["setting"], RECIPE) - common
             line |= {name: _without(line[name], own) for name in ("setting", "search")} | {"length": ", ".join(sorted(own))}
         for line in of_task:
             same = [other for other in searches if other["shared"] == line["shared"]]
             if same and not _searches(line):
-                recipe = ", ".join(sorted(_words(line["setting"], of_recipe=True)))
+                recipe = ", ".join(sorted(_words(line["setting"], RECIPE)))
                 line |= {"setting": same[0]["setting"], "recipe": recipe}
-                line |= {"length": ", ".join(sorted(_words(recipe) - common))} if line["given"] else {}
+                line |= {"length": ", ".join(sorted(_words(recipe, RECIPE) - common))} if line["given"] else {}
 
 
 def name_models(lines: Sequence[dict[str, Any]]) -> None:
@@ -59,9 +66,8 @@ def _searches(line: Mapping[str, Any]) -> bool:
     return is_early_bird(line["method"]) and not line["given"]
 
 
-def _words(setting: str, *, of_recipe: bool = False) -> set[str]:
-    words = {word for word in setting.split(", ") if word}
-    return {word for word in words if word.rsplit(" ", 1)[0] in RECIPE} if of_recipe else words
+def _words(setting: str, names: Sequence[str]) -> set[str]:
+    return {word for word in setting.split(", ") if word.rsplit(" ", 1)[0] in names}
 
 
 def _without(setting: str, words: set[str]) -> str:

@@ -64,6 +64,16 @@ def test_searches_are_no_rows_and_full_budgets_no_full_bert(runs):
     assert set(levels["setting"]) == {""}  # the batch size is EarlyBERT's
 
 
+def test_the_searchs_learning_rate_is_named_where_searches_differ_in_it(tmp_path):
+    rundirs.dense(tmp_path, "mnli", 1, 0.8)
+    rundirs.early(tmp_path, "mnli", 1, 0.7, search_lr=1e-4)
+    rundirs.early(tmp_path, "mnli", 1, 0.6, ticket="random")
+    assert set(comparable(read_results([tmp_path])[0])["row"]) == {FULL, EARLY, RANDOM}
+    rundirs.early(tmp_path, "mnli", 1, 0.7, search_lr=5e-5)
+    rows = {FULL, RANDOM, *(f"early_bird (search lr {lr}) ticket" for lr in ("0.0001", "5e-05"))}
+    assert set(comparable(read_results([tmp_path])[0])["row"]) == rows
+
+
 def test_runs_of_another_batch_size_are_refused(tmp_path):
     rundirs.early(tmp_path, "mnli", 1, 0.7, batch_size=64)
     rundirs.dense(tmp_path, "mnli", 1, 0.8, batch_size=64)
@@ -172,8 +182,13 @@ def test_without_seconds_nothing_is_saved(whole):
 
 def test_the_lengths_of_the_trainings_are_said(runs):
     notes = made(runs).notes
-    assert "MNLI: trained are the full BERT for 3 epochs at 2e-05, EarlyBERT for 2 epochs at 4e-05." in notes
-    assert "SQuAD: trained are the full BERT for 2 epochs at 3e-05, EarlyBERT for 3 epochs at 3e-05." in notes
+    assert (
+        "MNLI: trained are the full BERT for 3 epochs at 2e-05, EarlyBERT for 2 epochs at 4e-05 after a search at 2e-05." in notes
+    )
+    assert (
+        "SQuAD: trained are the full BERT for 2 epochs at 3e-05, EarlyBERT for 3 epochs at 3e-05 after a search at 3e-05."
+        in notes
+    )
 
 
 def test_missing_runs_are_named_with_the_sweep(whole):
