@@ -55,8 +55,13 @@ class _Attention(torch.autograd.Function):
         return dqkv, ctx.branch.run(add_rows, sums, 0, bias)[1], None, None, None, None, None, None
 
 
+def empty_words(heads: int, tokens: int, longest: int, device: torch.device) -> Tensor:
+    """Return memory for a bit of each weight of examples of up to `longest` tokens: [heads * T, W], words of 64 keys (int64)."""
+    return torch.empty(heads * tokens, triton.cdiv(longest, WORD.value), dtype=torch.int64, device=device)
+
+
 def draw(words: Tensor, p: float, seed: Tensor) -> None:
-    """Draw which attention weights dropout with probability p keeps: a bit each, in words [heads * T, W] (int64) of 64 keys.
+    """Draw which attention weights dropout with probability p keeps, in the bits of `words`.
 
     They depend on `seed` (int64, one element).
     """
@@ -71,7 +76,7 @@ def attend(
 
     `qkv` [T, 3 * hidden]: queries, keys and values, heads of 16, 32, 64 or 128 side by side. They include their `bias` detached:
     the branch computes its gradient, the sum over tokens. `ends` [B + 2] (int32): 0, each example's end, and T. The rows after
-    the last example are 0, as are their gradients. `words` are those of `draw`, with W = ceil(longest / 64); None if p is 0.
+    the last example are 0, as are their gradients. `words` are `empty_words` after `draw`; None if p is 0.
     """
     return _Attention.apply(qkv, bias, ends, longest, heads, p, words, branch)
 

@@ -64,12 +64,12 @@ class Fused:
 
     def draw(self, tokens: int, p: float, seed: Tensor, branch: Branch) -> Tensor | None:
         """Let the branch draw which weights dropout keeps, for `attend` on T tokens; None without dropout."""
-        from bert_tickets.kernels.attention import draw
+        from bert_tickets.kernels.attention import draw, empty_words
         from bert_tickets.kernels.dropout import rounded
 
         if rounded(p) == 0:
             return None
-        words = torch.empty(self.heads * tokens, -(-self.longest // 64), dtype=torch.int64, device=seed.device)
+        words = empty_words(self.heads, tokens, self.longest, seed.device)
         branch.run(draw, words, p, seed)
         return words
 

@@ -5,7 +5,7 @@ import torch
 from rounding import HALF, close
 
 pytest.importorskip("triton")
-from bert_tickets.kernels.attention import attend, draw
+from bert_tickets.kernels.attention import attend, draw, empty_words
 from bert_tickets.kernels.branch import Branch
 
 
@@ -51,7 +51,7 @@ def test_dropout_of_attention_is_the_same_in_the_backward_pass(device):
     ends = torch.tensor([0, *lengths, 0]).cumsum(0).int().to(device)
     q, k, upstream = (torch.randn(tokens, heads * size, device=device).half() / 4 for _ in range(3))
     unit = torch.cat([torch.eye(length, size, device=device) for length in lengths]).half().repeat(1, heads)
-    words = torch.empty(heads * tokens, 2, dtype=torch.int64, device=device)
+    words = empty_words(heads, tokens, 70, device)
     draw(words, 0.25, torch.tensor(5, device=device))
     bias = torch.zeros(3 * heads * size, device=device).half()
 
@@ -82,7 +82,7 @@ def test_dropout_of_attention_is_the_same_in_the_backward_pass(device):
 @pytest.mark.parametrize("p", [0.1, 0.37])
 def test_words_keep_each_weight_with_the_same_probability(device, p):
     """Each of 64 bits, independently of the bits beside it and of other words; other seeds draw others."""
-    words = torch.empty(2000, 2, dtype=torch.int64, device=device)
+    words = empty_words(2, 1000, 128, device)
     draw(words, p, torch.tensor(5, device=device))
     kept = (words[..., None] >> torch.arange(64, device=device) & 1).flatten(1).double()
     error = (p * (1 - p) / len(kept)) ** 0.5
