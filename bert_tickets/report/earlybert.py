@@ -26,7 +26,7 @@ NOTES = (
     "Differences are to the full BERT. EarlyBERT is searched and trained in one run; `random` draws as many units, without a "
     "search; the full BERT at the ticket's budget has no search and no ticket, and as many steps as cost the ticket's FLOPs.",
     "Time saved: of the seconds of the full BERT's run of the same task and seed, with the search counted. Seconds are those of "
-    "training and evaluation. They can be compared only on the same machine, with nothing beside the runs.",
+    "training, without the evaluation after it. They can be compared only on the same machine, with nothing beside the runs.",
     "FLOPs saved: of the forward and backward passes over real tokens, with the search counted.",
     "The rule that fires is that of --draw-when stable, for heads and neurons both; --draw-when fixed does not depend on it.",
 )

@@ -101,7 +101,7 @@ def is_finished(cfg: Config) -> bool:
 
 
 def seconds(run: Path) -> dict[int, float]:
-    """Read the wall-clock seconds of training and evaluation of each level from log.jsonl."""
+    """Read the wall-clock seconds of each level's training from log.jsonl, without its last evaluation."""
     found = {}
     for event in events(run / "log.jsonl"):
         level, spent = event.get("level"), event.get("seconds")

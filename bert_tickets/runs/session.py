@@ -122,23 +122,24 @@ class Session:
         try:
             with slimmed(net, mask) if execution == "slim" else nullcontext(mask) as left:
                 params = {**(params or {n: p for n, p in net.named_parameters() if p.requires_grad}), **(leaves or {})}
-                trained = self._train(level, title, hooks, loss, params, predict, mask=None if found else left, **training)
+                of = (level, title, hooks, loss, params, predict)
+                loop, losses, evaluations = self._train(*of, mask=None if found else left, **training)
                 if found:
                     mask, facts = found()
                     more |= facts
                     title = self._title(level, mask)
+                more["seconds"] = loop.seconds  # without the evaluation
                 metrics, noticed = self._evaluate(predict)
         except Diverged as error:
             self.run.fail(level, error, title)
         after(mask)
-        loop, losses, evaluations = trained
         more |= {"init_sha256": sha256_of(encoder_weights(net)) if found else init_sha256}  # if found: of the ticket, m * theta
         print(f"{title}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
         steps, skipped = loop.steps - loop.start, loop.steps - loop.start - loop.step.taken(training.get("moments"))
         warnings = [*warnings, *noticed, *_mask_warnings(mask), *_skip_warnings(skipped, steps)]
         print(*(f"{title}: {warning}\n" for warning in warnings), sep="", end="", flush=True)
         result = self._result(mask, metrics, warnings) | {"steps": steps, "skipped_steps": skipped, "losses": losses}
-        result |= more | {"seconds": loop.seconds}
+        result |= more
         if self.cfg.eval_steps:
             evaluations.append({"step": loop.at, "metrics": result["metrics"]})
             result |= {"evaluations": evaluations, "best": _best(evaluations, self.task.metric)}

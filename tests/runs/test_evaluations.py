@@ -9,9 +9,10 @@ from bert_tickets.errors import Diverged, UserError
 from bert_tickets.files import read_tensors, sha256_of
 from bert_tickets.methods import imp
 from bert_tickets.runs import session
-from bert_tickets.runs.directory import events, results
+from bert_tickets.runs.directory import events, results, seconds
 from bert_tickets.runs.session import _best
 from bert_tickets.tasks.glue import Glue
+from bert_tickets.training import loop
 
 ADDED = ("run", "evaluations", "best")  # the run's name, which has the flags' hash
 
@@ -48,6 +49,20 @@ def test_steps_that_do_not_divide_the_level_and_more_than_it_has(runs):
         runs(f"every {every}", "--levels", "1", "--eval-steps", str(every))
         (line,) = results(runs.dir(f"every {every}"))
         assert [found["step"] for found in line["evaluations"]] == steps
+
+
+def test_the_seconds_of_a_level_are_those_of_its_training(runs, monkeypatch):
+    clock, evaluate = [0.0], session.evaluate
+
+    def slow(*arguments):
+        clock[0] += 1000
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(session, "evaluate", slow)
+    runs("slow", "--save-minutes", "1e9")
+    assert clock[0] >= 3000
+    assert seconds(runs.dir("slow")) == {0: 0.0, 1: 0.0, 2: 0.0}
 
 
 @pytest.mark.parametrize(
