@@ -9,10 +9,11 @@ set -euo pipefail
 : "${OUTPUT:=runs_earlybert}"
 source "$(dirname "$0")/commands.sh"
 
-unless_preset() { # flag, its value in the preset, value, ...: sets `given` to the flags that differ from the preset
+unless_preset() { # flag, its value in the preset, value, ...: sets `given` to the flags without which a run has another value
+  local everywhere=" $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $EARLY_FLAGS "
   given=()
   while [ $# -gt 0 ]; do
-    [ "$2" = "$3" ] || given+=("$1" "$3")
+    [[ $2 = "$3" && ! $everywhere =~ " $1"[\ =] ]] || given+=("$1" "$3")
     shift 3
   done
 }
