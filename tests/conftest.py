@@ -34,15 +34,15 @@ from crash_harness import Harness
 from fake_cuda import FAKE, REAL
 from paragraphs import content
 from sentences import BAD, GOOD, OTHERS, write_glue
-from trainrun import THREE_LEVELS, Exported, Runs, script_of, train
+from trainrun import THREE_LEVELS, Runs, script_of, train
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from bert_tickets.bench.tiny_bert import LETTERS, SPECIAL, save_tokenizer
 from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.token_cache import Tokens
-from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.loading import load_bert
-from bert_tickets.modeling.units import lower
+
+pytest_plugins = ["tickets"]  # further fixtures
 
 ROOT = Path(__file__).parent.parent
 
@@ -265,16 +265,6 @@ def runs(script: str, commands: dict[str, list[str]], tmp_path: Path, monkeypatc
     return Runs(script, [*commands[script], *THREE_LEVELS], tmp_path, monkeypatch)
 
 
-# Runs whose tickets are exported: a task, and flags. Enough steps for RTE to predict both classes.
-EXPORTED = {
-    "rte": ("rte", "--max-steps 30 --keep-models"),
-    "stsb": ("stsb", "--prunable neurons"),  # biases, and some matrices only
-    "squad": ("squad", "--keep-models"),
-    "mlm": ("mlm", ""),
-    "embeddings": ("mlm", "--prunable matrices+embeddings"),
-}
-
-
 @pytest.fixture(scope="session")
 def train_task(commands: dict[str, list[str]]) -> Callable[..., Path]:
     """Train a task with small settings and more words, in a folder; returns the run directory."""
@@ -285,45 +275,6 @@ def train_task(commands: dict[str, list[str]]) -> Callable[..., Path]:
         return train(script, [*commands[script], *own, "--output-dir", folder, *words])
 
     return go
-
-
-@pytest.fixture(scope="session")
-def exported(train_task: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    """Runs of two levels, 0 and 40 % pruned, and their newest levels, exported. No test changes them."""
-    from bert_tickets.export.export import export
-
-    folders, found = [tmp_path_factory.mktemp(name) for name in Exported._fields], {}
-    for name, (task, words) in EXPORTED.items():
-        run = train_task(task, folders[0], "--levels", 2, "--rate", 0.4, *words.split())
-        found[name] = Exported(run, *(folder / name for folder in folders[1:]))
-        export(run, found[name].trained)
-        export(run, found[name].untrained, untrained=True)
-    return found
-
-
-# Runs whose tickets have neither heads nor neurons in some layer.
-SLIM = {"rte": "--max-steps 6", "squad": "", "mlm": ""}
-
-
-@pytest.fixture(scope="session")
-def slim_tickets(
-    bert_dir: Path, train_task: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Exported]:
-    """Runs that trained a mask of units by slim execution, exported: three heads and no neurons in one layer, no heads and 44
-    neurons in the other. No test changes them."""
-    from bert_tickets.export.export import export
-
-    folders, found = [tmp_path_factory.mktemp(name) for name in Exported._fields], {}
-    units = {"heads": torch.tensor([[True, False, True, True], [False] * 4]), "neurons": torch.zeros(2, 64, dtype=torch.bool)}
-    units["neurons"][1, 20:] = True
-    like = dict(load_bert(str(bert_dir), "classifier", "pretrained", 0)[0].named_parameters())
-    lower(Mask(units), like).write(folders[0] / "mask.safetensors")
-    for task, words in SLIM.items():
-        run = train_task(task, folders[0], "--mask", folders[0] / "mask.safetensors", "--execution", "slim", *words.split())
-        found[task] = Exported(run, *(folder / task for folder in folders[1:]))
-        export(run, found[task].trained)
-        export(run, found[task].untrained, untrained=True)
-    return found
 
 
 @pytest.fixture(scope="session")
