@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import verify
-from conftest import EXPORTED, ROOT
+from conftest import ROOT
 from golden import padded
 from safetensors.torch import load_file, save_file
+from tickets import EXPORTED
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 

@@ -108,15 +108,17 @@ def test_a_mask_is_trained_and_scored(commands, documents_dir, tmp_path, one_gpu
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("script", "words", "killed"),
     [
-        (GLUE, "--draw-at 3 --precision fp16"),
-        (SQUAD, "--draw-at 3 --keep-gates --precision fp16"),
-        (MLM, "--draw-at 3 --graphs on --precision fp16"),
-        (MLM, "--draw-when stable --draw-every 1 --search-lr 1e-6 --graphs on --precision fp32"),
+        (GLUE, "--draw-at 3 --precision fp16", 3),
+        (SQUAD, "--draw-at 3 --keep-gates --precision fp16", 8),
+        (MLM, "--draw-at 3 --graphs on --precision fp16", 8),
+        (MLM, "--draw-when stable --draw-every 1 --search-lr 1e-6 --graphs on --precision fp32", 3),
     ],
 )
-def test_units_are_drawn_and_their_ticket_trained_killed_and_resumed(commands, tmp_path, one_gpu, monkeypatch, script, words):
+def test_units_are_drawn_and_their_ticket_trained_killed_and_resumed(
+    commands, tmp_path, one_gpu, monkeypatch, script, words, killed
+):
     """A step's coefficients are recorded without waiting for the GPU; MLM's steps are replayed, and eager after the kill."""
     record = Record.__call__
 
@@ -128,12 +130,11 @@ def test_units_are_drawn_and_their_ticket_trained_killed_and_resumed(commands, t
     given = [*commands[script], "--method", "early-bird", *words.split(), "--save-steps", "1"]
     with one_gpu():
         whole = train(script, [*given, "--output-dir", tmp_path / "whole"])
-        for step in (3, 8):
-            with monkeypatch.context() as patch:
-                patch.setattr(Step, "__call__", dying(Step.__call__, step))
-                with pytest.raises(Killed):
-                    train(script, [*given, "--output-dir", tmp_path / str(step)])
-            assert same(train(script, [*given, "--output-dir", tmp_path / str(step)]), whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(Step, "__call__", dying(Step.__call__, killed))
+            with pytest.raises(Killed):
+                train(script, [*given, "--output-dir", tmp_path / "killed"])
+        assert same(train(script, [*given, "--output-dir", tmp_path / "killed"]), whole)
     search, training = results(whole)
     rows = np.load(level_dir(whole, 0) / "coefficients.npy")
     assert len(rows) == search["steps"] >= 3

@@ -47,7 +47,7 @@ def compile_layers(branch: Branch, seed: Tensor) -> None:
 
 
 def compile_attention(branch: Branch, seed: Tensor) -> None:
-    for longest, p in ((12, 0.1), (100, 0.1), (100, 0.0)):
+    for longest, p in ((12, 0.0), (100, 0.1)):
         ends = torch.tensor([0, longest, longest + 5]).int()
         words = attention.empty_words(2, longest + 5, longest, seed.device)
         attention.draw(words, 0.1, seed)

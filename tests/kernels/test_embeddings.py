@@ -15,7 +15,8 @@ from bert_tickets.kernels.branch import Branch
 def test_embeddings_equal_torchs(device, monkeypatch, few, p):
     """Of more examples and repetitions than a tile takes, with padding after the last one; with dropout, as it was drawn."""
     monkeypatch.setattr(embeddings, "FEW", few)
-    lengths, padding, width = [*range(1, 9)] * 5, 10, 130
+    monkeypatch.setattr(embeddings, "TOKENS", 16)
+    lengths, padding, width = [*[1] * 30, 8, 3, 2], 3, 130
     tokens = sum(lengths) + padding
     config = {"vocab_size": 300, "hidden_size": width, "max_position_embeddings": 12, "num_attention_heads": 1}
     tables = BertEmbeddings(BertConfig(**config)).to(device)
