@@ -163,6 +163,16 @@ without() { # pattern of the flags, words ...
   done
 }
 
+# Set `words` to a command without some flags that have no value.
+without_switch() { # pattern of the flags, words ...
+  local pattern=$1 word
+  shift
+  words=()
+  for word in "$@"; do
+    [[ $word =~ ^--(no[-_])?($pattern)$ ]] || words+=("$word")
+  done
+}
+
 # Find tickets by iterative magnitude pruning. Level 0 is the full BERT.
 imp() { # task, seed, flags ...
   finding "$@"
@@ -320,8 +330,8 @@ early_bird() { # task, seed, flags ...
   local of_search='search[-_](lr|epochs)|draw[-_](when|every)|lambda[-_](heads|neurons)|record|rank|record[-_]epochs'
   eval "flags=($EARLY_FLAGS)"
   case " ${*:3} " in
-    *" --ticket random "*) without "$of_search|draw[-_]at" "${flags[@]}" ;;
-    *" --ticket full "*) without "$of_search|execution" "${flags[@]}" ;;
+    *" --ticket random "*) without "$of_search|draw[-_]at" "${flags[@]}"; without_switch 'whole[-_]search' "${words[@]}" ;;
+    *" --ticket full "*) without "$of_search|execution" "${flags[@]}"; without_switch 'whole[-_]search|keep[-_]gates' "${words[@]}" ;;
     *) words=("${flags[@]}") ;;
   esac
   flags=("${words[@]}")

@@ -6,11 +6,13 @@
 set -euo pipefail
 : "${TASKS:=qnli}" "${SEEDS:=42 43 44}" "${HEADS:=1/4 1/3 5/12 1/2}" "${NEURONS:=0.3 0.4 0.5}" "${LAMBDAS:=1e-4 1e-3 1e-2}"
 : "${RATES:=2e-5 4e-5 6e-5 8e-5}" "${EPOCHS:=1 2}" "${RECORD:=2.5}"
+[ "${PROTOCOL:=paper}" = paper ] || : "${OUTPUT:=runs_earlybert_$PROTOCOL}"
 : "${OUTPUT:=runs_earlybert}"
 source "$(dirname "$0")/commands.sh"
 
 unless_preset() { # flag, its value in the preset, value, ...: sets `given` to the flags without which a run has another value
   local everywhere=" $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $EARLY_FLAGS "
+  everywhere=${everywhere//_/-}
   given=()
   while [ $# -gt 0 ]; do
     [[ $2 = "$3" && ! $everywhere =~ " $1"[\ =] ]] || given+=("$1" "$3")

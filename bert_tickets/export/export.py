@@ -33,16 +33,17 @@ def export(
 ) -> Ticket:
     """Write a level of a run (the newest unless `level` is given) as the folder `output`, which must not exist or be empty.
 
-    The folder holds the trained subnetwork, or with `untrained` the weights that the level started from. `model` is the base
-    model, if it was moved since the run. `onnx` adds model.onnx, the network without the heads and neurons that the mask prunes
-    whole. Raises `UserError` for files that are missing, damaged, or another run's, and for a network that cannot be an ONNX
-    file; then no folder is written.
+    The folder holds the trained subnetwork, or with `untrained`, or of a level that searched for its ticket, the weights that
+    training starts from. `model` is the base model, if it was moved since the run. `onnx` adds model.onnx, the network without
+    the heads and neurons that the mask prunes whole. Raises `UserError` for files that are missing, damaged, or another run's,
+    and for a network that cannot be an ONNX file; then no folder is written.
     """
     if onnx:
         check_onnx_installed()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists: give a folder that does not exist yet, or is empty")
     ticket = read_ticket(run, level, model)
+    untrained = untrained or "draw" in ticket.result  # EarlyBERT's search: its metrics are not those of the ticket that it drew
     with writing_folder(output) as folder:
         if untrained:
             _write_untrained(ticket, folder)

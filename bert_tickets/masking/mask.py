@@ -161,7 +161,8 @@ class Mask(Mapping[str, Tensor]):
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"there is no mask file at {path}")
+            advice = f": it is a folder. Give a file, such as {path / 'level_01' / 'mask.safetensors'}" if path.is_dir() else ""
+            raise UserError(f"there is no mask file at {path}{advice}")
         if released.is_torch_file(path):
             return cls(released.read_mask_pt(path), {"source": "released mask.pt"})
         facts = read_facts(path)

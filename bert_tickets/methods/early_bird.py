@@ -4,6 +4,7 @@ is trained from the weights before the search."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -40,7 +41,8 @@ def search(session: Session, s: Settings) -> None:
     theta_0 = snapshot(net)  # and gamma, the task's head
     gated = GatedNetwork(net)  # c = 1
     record = Record(gated.coefficients, session.run.dir / RECORD)
-    t, steps, horizon = s.search_steps(session)
+    t, steps, horizon = (None, 0, 1) if s.ticket == "random" else s.search_steps(session)
+    steps = steps if s.ticket == "early-bird" else 0
 
     def units_at(step: int) -> Mask:
         return s.draw(record.after(step - (s.record == "before")))
@@ -92,7 +94,7 @@ def train(session: Session, s: Settings, mask: Mask) -> None:
     units = kept_units(net, mask) if s.execution == "slim" else full
     start, steps, gates = int(s.skip_first_batch), session.steps, dict[str, Any]()
     if s.ticket == "full":  # all tickets of these flags have the arithmetic of this one
-        start, steps = 0, matched_steps(session, random_units(session, s), s.draw_step(session), start)
+        start, steps = 0, matched_steps(session, random_units(session, s), s.search_steps(session)[1], start)
     elif s.keep_gates:  # variant: coefficients of the units that are left
         gated = GatedNetwork(net, executed_units(net, mask) if s.execution == "slim" else full)
         gates = {"loss": lambda batch: gated(task.loss, batch), "predict": lambda batch: gated(task.predict, batch)}
@@ -133,7 +135,9 @@ class Settings(MethodSettings):
     draw_every: int = flag("compare the masks of every N-th step", 10)
     record: Literal["after", "before"] = flag("draw from the coefficients after the update of that step, or before it", "after")
     whole_search: bool = flag("search until --record-epochs, for maps of the masks' distances; the ticket is the same", False)
-    record_epochs: float = flag("end of a search that is whole, or whose masks do not become stable", 1.0)
+    record_epochs: float = flag(
+        "end of a search that is whole, or whose masks do not become stable; its decay is the latest", 1.0
+    )
     heads: str = flag("fraction of each layer's heads that goes, such as 1/3 or 0.25", "1/3")
     neurons: float = flag("fraction of the neurons that goes", 0.4)
     neuron_scope: Literal["global", "layer"] = flag("rank the neurons of all layers together, or each layer's", "global")
@@ -191,30 +195,35 @@ class Settings(MethodSettings):
     def search_steps(self, session: Session) -> tuple[int | None, int, int]:
         """Return the step of the draw (None: when the masks are stable), the steps of the search, and those of its decay.
 
-        Raises `UserError` if the learning rate is zero before the draw.
+        Raises `UserError` if the learning rate is zero before the draw, or if no rule can fire.
         """
+        from bert_tickets.masking.draw import FIFO
         from bert_tickets.training.loop import total_steps
 
         def of_epochs(epochs: float) -> int:
             return total_steps(replace(session.cfg.train, epochs=epochs, max_steps=None), session.batches.per_epoch)
 
-        if self.ticket != "early-bird":
-            return None, 0, 1
         horizon = session.steps if self.search_epochs is None else of_epochs(self.search_epochs)
         t, whole = self.draw_step(session) if self.draw_when == "fixed" else None, min(of_epochs(self.record_epochs), horizon)
         if t is not None and t > horizon:
             raise UserError(f"--draw-at {self.draw_at} is step {t}, and the search has {horizon} until its learning rate is zero")
+        if t is None and whole < FIFO * self.draw_every:
+            apart = f"{FIFO} masks that are --draw-every {self.draw_every} steps apart"
+            raise UserError(f"--draw-when stable compares {apart}, and the search has {whole} steps")
         return t, whole if t is None else max(t, whole) if self.whole_search else t, horizon
 
     def plan(self) -> list[str]:
         """Return the lines that --dry-run prints."""
-        kinds = f"{self.heads} of each layer's heads, {self.neurons:.0%} of the neurons"
+        kinds = f"{float(Fraction(self.heads)):.0%} of each layer's heads, {self.neurons:.0%} of the neurons"
         at = f"step {self.draw_at}" if float(self.draw_at) >= 1 else f"{self.draw_at} of an epoch"
         when = f"after {at}" if self.draw_when == "fixed" else "when the masks are stable"
         found = {
             "early-bird": [f"level 0: search, and draw {when}: without {kinds}", "level 1: train the ticket"],
             "random": [f"level 0: draw a random ticket: without {kinds}", "level 1: train the ticket"],
-            "full": ["level 0: nothing", f"level 1: train the full network for the arithmetic of a ticket (drawn after {at})"],
+            "full": [
+                "level 0: nothing",
+                f"level 1: train the full network for the arithmetic of a slim ticket, drawn after {at}",
+            ],
         }
         return found[self.ticket]
 
@@ -222,7 +231,7 @@ class Settings(MethodSettings):
 def _fraction_text(text: str) -> str:
     """Normalize a value of --heads, so that equal values have equal text. Raises `UserError` for an invalid one."""
     try:
-        value = Fraction(text)
+        value = Fraction(text if re.fullmatch(r"[\d./]{1,20}", text) else "no fraction")  # one of 1e-99999999 takes minutes
         if 0 <= value <= 1:
             return short if Fraction(short := f"{float(value):.15g}") == value else str(value)
     except (ValueError, ZeroDivisionError):
@@ -234,7 +243,7 @@ def _step_text(text: str) -> str:
     """Normalize a value of --draw-at. Raises `UserError` for an invalid one."""
     try:
         value = float(text)
-        if 0 < value < 1 or (1 <= value < 2**48 and value == int(value)):
+        if 0 < value < 1 or (1 <= value < 2**48 and value == int(value) and "." not in text):  # 1.0 is no epoch
             return f"{value:.15g}"
     except (ValueError, OverflowError):
         pass

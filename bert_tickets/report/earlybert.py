@@ -14,19 +14,21 @@ from bert_tickets.report.formats import Table, frame, listing
 from bert_tickets.report.pretraining import SLIM_NOTE, fine_tuned, heads_of, pretraining, published_grid
 from bert_tickets.report.recipes import RECIPE
 from bert_tickets.report.rows import EARLY_BIRD, FULL, is_early_bird, plainness, row_name
-from bert_tickets.runs.directory import read_run
+from bert_tickets.runs.directory import read_run, results
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 KINDS = {"early-bird": "EarlyBERT", "random": "random", "full": "full BERT at the ticket's budget"}  # by --ticket
-LONGER = ("whole search", "record epochs")  # settings of a search that goes on after the draw
+LONGER = ("whole search", "record epochs")  # settings of a search that may go on after the draw
 ABLATED = {"heads", "neurons", "neuron scope", "lambda heads", "lambda neurons", *RECIPE}
 NOTES = (
     "Differences are to the full BERT. EarlyBERT is searched and trained in one run; `random` draws as many units, without a "
-    "search; the full BERT at the ticket's budget has no search and no ticket, and as many steps as cost the ticket's FLOPs.",
+    "search; the full BERT at the ticket's budget has no search and no ticket, and as many steps as cost the FLOPs of its search "
+    "(to --draw-at, or whole) and of slim training.",
     "Time saved: of the seconds of the full BERT's run of the same task and seed, with the search counted. Seconds are those of "
     "training, without the evaluation after it. They can be compared only on the same machine, with nothing beside the runs.",
+    "The search counts whole, also the steps after the draw of --whole-search.",
     "FLOPs saved: of the forward and backward passes over real tokens, with the search counted.",
     "The rule that fires is that of --draw-when stable, for heads and neurons both; --draw-when fixed does not depend on it.",
 )
@@ -64,17 +66,19 @@ def earlybert(levels: DataFrame, _: float | None) -> Table | None:
 
 
 def tickets(levels: DataFrame) -> DataFrame:
-    """The levels that train what a run of EarlyBERT drew, on tasks other than MLM, with `kind` and `changed`.
+    """The levels that train what a run of EarlyBERT drew, on tasks other than MLM, with `kind`, `changed` and `recipe_of_run`.
 
-    A search that went on for its record alone is left out beside one that ended with the draw: its ticket is the same.
+    A search that went on for its record alone is left out beside a shorter one that drew the same ticket.
     """
     own = levels[levels["method"].map(is_early_bird).astype(bool) & ~levels["given"] & (levels["task"] != "mlm")]
     words = [changed(method, row) for method, row in zip(own["method"], own["row"], strict=True)]
     own = own.assign(kind=[found.pop("ticket", "early-bird") for found in words], changed=words)
-    shorter = [{name: value for name, value in found.items() if name not in LONGER} for found in words]
-    there = [(line.task, line.seed, line.kind, line.changed) for line in own.itertuples()]
-    again = [one[3] != short and (*one[:3], short) in there for one, short in zip(there, shorter, strict=True)]
-    return own[~own.assign(again=again)["again"].astype(bool)]
+    own = own.assign(recipe_of_run=own["run"].map(recipe_of))
+    ticket = [str(sorted((name, value) for name, value in found.items() if name not in LONGER)) for found in words]
+    searched = [results(Path(run))[0].get("steps", 0) for run in own["run"]]
+    sorted_by_search = own.assign(ticket=ticket, searched=searched).sort_values("searched", kind="stable")
+    shortest = sorted_by_search.drop_duplicates(["task", "seed", "kind", "ticket", "mask_sha256"])
+    return own.loc[own.index.isin(shortest.index)]
 
 
 def changed(method: str, row: str) -> dict[str, float | str]:
@@ -82,6 +86,13 @@ def changed(method: str, row: str) -> dict[str, float | str]:
     own = method.partition(" (")[2].removesuffix(")").split(", ")
     own += [word for word in row.partition(" ticket")[2].split(", ") if word.rsplit(" ", 1)[0] in RECIPE]
     return {name: number(value) for name, _, value in (word.rpartition(" ") for word in own if word)}
+
+
+def recipe_of(run: str) -> dict[str, float | str]:
+    """The length and the learning rate with which a run trains its ticket."""
+    config = read_run(Path(run))["config"]
+    length = "max_steps" if config.get("max_steps") else "epochs"
+    return {"lr": number(config.get("lr", 0)), length.replace("_", " "): number(config.get(length, 0))}
 
 
 def number(value: Any) -> float | str:
@@ -96,7 +107,8 @@ def part_of(change: Mapping[str, float | str], heads: int) -> str:
     """The part of published.toml that has the numbers of a change of the preset; "" if none has."""
     if not change:
         return "large" if heads == 16 else "base"
-    return "heads-only" if change.get("neurons") == 0 and change.keys() <= {"neurons", "lambda neurons"} else ""
+    only = change.get("neurons") == 0 and change.keys() <= {"neurons", "lambda neurons"}
+    return "heads-only" if only and heads != 16 else ""  # of base alone
 
 
 # ---- cells ----
@@ -117,12 +129,15 @@ def cells_of(levels: DataFrame, own: DataFrame, found: DataFrame) -> DataFrame:
 def _wanted(task: str, own: DataFrame) -> Iterator[dict[str, Any]]:
     """The cells of a task: the full BERT, the kinds of each change of the preset that is no ablation, then the ablations."""
     heads = heads_of(own.iloc[0])
-    beside = published.earlybert(part_of({}, heads), FULL, task) or published.earlybert("heads-only", FULL, task)
+    beside = published.earlybert(part_of({}, heads), FULL, task)
+    beside = beside or published.earlybert(part_of({"neurons": 0.0}, heads), FULL, task)
     base = {"task": task, "sparsity": 0.0, "changed": {}, "kind": "", "is_main": True, "heads_of_layer": heads}
+    base |= {"recipe_of_run": {}}
     yield base | {"row": FULL, "sweep": "earlybert", "published": beside}
     order = sorted(own.drop_duplicates("row").itertuples(), key=lambda line: plainness(line.row))
     for line in sorted(order, key=lambda line: _is_ablation(line.kind, line.changed)):
         part, cell = part_of(line.changed, heads), base | {"reference": FULL, "changed": line.changed}
+        cell |= {"recipe_of_run": line.recipe_of_run}
         is_ablation = _is_ablation(line.kind, line.changed)
         cell |= {"is_main": not is_ablation, "sweep": "earlybert" if not line.changed else "earlybert_ablations" * is_ablation}
         for kind in (line.kind,) if line.changed else KINDS:
@@ -186,7 +201,8 @@ def _tradeoff(cells: DataFrame) -> Iterator[tuple[str, DataFrame]]:
     """Time saved and score by what is gone, of each task with several sizes, and the published grid."""
     shown = [cell for cell in cells[cells["text"] != NO_RUN].itertuples() if is_tradeoff(cell)]
     for task in dict.fromkeys(cell.task for cell in shown):
-        texts = {gone(cell): f"{_percent(cell.time_saved)} / {cell.text}" for cell in shown if cell.task == task}
+        of_task = [cell for cell in shown if cell.task == task]
+        texts = {gone(cell): f"{_percent(cell.time_saved)} / {cell.text}" for cell in reversed(of_task)}  # the plainest is first
         if len(texts) > 1:
             heads = shown[0].heads_of_layer
             yield f"Time saved / score on {published.name(task)}, by what is gone", _grid(texts, heads)
@@ -217,13 +233,21 @@ def _ablations(cells: DataFrame) -> Iterator[tuple[str, DataFrame]]:
         mark = published.source("earlybert")[:-1] + (", digitised]" if "digitised" in ablation else "]")
         for value, score, flags in ablation["rows"]:
             wanted = {name.replace("_", " "): number(flag) for name, flag in flags.items()}
-            texts = {published.name(cell.task): cell.text for cell in shown if cell.changed == wanted}
+            found = [cell for cell in shown if _is_of(cell, wanted)]
+            texts = {published.name(cell.task): cell.text for cell in found}
             line = {"varied": ablation["name"], "value": value}
             line |= {name: texts.get(name, NO_RUN) for name in map(published.name, tasks)}
             lines.append(line | {"published, task not named": f"{score:g} {mark}"})
-            varied |= {ablation["name"]} if flags and texts else set()
+            varied |= {ablation["name"]} if any(cell.changed for cell in found) else set()
     if varied:
         yield "Ablations", frame([line for line in lines if line["varied"] in varied])
+
+
+def _is_of(cell: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether a cell is that of an ablation: it changes these settings, or is trained for so long at this learning rate."""
+    if wanted.keys() & {*RECIPE}:
+        return cell.changed.keys() <= {*RECIPE} and cell.recipe_of_run == wanted
+    return cell.changed == wanted
 
 
 # ---- notes ----

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bert_tickets.config import from_flat
 from bert_tickets.errors import Damaged, UserError
 from bert_tickets.report import published
-from bert_tickets.report.costs import costs
+from bert_tickets.report.costs import costs, warnings
 from bert_tickets.report.earlybert import KINDS, cells_of, gone, is_tradeoff, tickets
 from bert_tickets.report.figures import MARKED, UNITS, evaluations_note, is_marked, seeds_note
 from bert_tickets.report.formats import frame, markdown_grid
@@ -55,7 +55,7 @@ def draw_distances(levels: DataFrame, output: Path, title: str | None) -> str:
         if drawn[line.task][0] is line:
             for kind, of_kind in masks.items():
                 at = thinned(steps)
-                marks = {"the rule fires": draw.get(f"{kind}_fired"), "drawn": draw.get("step")}
+                marks = {"drawn": draw.get("step"), "the rule fires": draw.get(f"{kind}_fired")}
                 known = {name: step for name, step in marks.items() if step is not None}
                 heading = f"{row['task']}, seed {line.seed}: {kind}"
                 panels.append((published.place(line.task), (heading, at + 1, distances(of_kind[at]), known)))
@@ -132,7 +132,8 @@ def draw_tradeoff(levels: DataFrame, output: Path, title: str | None) -> str:
     own = own[sized]
     if own.empty:
         raise UserError("no finished run of --method early-bird on a task other than MLM")
-    cells = cells_of(levels, own, costs(own, levels[levels["row"] == FULL]))
+    found = costs(own, levels[levels["row"] == FULL])
+    cells = cells_of(levels, own, found)
     cells = cells[cells["n"] > 0]
     cells = cells.assign(time_saved=cells["time_saved"].where(cells["row"] != FULL, 0.0))
     shown = cells[cells["time_saved"].notna()]
@@ -152,13 +153,14 @@ def draw_tradeoff(levels: DataFrame, output: Path, title: str | None) -> str:
         seeds_note(shown["n"]).replace("mean ± standard deviation", "means")
         + evaluations_note(shown)
         + (f"; hollow: {MARKED}" if points["hollow"].any() else "")
+        + "; with seconds that are not comparable" * bool(list(warnings(found)))
     )
     draw_points(output, title or "Scores over the time saved, search included", points, note)
     lines = [
         {"task": published.name(cell.task), "row": cell.row, "time saved": f"{cell.time_saved:.1f} %", "score": cell.text}
         for cell in shown.itertuples()
     ]
-    return "\n".join([markdown_grid(frame(lines)), *remarks(shown)])
+    return "\n".join([markdown_grid(frame(lines)), *remarks(shown), *warnings(found)])
 
 
 def _line(cell: Any) -> str:

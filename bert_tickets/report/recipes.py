@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bert_tickets.content import brief
 from bert_tickets.report.rows import PRETRAINED_BY, is_early_bird
 
 RECIPE = ("epochs", "lr", "max steps")  # settings in words in which a ticket's training may differ from the full BERT's
@@ -28,11 +29,16 @@ def adopt_settings(lines: Sequence[dict[str, Any]]) -> None:
     """Give the runs of a task the setting of its EarlyBERT runs, if their shared settings have the same values.
 
     What all EarlyBERT runs of the task have of `RECIPE` stays in the setting. What some have is their `length`, which the row
-    names, as it does what some have of `SEARCH`. The `recipe` of other runs is what differs from their own preset.
+    names, as it does what some have of `SEARCH`. The `recipe` of other runs is what differs from their own preset. Where the
+    shared settings of other runs have other values, the setting of the EarlyBERT runs names their own.
     """
     for task in {line["task"] for line in lines if _searches(line)}:
         of_task = [line for line in lines if line["task"] == task]
         searches = [line for line in of_task if _searches(line)]
+        others = [line for line in of_task if not _searches(line) and line["shared"] not in [one["shared"] for one in searches]]
+        more = [sorted(set().union(*(_differing(line, other) for other in others))) for line in searches]
+        for line, words in zip(searches, more, strict=True):
+            line |= {name: ", ".join(filter(None, [line[name], *words])) for name in ("setting", "search")}
         common = set.intersection(*(_words(line["setting"], RECIPE) for line in searches))
         early = [
             line for line in searches if not _words(line["own_settings"], ("ticket",))
@@ -54,9 +60,15 @@ def adopt_settings(lines: Sequence[dict[str, Any]]) -> None:
 def name_models(lines: Sequence[dict[str, Any]]) -> None:
     """Say of runs on a model that another run pre-trained how that was found, in `weights` instead of in the setting."""
     makers = {line["made"]: line for line in lines if line.get("made")}
+    lengths: dict[str, list[set[str]]] = {}  # of a method's makers
+    for made in makers.values():
+        lengths.setdefault(made["method"], []).append(_words(made["setting"], RECIPE))
     for line in lines:
         if maker := makers.get(line["shared"].get("model")):
-            method = f"{maker['method']} ({maker['own_settings']})" if maker["own_settings"] else maker["method"]
+            of_method = lengths[maker["method"]]
+            differing = sorted(_words(maker["setting"], RECIPE) - set[str].intersection(*of_method))
+            own = ", ".join(filter(None, [maker["own_settings"], *differing]))
+            method = f"{maker['method']} ({own})" if own else maker["method"]
             words = {word for word in line["setting"].split(", ") if word.startswith("model ")}
             line |= {name: _without(line[name], words) for name in ("setting", "search")}
             line |= {"weights": PRETRAINED_BY + method, "maker": maker["run"]}
@@ -64,6 +76,15 @@ def name_models(lines: Sequence[dict[str, Any]]) -> None:
 
 def _searches(line: Mapping[str, Any]) -> bool:
     return is_early_bird(line["method"]) and not line["given"]
+
+
+def _differing(line: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """The shared settings of a run, in words, that have another value in another run, and that neither setting names."""
+    named = {word.rsplit(" ", 1)[0] for one in (line, other) for word in one["setting"].split(", ")}
+    named |= {"model"} if other["maker"] else set()  # `weights` says of it
+    differing = {name: value for name, value in line["shared"].items() if value != other["shared"].get(name)}
+    words = {name.replace("_", " "): brief(str(value)) for name, value in differing.items()}
+    return {f"{name} {value}" for name, value in words.items() if name not in named}
 
 
 def _words(setting: str, names: Sequence[str]) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ def level_lines(run: Path) -> Iterator[str]:
             yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
     if lines and (found := lines[-1].get("sizes")):  # earlier versions did not record them
         yield f"level {lines[-1]['level']} keeps {_sizes(found)}"
+    if lines and "draw" in lines[0]:
+        yield _drawn(lines)
     levels: dict[str, list[str]] = {}
     for line in lines:
         for warning in line["warnings"]:
@@ -81,6 +83,17 @@ def _sizes(found: Mapping[str, float]) -> str:
     for name, words in (("covered", "covered weights"), ("encoder_layers", "parameters of the layers"), ("all", "parameters")):
         parts.append(f"{found[f'{name}_kept'] / found[name]:.1%} of {found[name]:,} {words}")
     return ", ".join(parts) + f" ({found['bertplays_percent']:.1f} % as Prasanna et al. count)"
+
+
+def _drawn(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Say of EarlyBERT's levels when the ticket was drawn, what level 0's metrics are of, and the arithmetic of all of them."""
+    draw, steps, spent = lines[0]["draw"], lines[0]["steps"], sum(line["flops"] for line in lines)
+    if not steps:
+        return f"level 0 trained nothing, and has the metrics of the network before training; {spent:.3g} FLOPs in all"
+    stable = f"were first stable at step {draw['fired']}" if draw["fired"] else "were never stable"
+    found = f"the ticket was drawn after step {draw['step']} of {steps}, and the masks {stable}"
+    share = f"{spent:.3g} FLOPs in all, {lines[0]['flops'] / spent:.0%} of them of the search"
+    return f"level 0 is the search, and has the metrics of its full network: {found}; {share}"
 
 
 def _best(line: Mapping[str, Any], metric: str) -> str:

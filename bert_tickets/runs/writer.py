@@ -257,7 +257,7 @@ class Run:
         self.group.on_main(record)
         if self.group.rank:
             raise SystemExit(2)  # the main process reports the error
-        advice = "A lower --lr, or --precision bf16 or fp32, may help."
+        advice = "A lower learning rate, or --precision bf16 or fp32, may help."
         raise Diverged(f"{title}: {error}. results.jsonl records it; finished levels are intact. {advice}") from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from trainrun import KINDS
 
 from bert_tickets.cli import parse
@@ -42,6 +43,25 @@ def test_the_card_says_what_the_run_records(exported, task, untrained):
     data = ModelCard(text).data.to_dict()
     assert ("pipeline_tag" in data) == ("metrics" in data) == (not untrained)
     assert not {"base_model", "datasets", "model-index", "license"} & data.keys()  # the hub knows nothing of local folders
+
+
+def test_a_search_is_exported_as_the_untrained_ticket_that_it_drew(train_task, tmp_path):
+    run = train_task("rte", tmp_path, "--method", "early-bird", "--draw-at", "3", "--keep-models")
+    export(run, tmp_path / "drawn", 0)
+    export(run, tmp_path / "trained")
+    text = (tmp_path / "drawn" / "README.md").read_text()
+    accuracy = result(run, 0)["metrics"]["accuracy"]
+    for words in (
+        "They are not trained on the task.",
+        f"| accuracy at the end of the search (not of these weights) | {accuracy:.6g} |",
+        "| searched for | 3 steps",
+        "The smaller network is trained from the weights before the search.",  # the method in a whole sentence
+    ):
+        assert words in text
+    assert "metrics" not in ModelCard(text).data.to_dict()
+    weights, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "drawn", run / "level_00" / "model"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in kept.items())
+    assert "The metrics below are those of this network." in (tmp_path / "trained" / "README.md").read_text()
 
 
 def as_from_the_hub(run: Path, **config: object):

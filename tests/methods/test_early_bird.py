@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 from trainrun import Killed, Runs, contents, dying, train
 
-from bert_tickets.errors import Stopped
+from bert_tickets.errors import Stopped, UserError
 from bert_tickets.files import read_tensors, sha256_of
 from bert_tickets.masking.draw import draw, first_stable
 from bert_tickets.masking.mask import Mask
@@ -131,6 +131,19 @@ def test_the_arithmetic_is_that_of_the_steps_and_their_examples(commands, run, t
     more = results(found(commands, tmp_path, "--ticket", "full", "--draw-at", "5"))[1]
     assert more["steps"] == 9
     assert more["flops"] > budget
+    whole = results(found(commands, tmp_path, "--protocol", "released", "--draw-at", "2", "--ticket", "full"))[1]
+    assert whole["steps"] == results(found(commands, tmp_path, "--draw-at", "6", "--ticket", "full"))[1]["steps"]  # an epoch
+
+
+def test_a_budget_that_no_search_has_is_refused_before_any_level(commands, tmp_path):
+    with pytest.raises(UserError, match="--draw-at 99 is step 99, and the search has 18"):
+        found(commands, tmp_path, "--draw-at", "99", "--ticket", "full")
+    assert not list(tmp_path.glob("**/level_00"))
+
+
+def test_a_rule_that_cannot_fire_is_refused(commands, tmp_path):
+    with pytest.raises(UserError, match="compares 5 masks that are --draw-every 10 steps apart, and the search has 6 steps"):
+        found(commands, tmp_path, "--draw-when", "stable")
 
 
 def test_a_step_costs_three_forward_passes(commands, bert_dir, tmp_path):
@@ -180,10 +193,10 @@ def test_a_search_ends_when_its_masks_are_stable(commands, tmp_path):
 
 
 def test_masks_that_do_not_become_stable_are_drawn_at_the_end_with_a_warning(commands, tmp_path):
-    run = found(commands, tmp_path, *SEARCH, "--draw-when", "stable", "--draw-every", "3")
+    run = found(commands, tmp_path, *SEARCH, "--draw-when", "stable", "--draw-every", "1", "--record-epochs", "0.8")
     search = results(run)[0]
-    assert (search["draw"]["fired"], search["draw"]["step"], search["steps"]) == (None, 6, 6)
-    assert any("not stable by step 6, at which the ticket was drawn" in warning for warning in search["warnings"])
+    assert (search["draw"]["fired"], search["draw"]["step"], search["steps"]) == (None, 5, 5)
+    assert any("not stable by step 5, at which the ticket was drawn" in warning for warning in search["warnings"])
     assert units_of(run) == drawn(record_of(run)[-1])
 
 

@@ -219,9 +219,11 @@ def test_equal_fractions_have_equal_text():
     [
         ("--draw-at 0", "give a step such as 400"),
         ("--draw-at 1.5", "give a step such as 400"),
+        ("--draw-at 1.0", "give a step such as 400"),
         ("--draw-at soon", "give a step such as 400"),
         ("--heads 4/3", "give a fraction such as 1/3"),
         ("--heads 1/0", "give a fraction such as 1/3"),
+        ("--heads 1e-99999999", "give a fraction such as 1/3"),
         ("--neurons 1.1", "from 0 to 1"),
         ("--lambda-heads -1", "at least 0"),
         ("--search-lr 0", "above 0"),
@@ -249,11 +251,11 @@ def test_a_draw_after_the_learning_rate_is_zero_is_refused(commands, tmp_path):
 @pytest.mark.parametrize(
     ("given", "lines"),
     [
-        ("", ["level 0: search, and draw after 0.2 of an epoch: without 1/3 of each layer's heads, 40% of the neurons"]),
-        ("--draw-at 9 --heads 0", ["draw after step 9: without 0 of", "level 1: train the ticket"]),
+        ("", ["level 0: search, and draw after 0.2 of an epoch: without 33% of each layer's heads, 40% of the neurons"]),
+        ("--draw-at 9 --heads 0", ["draw after step 9: without 0% of", "level 1: train the ticket"]),
         ("--draw-when stable", ["draw when the masks are stable"]),
         ("--ticket random", ["level 0: draw a random ticket"]),
-        ("--ticket full", ["level 1: train the full network for the arithmetic of a ticket"]),
+        ("--ticket full", ["level 1: train the full network for the arithmetic of a slim ticket"]),
     ],
 )
 def test_the_plan_says_what_each_level_does(given, lines):

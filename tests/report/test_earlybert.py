@@ -82,6 +82,18 @@ def test_runs_of_another_batch_size_are_refused(tmp_path):
         comparable(read_results([tmp_path])[0])
 
 
+def test_a_full_bert_of_another_batch_size_is_not_compared_with_tickets(tmp_path):
+    rundirs.early(tmp_path, "mnli", 1, 0.7)
+    rundirs.dense(tmp_path, "mnli", 1, 0.8, batch_size=32)  # fine-tuning's
+    with pytest.raises(UserError, match=r"have different settings(.|\n)*batch size 128"):
+        comparable(read_results([tmp_path])[0])
+    rundirs.dense(tmp_path, "mnli", 1, 0.9)
+    assert {setting: [*read_results([tmp_path], setting)[0]["value"]] for setting in ("", "batch size 128")} == {
+        "": [80.0],
+        "batch size 128": [70.0, 90.0],
+    }
+
+
 def test_lengths_that_all_tickets_share_are_a_setting_and_others_are_rows(tmp_path):
     rundirs.early(tmp_path, "mnli", 1, 0.7, epochs=1.0)
     rundirs.dense(tmp_path, "mnli", 1, 0.8, epochs=1.0)

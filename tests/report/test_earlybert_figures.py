@@ -162,6 +162,14 @@ def test_scores_stand_over_the_time_saved(plot, tmp_path):
     assert lacks(tmp_path / "f.svg", "RTE", "accuracy (%)", "time saved (%)", "means of 1 to 2 seeds") == []
 
 
+def test_seconds_of_other_machines_are_said_in_the_picture_and_below_it(tmp_path, capsys):
+    rundirs.dense(tmp_path, "rte", 1, 0.8)
+    rundirs.timed(rundirs.early(tmp_path, "rte", 1, 0.7), 10.0, 50.0, host="there")
+    figures.main(figures.parse(["tradeoff", str(tmp_path), "--output", str(tmp_path / "f.svg")]))
+    assert "RTE: runs of EarlyBERT and of the full BERT differ in host" in capsys.readouterr().out
+    assert lacks(tmp_path / "f.svg", "one seed; with seconds that are not comparable") == []
+
+
 def test_without_a_full_bert_there_is_no_trade_off(plot, tmp_path):
     rundirs.early(tmp_path, "rte", 1, 0.7)
     with pytest.raises(UserError, match="no run of --method early-bird stands beside a full BERT"):

@@ -51,6 +51,20 @@ def test_ablations_are_those_of_the_slides(ablated):
     assert ("neurons gone, ranked globally", "30 %") not in lines
 
 
+def test_learning_rates_stand_by_how_long_they_were_trained(tmp_path):
+    """Of SQuAD, whose preset is neither; and where all tickets of a task were trained for an epoch."""
+    rundirs.early(tmp_path, "squad", 1, 0.5)
+    rundirs.early(tmp_path, "squad", 1, 0.6, lr=4e-5, epochs=2.0)
+    rundirs.early(tmp_path, "squad", 1, 0.7, lr=4e-5, epochs=1.0)
+    for lr, value in ((4e-5, 0.8), (2e-5, 0.9)):
+        rundirs.early(tmp_path, "qnli", 1, value, epochs=1.0, lr=lr)
+    lines = {(line["varied"], line["value"]): (line["QNLI"], line["SQuAD"]) for line in grid(made(tmp_path), "Ablations")}
+    assert lines["learning rate, 1 epoch", "4e-5"] == ("80.0 (1)", "70.0 (1)")
+    assert lines["learning rate, 1 epoch", "2e-5"] == ("90.0 (1)", "no run")
+    assert lines["learning rate, 2 epochs", "4e-5"] == ("no run", "60.0 (1)")
+    assert lines["learning rate, 2 epochs", "2e-5"] == ("no run", "no run")
+
+
 def test_ablations_are_no_rows_of_the_main_table_and_heads_only_is_one(ablated):
     table = made(ablated)
     assert set(by_row(table, "Scores")) == {FULL, EARLY, RANDOM, BUDGET, "early_bird (neurons 0.0) ticket"}
@@ -60,10 +74,18 @@ def test_ablations_are_no_rows_of_the_main_table_and_heads_only_is_one(ablated):
 
 def test_a_longer_search_is_left_out_beside_its_shorter_one(ablated):
     longer = "early_bird (record epochs 2.5, whole search True) ticket"
-    rundirs.early(ablated, "qnli", 1, 0.88, whole_search=True, record_epochs=2.5)
-    rundirs.early(ablated, "qnli", 2, 0.88, whole_search=True, record_epochs=2.5)
+    for seed in (1, 2):
+        rundirs.add(rundirs.early(ablated, "qnli", seed, 0.88, whole_search=True, record_epochs=2.5), 0, steps=400)
     lines = by_row(made(ablated), "Scores by task", "QNLI")
     assert lines[longer]["here"] == "88.0 (1)"
+
+
+def test_of_searches_that_are_whole_by_the_preset_the_shorter_is_shown(tmp_path):
+    whole = rundirs.early(tmp_path, "qnli", 1, 0.8, (50.0, 50.0), protocol="released")
+    rundirs.add(whole, 0, steps=400)
+    rundirs.early(tmp_path, "qnli", 1, 0.8, (10.0, 50.0), protocol="released", whole_search=False)
+    (line,) = (line for line in grid(made(tmp_path), "Cost") if line["task"] == "QNLI")
+    assert line["seconds of the search"] == "10.0"
 
 
 def test_changes_are_read_from_rows():
@@ -77,6 +99,7 @@ def test_changes_are_read_from_rows():
         "heads-only",
         "",
     ]
+    assert part_of({"neurons": 0.0}, 16) == ""  # the slides have heads only of base
 
 
 # ---- pre-training ----
@@ -120,6 +143,16 @@ def test_slim_pretrained_networks_stand_beside_their_dense_twin(pretrained):
     assert not [note for note in table.notes if "model" in note]
     (line,) = [line for line in table.missing if line.startswith("no run of QNLI")]
     assert line.endswith("`TASKS='qnli qqp sst2 rte mrpc squad' bash scripts/earlybert_pretrain.sh`")
+
+
+def test_networks_that_were_pretrained_for_other_lengths_are_other_rows(pretrained):
+    slim = rundirs.early(pretrained, "mlm", 1, 0.4, init="random", max_steps=4000)
+    given = {"mask": rundirs.mask_of(slim, 0), "model": str(rundirs.pretrained(slim, 1)), "execution": "slim"}
+    rundirs.run(pretrained, [0.6], "mnli", 1, **given)
+    lines = by_row(made(pretrained), "Pre-trained, then fine-tuned")
+    (short,) = (row for row in lines if "max steps 4000" in row)
+    assert lines[short]["MNLI"] == "60.0 (1 of 2)"
+    assert lines["early_bird ticket of MLM, pre-trained by early_bird"]["MNLI"] == "80.5 ± 2.1 (2)"
 
 
 def test_slim_models_that_are_fine_tuned_whole_are_no_tickets(pretrained):

@@ -165,7 +165,7 @@ def test_a_level_that_diverges_is_recorded_and_tried_again(runs, monkeypatch, ca
             self.params["bert.pooler.dense.weight"].data[0] = float("nan")
         return loss
 
-    said = r"level 1/2, .*became infinite or NaN by step 2\. results\.jsonl records it; finished levels are intact. A lower --lr"
+    said = r"level 1/2, .*became infinite or NaN by step 2\. results\.jsonl records it; finished levels are intact. A lower learn"
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", breaking)
         with pytest.raises(Diverged, match=said):

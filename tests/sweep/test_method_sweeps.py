@@ -138,9 +138,10 @@ def test_earlybert_stands_beside_the_full_bert_random_tickets_and_its_budget(tmp
     assert [words.count("--batch-size") for words in small] == [1] * 8
     assert [flag(words, "--draw-at") for words in small] == [None, "5", None, "5"] * 2
     early = "--search-lr 1e-4 --lambda-heads=1e-3 --neurons 0.3 --execution masked --draw_when stable"  # no search, no flag of it
+    early += " --no-whole-search --keep-gates"
     assert [own_flags(words) for words in lines("earlybert", tmp_path, TASKS="rte", SEEDS="1", EARLY_FLAGS=early)][1:] == [
         early.split(),
-        ["--neurons", "0.3", "--execution", "masked", "--ticket", "random"],
+        ["--neurons", "0.3", "--execution", "masked", "--keep-gates", "--ticket", "random"],
         ["--neurons", "0.3", "--ticket", "full"],
     ]  # fmt: skip
 
@@ -152,6 +153,8 @@ def test_heads_only_and_the_released_protocol_of_earlybert(tmp_path):
     released = lines("earlybert", tmp_path, TASKS="rte", SEEDS="1", PROTOCOL="released")
     assert [flag(words, "--protocol") for words in released] == [None, *["released"] * 3]
     assert {flag(words, "--output-dir") for words in released} == {"runs_earlybert_released"}
+    ablated = lines("earlybert_ablations", tmp_path, TASKS="rte", SEEDS="1", PROTOCOL="released")
+    assert {flag(words, "--output-dir") for words in ablated} == {"runs_earlybert_released"}
 
 
 def test_ablations_vary_one_thing_and_leave_out_what_the_preset_has(tmp_path):
@@ -172,9 +175,10 @@ def test_ablations_vary_one_thing_and_leave_out_what_the_preset_has(tmp_path):
 
 
 def test_ablations_give_the_presets_value_where_a_variable_gives_another(tmp_path):
-    variables = {"SEEDS": "1", "GLUE_FLAGS": "--lr 1e-4", "EARLY_FLAGS": "--heads=1/2"}
+    variables = {"SEEDS": "1", "GLUE_FLAGS": "--lr 1e-4", "EARLY_FLAGS": "--heads=1/2 --lambda_heads 1e-2"}
     found = [own_flags(words) for words in lines("earlybert_ablations", tmp_path, **variables)][1:]
     assert all(flag(flags, "--heads") in ("1/4", "1/3", "5/12", "1/2") for flags in found[:4])
+    assert {flag(flags, "--lambda-heads") for flags in found if "--lambda-heads" in flags} == {"1e-4", "1e-3", "1e-2"}
     rates = [(flag(flags, "--epochs"), flag(flags, "--lr")) for flags in found if "--lr" in flags]
     assert rates == [(epochs, rate) for epochs in ("1", None) for rate in ("2e-5", "4e-5", "6e-5", "8e-5")]
 
