@@ -35,7 +35,8 @@ def adopt_settings(lines: Sequence[dict[str, Any]]) -> None:
     for task in {line["task"] for line in lines if _searches(line)}:
         of_task = [line for line in lines if line["task"] == task]
         searches = [line for line in of_task if _searches(line)]
-        others = [line for line in of_task if not _searches(line) and line["shared"] not in [one["shared"] for one in searches]]
+        trained = [line for line in of_task if not _searches(line) and not line["scored"]]
+        others = [line for line in trained if line["shared"] not in [one["shared"] for one in searches]]
         more = [sorted(set().union(*(_differing(line, other) for other in others))) for line in searches]
         for line, words in zip(searches, more, strict=True):
             line |= {name: ", ".join(filter(None, [line[name], *words])) for name in ("setting", "search")}

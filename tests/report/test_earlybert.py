@@ -84,12 +84,15 @@ def test_runs_of_another_batch_size_are_refused(tmp_path):
 
 def test_a_full_bert_of_another_batch_size_is_not_compared_with_tickets(tmp_path):
     rundirs.early(tmp_path, "mnli", 1, 0.7)
+    ticket = rundirs.oneshot(tmp_path / "masks", 0.4)
+    rundirs.given(tmp_path, "mnli", 1, ticket, 0.3, "score")  # trains in no batches
+    assert set(comparable(read_results([tmp_path])[0])["setting"]) == {""}
     rundirs.dense(tmp_path, "mnli", 1, 0.8, batch_size=32)  # fine-tuning's
     with pytest.raises(UserError, match=r"have different settings(.|\n)*batch size 128"):
         comparable(read_results([tmp_path])[0])
     rundirs.dense(tmp_path, "mnli", 1, 0.9)
     assert {setting: [*read_results([tmp_path], setting)[0]["value"]] for setting in ("", "batch size 128")} == {
-        "": [80.0],
+        "": [80.0, 30.0],
         "batch size 128": [70.0, 90.0],
     }
 
