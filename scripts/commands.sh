@@ -24,11 +24,18 @@ stop_signals='INT TERM HUP USR1 USR2 XCPU' # as in bert_tickets/signals.py
 
 fail() { echo "error: $*" >&2; exit 2; }
 
+describe() { # script: its first comment, and the defaults of its variables
+  sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"
+  printf '\nDefaults:\n'
+  grep -o '"${[A-Z_]*:=[^}][^}]*}"' "$1" | sed 's/^"${\(.*\):=\(.*\)}"$/  \1="\2"/'
+  echo
+}
+
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=true ;;
     --stage) [[ ${2-} =~ ^[123]$ ]] || fail "--stage must be 1, 2 or 3"; stage_wanted=$2; shift ;;
-    -h | --help) for file in "$0" "${BASH_SOURCE[0]}"; do sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$file"; echo; done; exit 0 ;;
+    -h | --help) describe "$0"; describe "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown flag $1; a sweep has --dry-run, --stage N and --help" ;;
   esac
   shift

@@ -30,6 +30,13 @@ def test_from_another_folder_its_relative_paths_are_refused(tmp_path, monkeypatc
     assert printed("table2", TASKS="rte", SEEDS="1", PYTHON=stub(tmp_path), OUTPUT=str(tmp_path / "out"))
 
 
+def test_help_says_what_a_sweep_is_and_the_defaults_of_its_variables():
+    found = sweep("earlybert_ablations", "--help")
+    assert found.returncode == 0
+    for line in ("EarlyBERT's trade-off and ablations on one task", '  TASKS="qnli"', '  MODEL="bert-base-uncased"'):
+        assert line in found.stdout
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_line_is_a_job_of_its_own_after_those_that_it_needs(name, monkeypatch):
     monkeypatch.chdir(ROOT)
