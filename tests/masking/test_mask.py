@@ -151,6 +151,11 @@ def test_a_torch_file_that_is_no_mask_is_a_users_error(tmp_path, content, messag
         Mask.load(tmp_path / "mask.pt")
 
 
+def test_a_folder_is_a_users_error_that_names_a_file(tmp_path):
+    with pytest.raises(UserError, match=r"it is a folder\. Give a file, such as .*level_01/mask\.safetensors"):
+        Mask.load(tmp_path)
+
+
 def test_a_file_of_weights_or_of_another_format_is_a_users_error(tmp_path):
     path = tmp_path / "mask.safetensors"
     save_file({QUERY: torch.ones(4, 4)}, path)

@@ -141,6 +141,16 @@ def test_a_budget_that_no_search_has_is_refused_before_any_level(commands, tmp_p
     assert not list(tmp_path.glob("**/level_00"))
 
 
+def test_the_closing_table_says_what_the_search_did(commands, tmp_path, capsys):
+    search, training = results(found(commands, tmp_path, "--draw-at", "3"))
+    said = capsys.readouterr().out
+    drawn_at = "the ticket was drawn after step 3 of 3, and the masks were never stable"
+    assert f"level 0 is the search, and has the metrics of its full network: {drawn_at}; " in said
+    assert f"FLOPs in all, {search['flops'] / (search['flops'] + training['flops']):.0%} of them of the search" in said
+    found(commands, tmp_path, "--ticket", "random")
+    assert "level 0 trained nothing, and has the metrics of the network before training; " in capsys.readouterr().out
+
+
 def test_a_rule_that_cannot_fire_is_refused(commands, tmp_path):
     with pytest.raises(UserError, match="compares 5 masks that are --draw-every 10 steps apart, and the search has 6 steps"):
         found(commands, tmp_path, "--draw-when", "stable")

@@ -32,15 +32,7 @@ from bert_tickets.tasks.mlm import Mlm, mask_tokens
 from bert_tickets.training.distributed import SINGLE_PROCESS
 from bert_tickets.training.mask_scores import MaskedNetwork
 
-
-@pytest.fixture
-def net():
-    return formula_net()
-
-
-@pytest.fixture
-def batch():
-    return formula_batch()
+net, batch = pytest.fixture(formula_net), pytest.fixture(formula_batch)
 
 
 # ---- invariants ----

@@ -8,15 +8,7 @@ from bert_tickets.modeling.parameters import WORD_EMBEDDINGS
 from bert_tickets.tasks.distillation import all_positions, as_teacher, distance, hidden_states, real_tokens
 from bert_tickets.training.bert_adam import BertAdam
 
-
-@pytest.fixture
-def net():
-    return formula_net()
-
-
-@pytest.fixture
-def batch():
-    return formula_batch()
+net, batch = pytest.fixture(formula_net), pytest.fixture(formula_batch)
 
 
 def padded_states(net, _):

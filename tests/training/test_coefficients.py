@@ -27,14 +27,7 @@ UNITS = Mask({
 })  # fmt: skip
 
 
-@pytest.fixture
-def net():
-    return formula_net()
-
-
-@pytest.fixture
-def batch():
-    return formula_batch()
+net, batch = pytest.fixture(formula_net), pytest.fixture(formula_batch)
 
 
 def loss_of(net, batch):
