@@ -38,6 +38,7 @@ STYLE: dict[str, Any] = {
 # Okabe and Ito's colours, for colour-blind readers; with markers and dashes of other periods, also for grey print.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+NAMED_SIZES = 8  # of points in a legend; of more the first and the last
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
 POINT = ["row", "column", "unit", "title", "line", "sparsity", "x", "y", "hollow"]  # the columns that `draw_points` takes
 
@@ -148,8 +149,9 @@ def draw_points(output: Path, title: str, points: DataFrame, note: str) -> None:
     }
     handles: dict[str, Any] = {name: Line2D([], [], **style) for name, style in styles.items()}
     of_size: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "0.6"}
-    in_words = "sparsity " + ", ".join(map(percent, sparsities))
-    handles[in_words] = tuple(Line2D([], [], markersize=size, **of_size) for size in sizes.values())
+    named = sparsities if len(sparsities) <= NAMED_SIZES else [sparsities[0], sparsities[-1]]  # the whole line has to fit
+    in_words = "sparsity " + (" to " if len(named) < len(sparsities) else ", ").join(map(percent, named))
+    handles[in_words] = tuple(Line2D([], [], markersize=sizes[sparsity], **of_size) for sparsity in named)
     per_row = _legend_columns(handles)
     with drawing(output) as figure:
         figure.set_size_inches(WIDTH, 1.65 * len(rows) + 0.17 * (math.ceil(len(handles) / per_row) + 2) + 0.6)

@@ -162,6 +162,14 @@ def test_scores_stand_over_the_time_saved(plot, tmp_path):
     assert lacks(tmp_path / "f.svg", "RTE", "accuracy (%)", "time saved (%)", "means of 1 to 2 seeds") == []
 
 
+def test_of_many_sparsities_the_legend_names_the_range(plot, tmp_path):
+    rundirs.dense(tmp_path, "rte", 1, 0.8)
+    for neurons in range(1, 9):
+        rundirs.early(tmp_path, "rte", 1, 0.7, gone=(1, neurons), neurons=neurons / 12)
+    plot("tradeoff", tmp_path)
+    assert lacks(tmp_path / "f.svg", "sparsity 0 % to 36.1 %") == []
+
+
 def test_seconds_of_other_machines_are_said_in_the_picture_and_below_it(tmp_path, capsys):
     rundirs.dense(tmp_path, "rte", 1, 0.8)
     rundirs.timed(rundirs.early(tmp_path, "rte", 1, 0.7), 10.0, 50.0, host="there")
