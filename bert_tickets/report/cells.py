@@ -50,6 +50,13 @@ def fill(levels: DataFrame, wanted: Iterable[Mapping[str, Any]]) -> DataFrame:
     return found
 
 
+def fill_over_sparsities(levels: DataFrame, wanted: Iterable[Mapping[str, Any]]) -> DataFrame:
+    """`fill` for rows whose runs differ in sparsity: a cell takes all of them, and their mean sparsity (NaN without runs)."""
+    cells = fill(levels.assign(sparsity=0.0), (cell | {"sparsity": 0.0} for cell in wanted))
+    sparsities = levels.groupby(["task", "row"])["sparsity"].mean().round(3)
+    return cells.assign(sparsity=[sparsities.get(place, math.nan) for place in zip(cells["task"], cells["row"], strict=True)])
+
+
 def _pool(levels: DataFrame) -> dict[str, Any]:
     """Pool the levels of a cell: its values by seed, their mean and sample standard deviation, warnings and sources."""
     by_seed = dict(zip(levels["seed"], levels["value"], strict=True))
@@ -126,7 +133,8 @@ def best_of(counts: Iterable[int]) -> str:
 
 
 def percent(sparsity: float) -> str:
-    return f"{100 * sparsity:.1f}".removesuffix(".0") + " %"
+    """Sparsity as text; none for NaN, a cell without runs."""
+    return f"{100 * sparsity:.1f}".removesuffix(".0") + " %" if sparsity == sparsity else ""
 
 
 def signed(value: float | None, digits: int = 1) -> str:

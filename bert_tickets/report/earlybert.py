@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
-from bert_tickets.report.cells import NO_RUN, fill
+from bert_tickets.report.cells import NO_RUN, fill_over_sparsities
 from bert_tickets.report.costs import MEANS, cost_line, costs, over_tasks, warnings
 from bert_tickets.report.formats import Table, frame, listing
 from bert_tickets.report.pretraining import SLIM_NOTE, fine_tuned, heads_of, pretraining, published_grid
@@ -120,9 +120,7 @@ def cells_of(levels: DataFrame, own: DataFrame, found: DataFrame) -> DataFrame:
 
     shown = pd.concat([levels[(levels["row"] == FULL) & levels["task"].isin(own["task"])], own])
     wanted = [cell for task in published.in_order(own["task"]) for cell in _wanted(task, own[own["task"] == task])]
-    cells = fill(shown.assign(sparsity=0.0), wanted)
-    sparsities = shown.groupby(["task", "row"])["sparsity"].mean().round(3)
-    cells["sparsity"] = [sparsities.get(place, 0.0) for place in zip(cells["task"], cells["row"], strict=True)]
+    cells = fill_over_sparsities(shown, wanted)
     return cells.merge(found.groupby(["task", "row"], as_index=False)[MEANS].mean(), how="left", on=["task", "row"])
 
 
@@ -131,7 +129,7 @@ def _wanted(task: str, own: DataFrame) -> Iterator[dict[str, Any]]:
     heads = heads_of(own.iloc[0])
     beside = published.earlybert(part_of({}, heads), FULL, task)
     beside = beside or published.earlybert(part_of({"neurons": 0.0}, heads), FULL, task)
-    base = {"task": task, "sparsity": 0.0, "changed": {}, "kind": "", "is_main": True, "heads_of_layer": heads}
+    base = {"task": task, "changed": {}, "kind": "", "is_main": True, "heads_of_layer": heads}
     base |= {"recipe_of_run": {}}
     yield base | {"row": FULL, "sweep": "earlybert", "published": beside}
     order = sorted(own.drop_duplicates("row").itertuples(), key=lambda line: plainness(line.row))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_tickets.files import read_facts
 from bert_tickets.report import published
-from bert_tickets.report.cells import NO_RUN, fill
+from bert_tickets.report.cells import NO_RUN, fill_over_sparsities
 from bert_tickets.report.formats import Table, frame, listing
 from bert_tickets.report.rows import FULL, PRUNED, is_guarded, plainness, row_name
 from bert_tickets.report.significance import holm, verdict
@@ -55,9 +55,9 @@ def importance(levels: DataFrame, _: float | None) -> Table | None:
     of_sizes = sizes(own)
     grids = {"Sizes": of_sizes} if len(of_sizes) else {}
     if len(main):
-        grids |= {"Scores": _scores(main), "Scores by task, and differences": _listing(main)}
+        grids |= {"Scores": _scores(main), "Scores by task, and differences": listing(main)}
     if len(apart):
-        grids["WNLI, apart"] = _listing(apart)
+        grids["WNLI, apart"] = listing(apart)
     page = published.DATA["bertplays"]["table2"]
     means = ", ".join(f"{row} {value}" for row, value in page["rows"].items())
     marks = ("json", "pdf", "masks", "nb", "page")
@@ -125,13 +125,11 @@ def _cells(levels: DataFrame, own: DataFrame) -> DataFrame:
     wanted: list[dict[str, Any]] = []
     for task in tasks_of(own):
         beside = published.bertplays(FULL, task)
-        wanted.append({"task": task, "row": FULL, "sparsity": 0.0, "sweep": "importance", "published": beside})
+        wanted.append({"task": task, "row": FULL, "sweep": "importance", "published": beside})
         wanted += _wanted(task, own[own["task"] == task])
-    cells = fill(shown.assign(sparsity=0.0), wanted)
+    cells = fill_over_sparsities(shown, wanted)
     cells["p_holm"] = cells.groupby("task")["p"].transform(holm)
     cells["verdict"] = [verdict(cell) if cell["run"] else NO_RUN for cell in cells.to_dict("records")]
-    sparsities = shown.groupby(["task", "row"])["sparsity"].mean().round(3)
-    cells["sparsity"] = [sparsities.get(place, 0.0) for place in zip(cells["task"], cells["row"], strict=True)]
     overlaps = dict(_overlaps(own))
     return cells.assign(overlap=[overlaps.get(place, "") for place in zip(cells["task"], cells["row"], strict=True)])
 
@@ -150,7 +148,7 @@ def _wanted(task: str, own: DataFrame) -> Iterator[dict[str, Any]]:
     for search, kind, pruned in sorted(rows, key=lambda key: (searches.index(key[0]), kinds.index(key[1]), not key[2])):
         references = rows.get((search, REFERENCES.get(kind, ""), pruned), [""])
         for row in rows[search, kind, pruned]:
-            cell = {"task": task, "row": row, "sparsity": 0.0, "sweep": "importance", "reference": references[0]}
+            cell = {"task": task, "row": row, "sweep": "importance", "reference": references[0]}
             beside = published.bertplays(published_row(search, kind, row), task)
             yield cell | {"search": search, "kind": kind, "published": beside}
 
@@ -206,13 +204,6 @@ def _scores(cells: DataFrame) -> DataFrame:
             line["published mean"] = "" if beside is None else f"{beside:.1f} {published.source('bertplays')}"
         lines.append(line | {published.name(task): texts.get(task, NO_RUN) for task in tasks})
     return frame(lines)
-
-
-def _listing(cells: DataFrame) -> DataFrame:
-    """A line per cell. One without a run has no sparsity."""
-    found = listing(cells)
-    found.loc[found["here"] == NO_RUN, "sparsity"] = ""
-    return found
 
 
 def sizes(own: DataFrame) -> DataFrame:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
-from bert_tickets.report.cells import fill
+from bert_tickets.report.cells import fill_over_sparsities
 from bert_tickets.report.costs import MEANS, cost_line, costs, warnings
 from bert_tickets.report.formats import frame, listing
 from bert_tickets.report.rows import FULL, PRETRAINED_BY, is_early_bird
@@ -54,10 +54,8 @@ def pretraining(levels: DataFrame, tuned: DataFrame) -> tuple[dict[str, DataFram
     made = made.assign(row=made["run"].map(row_of))
     is_early = made["method"].map(is_early_bird).astype(bool)
     found, shown = costs(made[is_early], made[~is_early]), pd.concat([made, tuned])
-    cells = fill(shown.assign(sparsity=0.0), _wanted(published.in_order(shown["task"]), order, part))
+    cells = fill_over_sparsities(shown, _wanted(published.in_order(shown["task"]), order, part))
     cells = cells.merge(found.groupby(["task", "row"], as_index=False)[MEANS].mean(), how="left", on=["task", "row"])
-    sparsities = shown.groupby(["task", "row"])["sparsity"].mean().round(3)
-    cells["sparsity"] = [sparsities.get(place, 0.0) for place in zip(cells["task"], cells["row"], strict=True)]
     grids = {"Pre-trained, then fine-tuned": _scores(cells, order)}
     grids[f"Published, {part.replace('-', ', ')} {published.source('earlybert')}"] = published_grid(part)
     if len(found):
@@ -78,7 +76,7 @@ def _wanted(tasks: Sequence[str], order: Mapping[str, str], part: str) -> Iterat
     twin = next((row for row, kind in order.items() if kind == FULL), "")
     for task in tasks:
         for row, kind in order.items():
-            cell = {"task": task, "row": row, "sparsity": 0.0, "sweep": "earlybert_pretrain"}
+            cell = {"task": task, "row": row, "sweep": "earlybert_pretrain"}
             yield cell | {"reference": twin if row != twin else "", "published": published.earlybert(part, kind, task)}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_tickets.errors import UserError
 from bert_tickets.report import published
-from bert_tickets.report.cells import fill
+from bert_tickets.report.cells import fill_over_sparsities
 from bert_tickets.report.formats import Table, frame
 from bert_tickets.report.importance import GOOD, SEARCHES, UNIT_NAMES, in_order, tasks_of, tickets
 from bert_tickets.report.rows import row_name
@@ -188,8 +188,8 @@ def _cells(own: DataFrame, found: Sequence[tuple[str, str, str, dict[int, int], 
     """A cell per statistic, with the runs and masks behind it; the values of seeds are numbers of kept units."""
     import pandas as pd
 
-    wanted = own.assign(sparsity=0.0)[["task", "row", "sparsity", "search"]].drop_duplicates().to_dict("records")
-    pooled = fill(own.assign(sparsity=0.0), [want | {"sweep": "stability"} for want in wanted])
+    wanted = own[["task", "row", "search"]].drop_duplicates().to_dict("records")
+    pooled = fill_over_sparsities(own, [want | {"sweep": "stability"} for want in wanted])
     lines = []
     for task, search, kind, kept, statistics in found:
         cell = pooled[(pooled["task"] == task) & (pooled["search"] == search)].iloc[0].to_dict()

@@ -82,7 +82,7 @@ def missing_runs(levels: DataFrame, cells: DataFrame, sweep: str) -> list[str]:
     last = levels[levels["task"].isin(there)].groupby("run")[["level", "levels"]].max()
     unfinished = last[last["level"] + 1 < last["levels"]]
     lines = [f"{r.Index}: {r.level + 1} of {r.levels} levels are finished" for r in unfinished.itertuples()]
-    lacking = cells.assign(missing=[" ".join(map(str, seeds)) for seeds in cells["missing"]])
+    lacking = cells.assign(missing=[" ".join(map(str, seeds)) for seeds in cells["missing"]]).fillna({"sparsity": 0.0})
     groups = lacking[lacking["missing"] != ""].groupby(["task", "sparsity", "sweep", "missing"], sort=False)
     lines += [_missing_seeds(group, *key) for key, group in groups]
     if left := [task for task in published.SWEEP_TASKS.get(sweep, published.TASKS) if task not in there]:

@@ -221,6 +221,15 @@ def test_costs_are_columns_of_the_csv(runs):
     assert "time_saved" not in csv([made(runs, "curves")])
 
 
+def test_a_ticket_without_runs_has_no_sparsity(tmp_path):
+    rundirs.dense(tmp_path, "qnli", 1, 0.9)
+    rundirs.early(tmp_path, "qnli", 1, 0.88)
+    sparsities = {line["row"]: line["sparsity"] for line in DictReader(StringIO(csv([made(tmp_path)])))}
+    assert sparsities.pop(FULL) == "0.0"
+    assert float(sparsities.pop(EARLY)) > 0
+    assert sparsities == {RANDOM: "", BUDGET: ""}
+
+
 def test_published_numbers_of_earlybert_are_complete():
     for part in ("base", "large", "heads-only", "pretraining-base", "pretraining-large"):
         table = published.EARLYBERT[part]

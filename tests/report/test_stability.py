@@ -85,6 +85,8 @@ def test_agreement_over_seeds_stands_beside_the_published_one(tmp_path):
     lines = DictReader(StringIO(csv([table])))
     (line,) = [line for line in lines if (line["task"], line["metric"]) == ("qnli", "kappa of heads")]
     assert (line["unit"], float(line["mean"])) == ("statistic", pytest.approx(agreement(kept)["kappa"]))
+    sparsities = [rundirs.units(*units).sparsity for units in MASKS["qnli"].values()]
+    assert float(line["sparsity"]) == pytest.approx(np.mean(sparsities), abs=5e-4)
 
 
 def test_pairs_of_tasks_have_the_masks_of_their_common_seeds(tmp_path):
