@@ -14,10 +14,20 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from bert_tickets.config import TASKS, Config, Training, build, fields_of, methods, preset_values, settings_class
+from bert_tickets.config import (
+    TASKS,
+    Config,
+    Training,
+    build,
+    deciding_flags,
+    fields_of,
+    methods,
+    preset_values,
+    settings_class,
+)
 from bert_tickets.errors import Busy, Stopped, UserError
 from bert_tickets.files import check_utf8
 from bert_tickets.signals import signal_at_parents_end
@@ -35,11 +45,15 @@ def parse(kind: str, description: str | None, argv: Sequence[str] | None = None)
     # without defaults: the parser returns only the flags that were given, so that a preset can supply the rest
     parser = Parser(description=description, formatter_class=FORMATTER, argument_default=argparse.SUPPRESS)
     try:
-        parser.epilog = f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another"
+        parser.epilog = (
+            f"methods: {', '.join(methods(kind))}; --method NAME --help lists the flags of another.\n"
+            "--score means --method score. Defaults are those of the other flags given, such as --protocol released."
+        )
         if method not in methods(kind):
             raise UserError(f"there is no method {method} for this script; the methods are {', '.join(methods(kind))}")
+        presets = _presets(words, kind, method)
         for name, f in flags(kind, method).items():
-            _add_flag(parser, name, f, method, kind)
+            _add_flag(parser, name, f, method, kind, presets)
         known, unknown = parser.parse_known_args(words)
         if unknown:
             raise UserError(_unknown(unknown[0], kind, method))
@@ -66,6 +80,16 @@ def _method_of(words: Sequence[str]) -> str:
     given, _ = parser.parse_known_args(words)
     default = Config.method if given.mask is None else "transfer"
     return (given.method or default).replace("-", "_")
+
+
+def _presets(words: Sequence[str], kind: str, method: str) -> dict[str, Any]:
+    """Return the presets' values for a command line: the defaults that its --help prints."""
+    parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    deciding = {"protocol"}.union(*(deciding_flags(method, kind, name) for name in typing.get_args(_types(method)["protocol"])))
+    for name in deciding:
+        _add_flag(parser, name, flags(kind, method)[name], method, kind, {}).required = False
+    given = vars(parser.parse_known_args(words)[0])
+    return preset_values(method, kind, given.get("protocol", Config.protocol), given)
 
 
 def flags(kind: str, method: str) -> dict[str, dataclasses.Field]:
@@ -105,7 +129,9 @@ def normalize_argv(argv: Sequence[str] | None = None) -> list[str]:
     return words
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, f: dataclasses.Field, method: str, kind: str) -> None:
+def _add_flag(
+    parser: argparse.ArgumentParser, name: str, f: dataclasses.Field, method: str, kind: str, presets: Mapping[str, Any]
+) -> argparse.Action:
     options: dict[str, Any] = {"dest": name, "help": f.metadata["help"].replace("%", "%%")}
     hint = _types(method)[name]
     kinds = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
@@ -115,7 +141,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: dataclasses.Field, 
         options["action"] = argparse.BooleanOptionalAction
     else:
         options |= {"type": kinds[0], "metavar": {str: "TEXT", int: "N", float: "X"}[kinds[0]]}
-    default = preset_values(method, kind, "paper").get(name, f.default)
+    default = presets.get(name, f.default)
     if name == "task":
         options |= {"metavar": "TASK", "help": f"one of {', '.join(TASKS[kind])}"}
     elif name == "method":
@@ -123,7 +149,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, f: dataclasses.Field, 
     elif default not in (None, False, dataclasses.MISSING):
         options["help"] += f" (default: {default})"
     options["required"] = f.default is dataclasses.MISSING and name != "task"
-    parser.add_argument("--" + name.replace("_", "-"), **options)
+    return parser.add_argument("--" + name.replace("_", "-"), **options)
 
 
 @functools.cache

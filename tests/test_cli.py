@@ -64,6 +64,24 @@ def test_help_answers_in_a_third_of_a_second_and_imports_nothing_heavy(line):
     assert min(spent) < 0.3
 
 
+def default_of(capsys, kind: str, *line: str, flag: str) -> str:
+    """What --help says of a flag's default."""
+    with pytest.raises(SystemExit):
+        parse(kind, None, [*line, "--help"])
+    text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    return text.partition(f" --{flag} ")[2].partition(" --")[0].partition("(default: ")[2].partition(")")[0]
+
+
+def test_help_prints_the_defaults_of_the_flags_given(capsys):
+    training = ("--method", "mask_training")
+    assert default_of(capsys, "squad", flag="epochs") == "2.0"
+    assert default_of(capsys, "squad", "--protocol=released", flag="epochs") == "4.0"
+    assert default_of(capsys, "mlm", *training, flag="refresh") == "1000"
+    assert default_of(capsys, "mlm", *training, "--objective", "kd", flag="refresh") == "100"
+    assert default_of(capsys, "mlm", *training, flag="ticket-step") == ""
+    assert default_of(capsys, "mlm", *training, "--sparsity", "0.70", flag="ticket-step") == "17000"
+
+
 # ---- flags ----
 
 

@@ -100,7 +100,7 @@ class Settings(MethodSettings):
         "prune round(n s) of n weights, or all up to the int(n s)-th smallest score", "round"
     )
     save_masks: str = flag("save the mask every N steps, or at steps such as 1000,5000; multiples of --refresh", "1000")
-    ticket_step: int | None = flag("end at this step, whose mask is the ticket (default: the last)", None)
+    ticket_step: int | None = flag("end at this step, whose mask is the ticket, and not at the last", None)
     optimizer: Literal["adamw", "bert_adam"] = flag("AdamW, or BertAdam, which clips each tensor by itself", "adamw")
     teacher_dropout: bool = flag("dropout in the teacher of kd", False)
     kd_padding: bool = flag("pad the examples of kd, and count padding in its mean", False)
