@@ -2,7 +2,8 @@
 #
 #   bash scripts/table2.sh                      runs the commands one after another; a second call resumes
 #   bash scripts/table2.sh --dry-run            prints the commands, one per line, for scripts/sweep.py, xargs or a Slurm array
-#   bash scripts/table2.sh --dry-run --stage 1  only the commands that need no other's ticket; --stage 2 those that do
+#   bash scripts/table2.sh --dry-run --stage 1  only the commands that need nothing of others; --stage 2 those that need
+#                                               stage 1's; --stage 3 those that need stage 2's (importance.sh, stability.sh)
 #
 # Environment variables (MODEL=all-MiniLM-L6-v2 SEEDS="1 2" bash scripts/table2.sh):
 #   SEEDS   the seeds                         MODEL       a BERT checkpoint
@@ -24,18 +25,21 @@ stop_signals='INT TERM HUP USR1 USR2 XCPU' # as in bert_tickets/signals.py
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-describe() { # script: its first comment, and the defaults of its variables
-  sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"
-  printf '\nDefaults:\n'
-  grep -o '"${[A-Z_]*:=[^}][^}]*}"' "$1" | sed 's/^"${\(.*\):=\(.*\)}"$/  \1="\2"/'
-  echo
+describe() { # script, ...: their first comments, and the defaults of their variables, of which the first counts
+  local script
+  for script; do
+    sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$script"
+    echo
+  done
+  echo Defaults:
+  grep -h '^: ' "$@" | grep -o '"${[A-Z_]*:=[^}][^}]*}"' | sed 's/^"${\(.*\):=\(.*\)}"$/  \1="\2"/' | awk -F= '!seen[$1]++'
 }
 
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=true ;;
     --stage) [[ ${2-} =~ ^[123]$ ]] || fail "--stage must be 1, 2 or 3"; stage_wanted=$2; shift ;;
-    -h | --help) describe "$0"; describe "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) describe "$0" "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown flag $1; a sweep has --dry-run, --stage N and --help" ;;
   esac
   shift

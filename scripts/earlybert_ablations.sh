@@ -5,8 +5,8 @@
 # search, of the first seed.
 set -euo pipefail
 : "${TASKS:=qnli}" "${SEEDS:=42 43 44}" "${HEADS:=1/4 1/3 5/12 1/2}" "${NEURONS:=0.3 0.4 0.5}" "${LAMBDAS:=1e-4 1e-3 1e-2}"
-: "${RATES:=2e-5 4e-5 6e-5 8e-5}" "${EPOCHS:=1 2}" "${RECORD:=2.5}"
-[ "${PROTOCOL:=paper}" = paper ] || : "${OUTPUT:=runs_earlybert_$PROTOCOL}"
+: "${RATES:=2e-5 4e-5 6e-5 8e-5}" "${EPOCHS:=1 2}" "${RECORD:=2.5}" "${PROTOCOL:=paper}"
+[ "$PROTOCOL" = paper ] || : "${OUTPUT:=runs_earlybert_$PROTOCOL}"
 : "${OUTPUT:=runs_earlybert}"
 source "$(dirname "$0")/commands.sh"
 

@@ -35,6 +35,7 @@ def test_help_says_what_a_sweep_is_and_the_defaults_of_its_variables():
     assert found.returncode == 0
     for line in ("EarlyBERT's trade-off and ablations on one task", '  TASKS="qnli"', '  MODEL="bert-base-uncased"'):
         assert line in found.stdout
+    assert [line for line in found.stdout.splitlines() if line.startswith("  OUTPUT=")] == ['  OUTPUT="runs_earlybert"']
 
 
 @pytest.mark.parametrize("name", SWEEPS)
