@@ -124,7 +124,7 @@ class Settings(MethodSettings):
 
     search_lr: float = flag("initial learning rate of the search; --lr is that of the ticket's training, as are --epochs", 2e-5)
     search_epochs: float | None = flag(
-        "epochs in which that would decay to zero; if not given, the steps of the ticket's training", None
+        "length of the decay of --search-lr to zero, in epochs; if not given, the steps of the ticket's training", None
     )
     lambda_heads: float = flag("weight of the sum of the heads' |coefficients| in the loss of the search", 1e-4)
     lambda_neurons: float = flag("weight of the sum of the neurons' |coefficients|", 1e-4)
@@ -136,7 +136,7 @@ class Settings(MethodSettings):
     record: Literal["after", "before"] = flag("draw from the coefficients after the update of that step, or before it", "after")
     whole_search: bool = flag("search until --record-epochs, for maps of the masks' distances; the ticket is the same", False)
     record_epochs: float = flag(
-        "end of a search that is whole, or whose masks do not become stable; its decay is the latest", 1.0
+        "epochs at which a search ends that is whole, or whose masks do not become stable; at most those of its decay", 1.0
     )
     heads: str = flag("fraction of each layer's heads that goes, such as 1/3 or 0.25", "1/3")
     neurons: float = flag("fraction of the neurons that goes", 0.4)
