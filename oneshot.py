@@ -8,13 +8,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.config import Config, Prunable, Training
 from bert_tickets.content import fingerprint, of_init
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("--rate", type=float, required=True, metavar="X", help="fraction of the weights to prune")
     parser.add_argument("--output", required=True, metavar="FILE", help="the mask file to write")
     parser.add_argument("--method", choices=("magnitude", "random"), default="magnitude", help="(default: magnitude)")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.config import Config, Training
 from bert_tickets.content import fingerprint
 
@@ -21,7 +21,7 @@ SHUFFLES = (
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--shuffle", choices=("layers", "matrices", "entries"), help=SHUFFLES)
     sigma = "add normal noise to the matrices, SIGMA times their standard deviation"

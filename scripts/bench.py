@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.config import GLUE, Config, kind_of, preset_values
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
@@ -37,7 +37,7 @@ SETTINGS = ("model", "data_dir", "batch_size", "max_length", "precision", "devic
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("--tasks", nargs="+", default=["cola", "sst2", "mnli", "rte"], metavar="TASK")
     parser.add_argument("--model", metavar="TEXT", default=Config.model, help="a BERT checkpoint, or random for BERT-base")
     parser.add_argument("--data-dir", metavar="DIR", help="real texts in GLUE's layout; otherwise tokens are random")

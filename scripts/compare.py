@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
 from bert_tickets.masking.similarity import MEASURES, overlap, tensor_counts, with_totals
@@ -31,7 +31,7 @@ FILE = "mask.safetensors"  # in a level's folder
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("masks", nargs="+", type=Path, metavar="MASK", help="two or more masks: files, runs, folders of a level")
     parser.add_argument("--level", type=int, metavar="N", help="the level of run directories (default: the newest)")
     parser.add_argument("--by", choices=("layer", "kind"), help="compare two masks also by layer, or by kind of matrix")

@@ -14,11 +14,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("output", type=Path, metavar="DIR", help="the folder to write; must not exist, or be empty")
     parser.add_argument("--level", type=int, metavar="N", help="the level (default: the newest)")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.report.pictures import picture_file
 
@@ -45,7 +45,7 @@ CHOOSING = ("examples", "distances", *OF_TAMT)  # figures that choose comparable
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, words in FIGURES.items():
         figure = figures.add_parser(name, help=words, description=f"Draw {words}.", allow_abbrev=False)

@@ -18,7 +18,7 @@ import derive
 
 import oneshot
 import perturb_weight
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.sweep.jobs import plan, read_lines, unfinished
 from bert_tickets.sweep.runner import report, run
 
@@ -26,7 +26,7 @@ MAKERS = {"derive.py": derive, "oneshot.py": oneshot, "perturb_weight.py": pertu
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("files", nargs="*", metavar="FILE", help="command lines, one per line (default: standard input, also -)")
     parser.add_argument("--address", default="local", metavar="TEXT", help="a Ray cluster: auto, or host:port (default: none)")
     parser.add_argument("--gpus", type=float, metavar="X", help="GPUs per run: 0.5, 1, 2 (default: 1 where there are any)")

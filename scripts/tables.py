@@ -25,7 +25,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.errors import UserError
 from bert_tickets.files import write
 
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from bert_tickets.report.stability import why_missing
     from bert_tickets.report.tables import TABLES
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold them")
     parser.add_argument("--table", choices=TABLES, help="one table (default: all that there are runs for)")
     parser.add_argument("--sparsity", type=float, metavar="PERCENT", help="pruned weights, for tables 3 and transfer")

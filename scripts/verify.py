@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from bert_tickets.cli import FORMATTER, normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.content import WEIGHTS, first_file
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
@@ -30,7 +30,7 @@ from bert_tickets.runs.summary import level_lines
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("places", nargs="+", type=Path, metavar="FOLDER", help="runs, folders of runs, or Hugging Face folders")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="the mask that the weights of Hugging Face folders must fit")
     return parser.parse_args(normalize_argv(argv))

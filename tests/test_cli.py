@@ -64,6 +64,14 @@ def test_help_answers_in_a_third_of_a_second_and_imports_nothing_heavy(line):
     assert min(spent) < 0.3
 
 
+@pytest.mark.parametrize("script", ["oneshot.py --rate 0.5", "perturb_weight.py --noise 1", "scripts/tables.py a"])
+def test_no_script_takes_abbreviations(script):
+    name, *more = script.split()
+    ran = subprocess.run([sys.executable, str(ROOT / name), *more, "--outp", "x"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert len(ran.stderr.splitlines()) == 1
+
+
 def default_of(capsys, kind: str, *line: str, flag: str) -> str:
     """What --help says of a flag's default."""
     with pytest.raises(SystemExit):

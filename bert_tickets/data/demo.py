@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from bert_tickets.cli import normalize_argv, run_command
+from bert_tickets.cli import FORMATTER, Parser, normalize_argv, run_command
 from bert_tickets.files import write
 
 # (positive, negative) opinion words of the two sets, which have none in common.
@@ -69,6 +69,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write the folder SST-2")
     run_command(main, parser.parse_args(normalize_argv()))
