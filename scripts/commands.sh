@@ -306,7 +306,7 @@ derived() { # name of the good tickets, kind, seed, masks and flags ...
 # Score the ticket `mask` as it stands on the fine-tuned `weights`.
 scored() { # stage, task, seed
   training "$2" "$3" --score --mask "$mask" --weights "$weights"
-  without 'epochs|max[-_]steps|lr|weight[-_]decay|eval[-_]steps|report' "${command[@]}" # they have no effect on scoring
+  without 'epochs|max[-_]steps|lr|weight[-_]decay|eval[-_]steps|report|init' "${command[@]}" # they have no effect on scoring
   emit "$1" "${words[@]}"
 }
 

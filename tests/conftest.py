@@ -254,6 +254,14 @@ def commands(bert_dir: Path, glue_dir: Path, squad_dir: Path, corpus_dir: Path) 
 
 
 @pytest.fixture
+def of_documents(commands: dict[str, list[str]], documents_dir: Path) -> list[str]:
+    """lt_pretrain.py's without --max-steps and --lr, on a text whose documents are long enough for pairs."""
+    given = [*commands["lt_pretrain.py"]]
+    given[given.index("--data-dir") + 1] = str(documents_dir)
+    return given[: given.index("--max-steps")] + given[given.index("--limit-eval") : given.index("--lr")] + ["--log-every", "2"]
+
+
+@pytest.fixture
 def script() -> str:
     """The training script that `runs` runs; tests parametrize it."""
     return "lt_glue.py"

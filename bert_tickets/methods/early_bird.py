@@ -99,6 +99,8 @@ def train(session: Session, s: Settings, mask: Mask) -> None:
         gated = GatedNetwork(net, executed_units(net, mask) if s.execution == "slim" else full)
         gates = {"loss": lambda batch: gated(task.loss, batch), "predict": lambda batch: gated(task.predict, batch)}
         gates |= {"leaves": gated.params(), "after": lambda mask: gated.fold()}
+    if start >= steps:
+        raise UserError(f"--skip-first-batch: the ticket's training has {steps} step: nothing would be trained")
     results = {"flops": cost(session, units, start, steps), "full_flops": cost(session, full, start, steps)}
     session.train_level(1, mask, execution=s.execution, start=start, steps=steps, results=results, **gates)
 

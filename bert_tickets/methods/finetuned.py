@@ -87,12 +87,12 @@ class GuardedSettings(MethodSettings):
     kept_weights = (0,)  # what tickets are scored on
 
     def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise UserError(f"--threshold {self.threshold}: must be at least 0")
+        if not 0 <= self.threshold < math.inf:
+            raise UserError(f"--threshold {self.threshold}: must be at least 0 and finite")
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `UserError` for a flag without effect."""
-        if self.weights is not None and (unused := UNUSED & {*given}):
+        if self.weights is not None and (unused := {*UNUSED, "init"} & {*given}):
             raise UserError(f"--{min(unused).replace('_', '-')} has no effect with --weights, whose network is not trained")
 
 

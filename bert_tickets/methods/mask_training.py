@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 def run(session: Session, s: Settings) -> None:
     """Train the scores S of f(theta_0 * 1[S > phi]); the ticket is the mask after the last refresh of the thresholds phi."""
-    from bert_tickets.methods.oneshot import oneshot
+    from bert_tickets.masking.straight_through import refresh
+    from bert_tickets.methods.oneshot import ranked
     from bert_tickets.training.loop import total_steps
     from bert_tickets.training.mask_scores import MaskedNetwork, Refresh
 
@@ -31,7 +32,8 @@ def run(session: Session, s: Settings) -> None:
         return
     cfg, batches = session.cfg, pairs(session) if s.objective == "kd" else session.batches
     horizon = total_steps(cfg.train, batches.per_epoch)  # of the learning rate's decay
-    start = oneshot(session.net, s.sparsity, s.mask_init, cfg.train.seed, "tensor", s.prunable)  # S = 0.02 where it keeps, else 0
+    scores = ranked(session.net, s.mask_init, cfg.train.seed, s.prunable)
+    start = refresh(scores, s.sparsity, s.rounding)[0]  # one-shot pruning's mask: S = 0.02 where it keeps, else 0
     student = MaskedNetwork(session.net, start)
 
     def save(mask: Mask, step: int) -> Mapping[str, Any]:
@@ -40,18 +42,21 @@ def run(session: Session, s: Settings) -> None:
         session.save_mask(mask, step)
         return {} if s.objective == "kd" else {"metrics": session.evaluate(lambda batch: student(session.task.predict, batch))}
 
-    refresh = Refresh(student, start, s.sparsity, s.rounding, s.refresh, s.refresh_early, save)
+    last = s.ticket_step or horizon
+    late = [f"--ticket-step {last} is after the last step: the ticket is that of step {horizon}"] * (last > horizon)
+    refreshes = Refresh(student, start, s.sparsity, s.rounding, s.refresh, s.refresh_early, save)
     session.train_level(
         0,
         start,
-        found=refresh.found,
+        found=refreshes.found,
         loss=lambda batch: loss(cfg, s, session.task, student, batch),
         params=student.params(head=s.objective != "kd"),
         batches=batches,
         optimizer=s.optimizer,
         schedule=linear_decay(cfg.train.lr, horizon),
         steps=min(s.ticket_step - s.refresh_early if s.ticket_step else horizon, horizon),
-        hooks=[refresh],
+        hooks=[refreshes],
+        warnings=late,
     )
 
 
@@ -65,11 +70,13 @@ def loss(cfg: Config, s: Settings, task: Task, student: MaskedNetwork, batch: Ba
     with as_teacher(net, s.teacher_dropout):
         teacher = hidden_states(net, batch, padded_to)
     counted = real_tokens(batch) if padded_to is None else all_positions(batch, padded_to)
+    # of a part of a batch: a mean over tokens, where the step weights the loss by the part's examples or masked tokens
+    share = batch.shard.share / batch.weight if batch.shard and batch.weight and not s.kd_padding else 1.0
     if s.objective == "kd":
-        return distance(student(lambda net, batch: hidden_states(net, batch, padded_to), batch), teacher, counted)
+        return share * distance(student(lambda net, batch: hidden_states(net, batch, padded_to), batch), teacher, counted)
     states: list[Tensor] = []
     mlm = student(lambda net, batch: task.loss(net, batch, states), batch)  # type: ignore[call-arg]
-    return mlm + distance(states, teacher, counted)
+    return mlm + share * distance(states, teacher, counted)
 
 
 def pairs(session: Session) -> Batches:
@@ -111,6 +118,8 @@ class Settings(MethodSettings):
         for name in ("refresh", "ticket_step"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.ticket_step == 1 and self.refresh_early:
+            raise UserError("--ticket-step 1 with --refresh-early: nothing would be trained")
         for step in self._saved_steps():
             if step < 1 or step % self.refresh:
                 raise UserError(
@@ -127,8 +136,9 @@ class Settings(MethodSettings):
         """Raise `UserError` for a flag without effect."""
         if "eval_steps" in given:
             raise UserError("--eval-steps is for training weights: a mask is evaluated where it is saved (--save-masks)")
-        if self.objective == "mlm" and (unused := {"teacher_dropout", "kd_padding"} & {*given}):
-            raise UserError(f"--{min(unused).replace('_', '-')} has no effect with --objective mlm")
+        unused = {"mlm": {"teacher_dropout", "kd_padding"}, "mlm+kd": {"kd_padding"}, "kd": set[str]()}[self.objective]
+        if found := unused & {*given}:  # the blocks of MLM have no padding
+            raise UserError(f"--{min(found).replace('_', '-')} has no effect with --objective {self.objective}")
 
     def saved(self, step: int) -> bool:
         """Return whether the mask is saved at a step; a single number is an interval."""

@@ -69,6 +69,8 @@ class Settings(MethodSettings):
         """Raise `UserError` for a flag without effect."""
         if unused := UNUSED & {*given}:
             raise UserError(f"--{min(unused).replace('_', '-')} has no effect with --score, which trains nothing")
+        if self.weights is not None and "init" in given:
+            raise UserError("--init has no effect with --weights, which has all of them")
 
     def check_kind(self, kind: str) -> None:
         """Raise `UserError` without trained weights for a task whose head would be drawn at random."""

@@ -22,6 +22,11 @@ class Shard:
         """The slice of its tokens in the whole batch."""
         return slice(int(self.lengths[: self.first].sum()), int(self.lengths[: self.last].sum()))
 
+    @property
+    def share(self) -> float:
+        """The share of its tokens in the whole batch's."""
+        return float(self.lengths[self.first : self.last].sum() / self.lengths.sum())
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -43,7 +43,7 @@ def executed_units(net: Net, mask: Mask) -> Mask:
 
 
 def removed_units(net: Net, mask: Mask) -> dict[str, int]:
-    """Count the heads and the neurons that `slimmed` removes."""
+    """Count the heads and the neurons that a mask prunes whole. `slimmed` leaves up to 7 of a layer's neurons in place."""
     return {kind: int((~kept).count_nonzero()) for kind, kept in kept_units(net, mask).items()}
 
 

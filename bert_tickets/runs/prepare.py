@@ -14,7 +14,7 @@ from bert_tickets.files import has_facts, read_facts, read_tensors, sha256_of
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.parameters import WORD_EMBEDDINGS, encoder_weights, head_weights, prunable, untie_decoder
-from bert_tickets.modeling.slim import removed_units
+from bert_tickets.modeling.slim import executed_units
 from bert_tickets.runs.directory import run_dir
 from bert_tickets.runs.session import Session
 from bert_tickets.runs.writer import Run
@@ -79,8 +79,10 @@ def _load_net(task: Task, cfg: Config) -> tuple[Net, Any]:
     if cfg.settings.mask is not None:
         covered = mask = Mask.load(cfg.settings.mask)
         mask.check_fits(dict(net.named_parameters()), "the model", partly=True)
-        if cfg.settings.execution == "slim" and not any(removed_units(net, mask).values()):
-            raise UserError(f"--execution slim has no effect: {cfg.settings.mask} prunes no head and no neuron whole")
+        if cfg.settings.execution == "slim" and all(kept.all() for kept in executed_units(net, mask).values()):
+            raise UserError(
+                f"--execution slim has no effect: {cfg.settings.mask} prunes no head, and no 8 neurons of a layer, whole"
+            )
     if WORD_EMBEDDINGS in covered and cfg.task == "mlm":
         untie_decoder(net)
     return net, tokenizer

@@ -181,7 +181,7 @@ class Session:
             loop = train(loss, params, batches, cfg, hooks=every, recorder=self.recorder, group=group, **training)
         check_finite(loop)
         if group.world_size > 1:
-            group.check_same({"trained weights": sha256_of(dict(self.net.named_parameters()))})
+            group.check_same({"trained weights": sha256_of(dict(self.net.named_parameters()) | loop.step.params)})
         return loop, curve.losses, [found for hook in evaluations for found in hook.found]
 
     def _removed(self, mask: Mask, title: str) -> dict[str, int]:

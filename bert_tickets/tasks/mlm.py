@@ -128,7 +128,8 @@ def mask_tokens(
     if batch.shard is not None:  # drawn for the whole batch, as by one process
         total, part = int(chosen.sum()), batch.shard.tokens
         chosen, shown = chosen[part], shown[part]
-        weight = int(chosen.sum()) / max(1, total) if weight else 0.0  # the loss is a mean over masked tokens, not over examples
+        # the loss is a mean over masked tokens, not over examples; without any it is 0
+        weight = max(1, int(chosen.sum())) / max(1, total) if weight else 0.0
     places = chosen.nonzero()[:, 0]
     count, ids = len(places), batch.input_ids
     back = torch.where(chosen, chosen.cumsum(0) - 1, -1)

@@ -17,6 +17,7 @@ from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.packing import Batch
 from bert_tickets.modeling.units import all_units, effective_weights
 from bert_tickets.training.functional import call_with
+from bert_tickets.training.hooks import check_finite
 from bert_tickets.training.loop import Hook, Loop
 
 T = TypeVar("T")
@@ -133,7 +134,10 @@ class StopWhen(Hook):
         self.loop = loop
 
     def __call__(self, loop: Loop) -> None:
-        if loop.at % self.every == 0 and loop.step.group.on_main(lambda: self.ask(loop.at)):
+        if loop.at % self.every:
+            return
+        check_finite(loop)
+        if loop.step.group.on_main(lambda: self.ask(loop.at)):
             self.stopped, loop.steps = True, loop.at
 
     def state(self) -> tuple[dict[str, Tensor], dict]:

@@ -14,6 +14,7 @@ from bert_tickets.masking.straight_through import THRESHOLD, Rounding, initial_s
 from bert_tickets.modeling.bert import Net
 from bert_tickets.modeling.packing import Batch
 from bert_tickets.training.functional import call_with
+from bert_tickets.training.hooks import check_finite
 from bert_tickets.training.loop import Hook, Loop
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ class Refresh(Hook):
         first = self.early and loop.at == 1
         if (loop.at + self.early) % self.interval and loop.at < loop.steps and not first:
             return
+        check_finite(loop)
         drifted = 1 - self.student.kept() / self.start.total
         mask = self.student.refresh(self.sparsity, self.rounding)
         record = {"step": loop.at, "sparsity_before": drifted, "sparsity": mask.sparsity, "from_start": mask.distance(self.start)}

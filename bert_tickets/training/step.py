@@ -68,8 +68,8 @@ class LossScale:
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "bert_adam": BertAdam}
 
 
-# Parameters without weight decay, by name; a coefficient of a unit is drawn to zero by its own penalty alone.
-UNDECAYED = re.compile(r".*bias|.*LayerNorm.*|coefficient\..*")
+# Parameters without weight decay, by name; a coefficient of a unit is drawn to zero by its own penalty alone. Scores have it.
+UNDECAYED = re.compile(r"(?!score\.)(.*bias|.*LayerNorm.*|coefficient\..*)")
 
 
 class Step:

@@ -8,10 +8,11 @@ import torch
 from trainrun import train
 
 from bert_tickets.cli import parse
-from bert_tickets.errors import UserError
+from bert_tickets.errors import Diverged, UserError
 from bert_tickets.masking.mask import Mask
 from bert_tickets.modeling.units import read_units
 from bert_tickets.runs.directory import results
+from bert_tickets.training.step import Step
 
 GLUE = "lt_glue.py"
 
@@ -246,6 +247,25 @@ def test_settings_without_effect_or_sense_are_refused(given, message, capsys):
 def test_a_draw_after_the_learning_rate_is_zero_is_refused(commands, tmp_path):
     with pytest.raises(UserError, match="--draw-at 99 is step 99, and the search has 18 until its learning rate is zero"):
         found(commands, tmp_path, "--draw-at", "99")
+
+
+def test_coefficients_that_are_not_finite_end_the_search_at_the_next_question(commands, tmp_path, monkeypatch):
+    plain = Step.__call__
+
+    def breaking(self, batch, lr):
+        loss = plain(self, batch, lr)
+        self.params["coefficient.heads"].data[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(Step, "__call__", breaking)
+    words = ["--method", "early-bird", "--batch-size", "8", "--draw-when", "stable", "--draw-every", "1", "--log-every", "99"]
+    with pytest.raises(Diverged, match="infinite or NaN by step 1"):
+        train(GLUE, [*commands[GLUE], *words, "--output-dir", tmp_path])
+
+
+def test_a_ticket_without_a_step_of_training_is_refused(commands, tmp_path):
+    with pytest.raises(UserError, match="--skip-first-batch: the ticket's training has 1 step: nothing would be trained"):
+        found(commands, tmp_path, "--skip-first-batch", "--max-steps", "1", "--draw-at", "1")
 
 
 @pytest.mark.parametrize(

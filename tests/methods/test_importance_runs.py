@@ -182,6 +182,8 @@ def test_the_released_protocol_sets_its_flags():
         ("--method importance --weights w --lr 1", "--lr has no effect with --weights"),
         ("--method importance --head-fraction 0", "must be above 0"),
         ("--method importance --threshold -1", "must be at least 0"),
+        ("--method importance --threshold nan", "must be at least 0"),
+        ("--method guarded-magnitude --weights w --init random", "--init has no effect with --weights"),
         ("--method guarded-magnitude --rate 1", "must be between 0 and 1"),
         ("--method guarded-magnitude --removals 0", "must be at least 1"),
         ("--score --mask m", "--score needs --weights"),

@@ -1,6 +1,5 @@
 """Mask training against values of its released code, its invariants, and runs that are killed and resumed (Liu et al. 2022)."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,15 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formula_net import POOLER, WHICH, formula_batch, formula_net, start_of, student_of
+from test_mask_training_flags import settings, words
 from trainrun import Runs, train
 
-from bert_tickets.cli import parse
 from bert_tickets.data.batches import Batches, TokenStore
 from bert_tickets.data.mlm_dataset import load_corpus
 from bert_tickets.data.pair_dataset import load_pairs
 from bert_tickets.data.text_source import find_texts
 from bert_tickets.data.token_cache import Tokens
-from bert_tickets.errors import UserError
 from bert_tickets.files import read_tensors, sha256_of
 from bert_tickets.masking.mask import Mask
 from bert_tickets.masking.straight_through import initial_scores, masked, refresh
@@ -140,23 +138,10 @@ def test_the_objectives_are_the_losses_and_their_sum(calm_bert_dir):
 # ---- runs ----
 
 
-def words(objective="mlm", *more):
-    steps = "--refresh 2 --save-masks 2 --max-steps 6 --save-steps 1"
-    return [*f"--method mask-training --sparsity 0.5 --objective {objective} {steps}".split(), *more]
-
-
-@pytest.fixture
-def command(commands, documents_dir):
-    """The script's small command without --max-steps and --lr, on a text whose documents are long enough for pairs."""
-    given = [*commands["lt_pretrain.py"]]
-    given[given.index("--data-dir") + 1] = str(documents_dir)
-    return given[: given.index("--max-steps")] + given[given.index("--limit-eval") : given.index("--lr")] + ["--log-every", "2"]
-
-
 @pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
-def test_a_run_killed_at_any_step_ends_with_the_same_bits(command, tmp_path, monkeypatch, objective):
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(of_documents, tmp_path, monkeypatch, objective):
     """Scores, thresholds, moments and the MLM head are in the checkpoint; masks that were saved on the way are the same."""
-    runs = Runs("lt_pretrain.py", [*command, *words(objective)], tmp_path, monkeypatch)
+    runs = Runs("lt_pretrain.py", [*of_documents, *words(objective)], tmp_path, monkeypatch)
     whole = runs("whole")
     assert {f"masks/step_000000{step}.safetensors" for step in (2, 4, 6)} <= whole.keys()
     for step in (2, 4, 6):
@@ -164,8 +149,21 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(command, tmp_path, mon
         assert runs(f"killed{step}") == whole
 
 
-def test_the_ticket_is_exact_trains_elsewhere_and_leaves_theta_as_it_was(command, commands, bert_dir, tmp_path):
-    run = train("lt_pretrain.py", [*command, *words("mlm", "--lr", "3e-3", "--output-dir", tmp_path)])
+@pytest.mark.parametrize("objective", ["kd", "mlm+kd"])
+def test_parts_of_a_batch_have_the_loss_of_the_whole(of_documents, calm_bert_dir, tmp_path, objective):
+    """Its mean is over tokens, and examples are of unequal lengths."""
+    model = ["--model", calm_bert_dir, "--max-length", "40", "--log-every", "1"]
+    losses = []
+    for parts in (1, 5):
+        run = train("lt_pretrain.py", [*of_documents, *words(objective, *model, "--grad-accum", parts, "--output-dir", tmp_path)])
+        (line,) = results(run)
+        losses.append([loss for _, loss in line["losses"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != losses[1], "the batch was split"
+
+
+def test_the_ticket_is_exact_trains_elsewhere_and_leaves_theta_as_it_was(of_documents, commands, bert_dir, tmp_path):
+    run = train("lt_pretrain.py", [*of_documents, *words("mlm", "--lr", "3e-3", "--output-dir", tmp_path)])
     (line,) = results(run)
     ticket, theta = Mask.load(level_dir(run, 0) / "mask.safetensors"), load_bert(str(bert_dir), "mlm", "pretrained", 57)[0]
     start = oneshot(theta, 0.5, "magnitude", 57, "tensor", WHICH)
@@ -187,30 +185,30 @@ def test_the_ticket_is_exact_trains_elsewhere_and_leaves_theta_as_it_was(command
     assert after["mask_sha256"] == ticket.sha256()
 
 
-def test_without_a_learning_rate_the_ticket_is_one_shots(command, bert_dir, tmp_path):
-    run = train("lt_pretrain.py", [*command, *words("kd", "--lr", "1e-30", "--weight-decay", "0", "--output-dir", tmp_path)])
+def test_without_a_learning_rate_the_ticket_is_one_shots(of_documents, bert_dir, tmp_path):
+    run = train("lt_pretrain.py", [*of_documents, *words("kd", "--lr", "1e-30", "--weight-decay", "0", "--output-dir", tmp_path)])
     theta = load_bert(str(bert_dir), "mlm", "pretrained", 57)[0]
     assert Mask.load(level_dir(run, 0) / "mask.safetensors") == oneshot(theta, 0.5, "magnitude", 57, "tensor", WHICH)
 
 
-def test_a_ticket_is_scored_with_the_pre_trained_head(command, bert_dir, tmp_path):
+def test_a_ticket_is_scored_with_the_pre_trained_head(of_documents, bert_dir, tmp_path):
     """Of the dense network's mask the distances are 0, and MLM's loss is the dense network's."""
     net = load_bert(str(bert_dir), "mlm", "pretrained", 57)[0]
     found = {}
     for sparsity in (0.0, 0.5):
         path = tmp_path / f"{sparsity}.safetensors"
         oneshot(net, sparsity, "magnitude", 0, "tensor", WHICH).write(path)
-        run = train("lt_pretrain.py", [*command, "--score", "--mask", path, "--output-dir", tmp_path])
+        run = train("lt_pretrain.py", [*of_documents, "--score", "--mask", path, "--output-dir", tmp_path])
         (found[sparsity],) = results(run)
         weights = read_tensors(level_dir(run, 0) / "weights.safetensors")
         assert torch.equal(weights[DECODER], net.get_parameter(WORD_EMBEDDINGS)) or sparsity == 0
     (dense,) = results(
-        train("lt_pretrain.py", [*command, "--levels", "1", "--max-steps", "1", "--lr", "1e-30", "--output-dir", tmp_path])
+        train("lt_pretrain.py", [*of_documents, "--levels", "1", "--max-steps", "1", "--lr", "1e-30", "--output-dir", tmp_path])
     )
     assert found[0.0]["metrics"]["loss"] == pytest.approx(dense["metrics"]["loss"], abs=1e-5)
     assert found[0.0]["hidden_states"] == {"cosine": pytest.approx(0, abs=1e-6), "mse": pytest.approx(0, abs=1e-12)}
     tokenizer = load_bert(str(bert_dir), "mlm", "pretrained", 57)[1]
-    text = load_corpus(find_texts(command[command.index("--data-dir") + 1])["validation"], tokenizer, 16, 9).batch(
+    text = load_corpus(find_texts(of_documents[of_documents.index("--data-dir") + 1])["validation"], tokenizer, 16, 9).batch(
         torch.arange(9)
     )
     student = MaskedNetwork(net.eval(), Mask.load(tmp_path / "0.5.safetensors"))
@@ -220,9 +218,16 @@ def test_a_ticket_is_scored_with_the_pre_trained_head(command, bert_dir, tmp_pat
     assert found[0.5]["steps"] == 0
 
 
-def test_distillation_reads_pairs_that_are_not_corrupted(command, bert_dir, tmp_path):
+def test_distillation_reads_pairs_that_are_not_corrupted(of_documents, bert_dir, tmp_path):
     cfg = settings(
-        "--sparsity", "0.5", "--objective", "kd", "--max-length", "40", "--data-dir", command[command.index("--data-dir") + 1]
+        "--sparsity",
+        "0.5",
+        "--objective",
+        "kd",
+        "--max-length",
+        "40",
+        "--data-dir",
+        of_documents[of_documents.index("--data-dir") + 1],
     )
     store = TokenStore(Tokens.of([[5]], [[0]]), np.zeros(1, int))
     batches = Batches(store, 4, 0, augment_batch=lambda batch, step: pytest.fail("the text is corrupted"))
@@ -233,55 +238,5 @@ def test_distillation_reads_pairs_that_are_not_corrupted(command, bert_dir, tmp_
     assert (len(batch.lengths), bool(batch.token_type_ids.any())) == (4, True)
     assert tokenizer.mask_token_id not in batch.input_ids
     epoch = f"--method mask-training --sparsity 0.5 --objective kd --epochs 1 --output-dir {tmp_path}".split()
-    (line,) = results(train("lt_pretrain.py", [*command, *epoch]))
+    (line,) = results(train("lt_pretrain.py", [*of_documents, *epoch]))
     assert line["steps"] == -(-len(load_pairs(find_texts(cfg.data_dir)["train"], tokenizer, 16, 57)) // 8)  # of pairs, not blocks
-
-
-# ---- settings ----
-
-
-def settings(*more):
-    return parse("mlm", None, ["--method", "mask-training", *more])
-
-
-def test_presets_are_the_papers_and_the_released_code_differs_as_documented():
-    mlm, kd, both = (settings("--sparsity", "0.7", "--objective", name) for name in ("mlm", "kd", "mlm+kd"))
-    released = settings("--sparsity", "0.7", "--objective", "kd", "--protocol", "released")
-    for cfg in (mlm, both):
-        assert (cfg.train.lr, cfg.train.weight_decay, cfg.settings.optimizer, cfg.settings.refresh) == (5e-5, 0, "adamw", 1000)
-    assert (kd.train.lr, kd.train.weight_decay, kd.train.adam_epsilon) == (2e-5, 0.01, 1e-6)
-    assert (kd.settings.optimizer, kd.settings.refresh) == ("bert_adam", 100)
-    for cfg in (mlm, kd, both, released):
-        assert (cfg.train.batch_size, cfg.max_length, cfg.train.max_steps, cfg.settings.ticket_step) == (16, 512, 27920, 17000)
-    differs = {key for key, value in vars(released.settings).items() if value != getattr(kd.settings, key)}
-    assert differs == {"teacher_dropout", "kd_padding", "rounding", "refresh_early"}
-    steps = {s: settings("--sparsity", s).settings.ticket_step for s in ("0.2", "0.5", "0.9", "0.55")}
-    assert steps == {"0.2": 3000, "0.5": 11000, "0.9": 22000, "0.55": None}
-
-
-def test_the_released_kd_refreshes_and_saves_a_step_early(command, tmp_path):
-    more = ["--protocol", "released", "--refresh", "3", "--save-masks", "6", "--max-steps", "8", "--ticket-step", "7"]
-    run = train("lt_pretrain.py", [*command, *words("kd"), *more, "--output-dir", tmp_path])
-    (line,) = results(run)
-    assert [record["step"] for record in line["refreshes"]] == [1, 2, 5, 6]
-    assert [path.name for path in (run / "masks").iterdir()] == ["step_0000005.safetensors"]
-    assert line["steps"] == 6
-    assert json.loads((run / "run.json").read_text())["config"]["kd_padding"]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("--sparsity 1", "between 0 and 1"),
-        ("--sparsity 0.5 --save-masks 1500", "multiples of --refresh"),
-        ("--sparsity 0.5 --save-masks often", "a number of steps"),
-        ("--sparsity 0.5 --refresh 0", "at least 1"),
-        ("--sparsity 0.5 --kd-padding", "no effect with --objective mlm"),
-        ("--sparsity 0.5 --eval-steps 5", "evaluated where it is saved"),
-        ("--score --mask m --lr 1e-4", "trains nothing"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused(given, message, capsys):
-    with pytest.raises((SystemExit, UserError)):
-        settings(*given.split())
-    assert message in capsys.readouterr().err

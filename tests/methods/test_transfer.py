@@ -187,6 +187,6 @@ def test_a_slim_run_killed_again_and_again_ends_bit_identical(units, commands, t
 
 
 def test_slim_execution_of_a_mask_without_a_whole_unit_is_refused(transfer, net, tmp_path):
-    with pytest.raises(UserError, match=r"--execution slim has no effect: .*m\.safetensors prunes no head and no neuron whole"):
+    with pytest.raises(UserError, match=r"--execution slim has no effect: .*m\.safetensors prunes no head, and no 8 neurons"):
         transfer(oneshot(net, 0.3, "magnitude", 0), "--execution", "slim")
     assert list((tmp_path / "runs").iterdir()) == []

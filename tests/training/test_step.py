@@ -65,6 +65,14 @@ def decay_groups(net, weight_decay: float) -> list[dict]:
     return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
 
 
+def test_biases_have_no_weight_decay_and_scores_of_biases_have():
+    names = ("a.bias", "a.weight", "LayerNorm.weight", "coefficient.heads", "score.a.bias", "score.LayerNorm.weight")
+    params = {name: torch.ones(1, requires_grad=True) for name in names}
+    step = Step(lambda batch: params["a.bias"].sum(), params, settings(0.1), None, torch.device("cpu"))
+    decays = {id(p): group["weight_decay"] for group in step.optimizer.param_groups for p in group["params"]}
+    assert [decays[id(p)] for p in params.values()] == [0, 0.1, 0, 0, 0.1, 0.1]
+
+
 def by_hand(setting, weight_decay: float, *, after_the_step: bool):
     """Train likewise with torch's hooks; or, `after_the_step`, with the weights masked after each step instead."""
     net, mask, batches, loss = setting
