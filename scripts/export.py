@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     from bert_tickets.export.model_card import KINDS
 
     ticket = export(args.run, args.output, args.level, untrained=args.untrained, model=args.model, onnx=args.onnx)
-    weights = "the weights that it started from" if args.untrained else "its trained weights"
+    weights = "the weights that it started from" if args.untrained or ticket.is_search else "its weights"
     print(f"{args.output}: level {ticket.level} of {ticket.run}, {weights}, {ticket.mask.sparsity:.1%} pruned")
     print(f"open it with transformers.{KINDS[ticket.cfg.kind]['opener']}.from_pretrained({str(args.output)!r})")
     if args.onnx:

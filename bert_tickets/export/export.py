@@ -43,7 +43,7 @@ def export(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists: give a folder that does not exist yet, or is empty")
     ticket = read_ticket(run, level, model)
-    untrained = untrained or "draw" in ticket.result  # EarlyBERT's search: its metrics are not those of the ticket that it drew
+    untrained = untrained or ticket.is_search
     with writing_folder(output) as folder:
         if untrained:
             _write_untrained(ticket, folder)
@@ -75,8 +75,7 @@ def _write_trained(ticket: Ticket, folder: Path) -> None:
 def _write_untrained(ticket: Ticket, folder: Path) -> None:
     """Write the network that a level's training started from, m * theta with its head, checked by its `init_sha256`."""
     net, tokenizer = _load_base(ticket, ticket.cfg.init)
-    rewound = ticket.run / "rewind.safetensors"
-    if ticket.level > 0 and rewound.is_file():
+    if rewound := ticket.rewind_file:
         set_parameters(net, read_own(rewound, ticket.run), rewound)
     ticket.mask.apply(dict(net.named_parameters()))
     if sha256_of(encoder_weights(net)) != ticket.result["init_sha256"]:

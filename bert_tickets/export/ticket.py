@@ -30,6 +30,17 @@ class Ticket:
         return level_dir(self.run, self.level)
 
     @property
+    def rewind_file(self) -> Path | None:
+        """The weights and the head of the step that the level started from, if it rewound to one."""
+        path = self.run / "rewind.safetensors"
+        return path if self.level > 0 and path.is_file() else None
+
+    @property
+    def is_search(self) -> bool:
+        """Whether the level searched for its ticket, as EarlyBERT's does: its metrics are not those of the ticket."""
+        return "draw" in self.result
+
+    @property
     def is_local(self) -> bool:
         """Whether the base model is a folder of this machine."""
         return Path(self.model).is_absolute()

@@ -64,6 +64,32 @@ def test_a_search_is_exported_as_the_untrained_ticket_that_it_drew(train_task, t
     assert "The metrics below are those of this network." in (tmp_path / "trained" / "README.md").read_text()
 
 
+def text_of(train_task, folder: Path, task: str, *words: str, untrained: bool = False) -> str:
+    """The card of the newest level of a run."""
+    export(train_task(task, folder / "runs", *words), folder / "o", untrained=untrained)
+    return (folder / "o" / "README.md").read_text()
+
+
+def test_the_card_of_an_untrained_ticket_names_the_step_that_it_rewinds_to(train_task, tmp_path):
+    text = text_of(train_task, tmp_path, "rte", "--levels", "2", "--rewind", "3", untrained=True)
+    assert "the weights to which the run rewinds (`--rewind 3`), under the mask" in text
+    assert "it is that of the rewinding step." in text
+    assert "not trained on the task" not in text
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "said"),
+    [
+        ("mlm", "--method mask-training --sparsity 0.5", "weights are as they were: the mask was trained, and the MLM head."),
+        ("rte", "--method importance", "Its weights were not trained under the mask, but before."),
+    ],
+)
+def test_the_card_says_what_was_trained(train_task, tmp_path, task, words, said):
+    text = text_of(train_task, tmp_path, task, *words.split(), "--max-steps", "2")
+    assert said in text
+    assert "were trained on the task under the mask" not in text
+
+
 def as_from_the_hub(run: Path, **config: object):
     """The card's metadata as if model and data had come from the hub."""
     ticket = read_ticket(run)
