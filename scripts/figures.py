@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=FORMATTER)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, words in FIGURES.items():
-        figure = figures.add_parser(name, help=words, description=f"Draw {words}.", allow_abbrev=False)
+        figure = figures.add_parser(name, help=words, description=f"Draw {words}.")
         figure.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold them")
         figure.add_argument("--output", type=picture_file, required=True, metavar="FILE", help="a .png, .svg or .pdf file")
         figure.add_argument("--tasks", metavar="TASKS", help='only these, such as "cola mnli"')

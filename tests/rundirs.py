@@ -245,7 +245,7 @@ def pretrained(folder: Path, level: int) -> Path:
     """Write the model that a level of a run keeps, with a file in it, and its hash to the level's results."""
     model = folder / f"level_{level:02d}" / "model"
     model.mkdir()
-    (model / "config.json").write_text(folder.name)
+    (model / "config.json").write_text(f"{folder.name} {level}")
     add(folder, level, model_files={"config.json": file_sha256(model / "config.json"), "README.md": "0"})
     return model
 

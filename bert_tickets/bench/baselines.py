@@ -243,7 +243,7 @@ def hugging_face_loss(net: Net, task: Task, labels: Tensor, **inputs: Tensor) ->
         shown = torch.where(kind < MASKED, task.mask_id, torch.randint_like(ids, task.vocabulary))
         shown = torch.where((chosen < MASK_RATE) & (kind < MASKED + RANDOM), shown, ids)
         return net(**inputs | {"input_ids": shown}, labels=ids.masked_fill(chosen >= MASK_RATE, -100)).loss
-    return nn.functional.cross_entropy(net(**inputs).logits.float(), labels)
+    return task.loss_of(net(**inputs).logits.float(), labels)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from bert_tickets.modeling.packing import Batch, ship
 
 PIECES = 16  # of a text that are tokenized at a time, about a megabyte
 
-Augment = Callable[[Batch, Tensor], Batch]  # maps a batch and the indices of its blocks to the augmented batch
+MaskBlocks = Callable[[Batch, Tensor], Batch]  # maps a batch and the indices of its blocks to the masked batch
 
 
 class Corpus:
@@ -47,7 +47,7 @@ class Corpus:
         ends: tuple[int, int],
         length: int,
         device: torch.device | str = "cpu",
-        augment_batch: Augment | None = None,
+        augment_batch: MaskBlocks | None = None,
     ) -> None:
         inner = length - 2
         self.blocks = stream[: len(stream) // inner * inner].reshape(-1, inner)  # without [CLS] and [SEP]

@@ -74,17 +74,13 @@ def _lower_layer(units: Mask, layer: int, like: Mapping[str, Tensor], empty_bias
         yield f"{OUTER}.weight", full(f"{OUTER}.weight") & kept
 
 
-def read_units(mask: Mask, heads: int | None = None, which: str | None = None) -> Mask:
-    """Read the units that a mask keeps: a head or a neuron if any entry of its columns in the consuming matrix is kept, an MLP if
-    any entry of its output is.
-
-    `heads` is the number of heads of a layer, and `which` the kinds of units; by default both are those of the lowered mask.
-    Raises `UserError` for a mask that does not cover them.
+def read_units(mask: Mask) -> Mask:
+    """Read the units that a lowered mask keeps: a head or a neuron if any entry of its columns in the consuming matrix is kept,
+    an MLP if any entry of its output is. Raises `UserError` for a mask that does not cover them.
     """
-    which = which or mask.info.get("units")
-    if which is None:
+    if (which := mask.info.get("units")) is None:
         raise UserError("the mask is not one of heads, neurons or MLPs")
-    in_layer = int(heads or mask.info.get("heads", 1))
+    in_layer = int(mask.info.get("heads", 1))
     layers = 1 + max((int(found[1]) for name in mask if (found := _OF_LAYER.fullmatch(name))), default=-1)
 
     def rows(kind: str) -> list[Tensor]:

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from bert_tickets.report import published
+from bert_tickets.report.results import refuse_several
 from bert_tickets.report.rows import FULL
 from bert_tickets.report.significance import holm, match_or_exceed, paired, verdict, within_one_sd
 
@@ -51,7 +52,11 @@ def fill(levels: DataFrame, wanted: Iterable[Mapping[str, Any]]) -> DataFrame:
 
 
 def fill_over_sparsities(levels: DataFrame, wanted: Iterable[Mapping[str, Any]]) -> DataFrame:
-    """`fill` for rows whose runs differ in sparsity: a cell takes all of them, and their mean sparsity (NaN without runs)."""
+    """`fill` for rows whose runs differ in sparsity: a cell takes all of them, and their mean sparsity (NaN without runs).
+
+    Raises `UserError` for a row with several tickets of a seed.
+    """
+    refuse_several(levels, ["mask_sha256"], ["task", "row", "seed"], "have several tickets in one row; give one of them")
     cells = fill(levels.assign(sparsity=0.0), (cell | {"sparsity": 0.0} for cell in wanted))
     sparsities = levels.groupby(["task", "row"])["sparsity"].mean().round(3)
     return cells.assign(sparsity=[sparsities.get(place, math.nan) for place in zip(cells["task"], cells["row"], strict=True)])

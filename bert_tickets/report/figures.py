@@ -166,7 +166,7 @@ def draw_densities(levels: DataFrame, output: Path, title: str | None, sparsity:
     """Draw the percentage of weights that tickets keep in each layer, one line per kind of matrix."""
     own = own_masks(levels, sparsity)
     kept = densities(own)
-    layers = list(kept["layer"].unique())[:-1]  # "all" is the last
+    layers = [layer for layer in kept["layer"].unique() if layer != "all"]
     lines = kept[(kept["layer"] == "all") == (kept["kind"] == "all")]
     points = lines.assign(
         panel=lines["ticket"],

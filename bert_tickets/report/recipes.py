@@ -68,7 +68,9 @@ def name_models(lines: Sequence[dict[str, Any]]) -> None:
         if maker := makers.get(line["shared"].get("model")):
             of_method = lengths[maker["method"]]
             differing = sorted(_words(maker["setting"], RECIPE) - set[str].intersection(*of_method))
-            own = ", ".join(filter(None, [maker["own_settings"], *differing]))
+            place = [f"task {maker['task']}"] * (maker["task"] != "mlm")
+            place += [f"sparsity {maker['sparsity']}"] * (maker["sparsity"] > 0 and not is_early_bird(maker["method"]))
+            own = ", ".join(filter(None, [maker["own_settings"], *place, *differing]))
             method = f"{maker['method']} ({own})" if own else maker["method"]
             words = {word for word in line["setting"].split(", ") if word.startswith("model ")}
             line |= {name: _without(line[name], words) for name in ("setting", "search")}

@@ -22,7 +22,7 @@ from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.report import published
 from bert_tickets.report.recipes import adopt_settings, name_models, shared_settings
-from bert_tickets.report.rows import FULL, GUARDED, PERTURBED, PRETRAINED, RANDOM, is_early_bird, name_rows, plainness
+from bert_tickets.report.rows import FULL, GUARDED, PERTURBED, PRETRAINED, RANDOM, TRAINED, is_early_bird, name_rows, plainness
 from bert_tickets.runs.directory import failure, level_dir, levels_done, read_run, results
 from bert_tickets.runs.integrity import check_level
 
@@ -46,6 +46,7 @@ COLUMNS = {
     "given": "whether the run trains or scores a given ticket; otherwise it found this one",
     "pruned": "whether the ticket is scored as it stands: trained weights without the pruned ones, not trained again",
     "method": 'that found the ticket, with its settings, and how it was derived from others; "" if the mask file does not say',
+    "dense": "what decides on level 0 beside the setting: another decay of the learning rate, or weights that were given",
     "rewind": 'what the method rewinds to, if that differs from the preset; otherwise ""',
     "source": 'the task that the ticket was found on; "" if none',
     "weights": "that the ticket starts from",
@@ -59,6 +60,7 @@ COLUMNS = {
 }
 # Settings that other columns say, or the files that the run reads.
 NOT_IN_ROWS = dict.fromkeys(("mask", "weights", "rewind", "levels", "sparsity", "ticket_step", "save_masks"))
+OF_DERIVED, OF_ONESHOT = ("units", "random_size"), ("init", "prunable")  # what their mask files say that rows name
 ALL_UNITS = "heads+mlps"  # of a search by importance, unless its settings say otherwise
 
 
@@ -115,7 +117,7 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
     setting |= {} if config["protocol"] == "paper" else {"protocol": config["protocol"]}
     if config.get("report", "last") == "last":
         setting.pop("eval_steps", None)  # more evaluations do not change the last one
-    drawn = config.get("limit_seed") == "run"
+    drawn, init = config.get("limit_seed") == "run", fingerprint.get("init") or {}
     return {
         "run": str(run),
         "levels": config.get("levels", 1),
@@ -125,9 +127,11 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
         "method": config["method"],
         "own_settings": _words(own),
         "scored": config["method"] == "score",
+        "dense": _words({key: differs.get(key, config[key]) for key in changed if key in ("decay", "weights")}),
         "rewind": differs.get("rewind", ""),
         "source": config["task"],
-        "weights": _weights(config["init"], differs.get("init", ""), fingerprint.get("init") or {}, config["seed"]),
+        "weights": _weights(config["init"], differs.get("init", ""), init, config["seed"]),
+        "init_level": [init.get("run"), str(init.get("level"))],
         "setting": _words(setting),
         "search": _words(setting | length),
         "shared": shared_settings(config, differs, COMMON),
@@ -189,11 +193,13 @@ def _facts_of_level(run: Path, level: int, of_run: Mapping[str, Any]) -> dict[st
     facts["pruned"] = is_scored or (of_run["method"] in GUARDED and level > 0)
     if of_run["given"]:
         info = read_facts(level_dir(run, level) / "mask.safetensors")
-        derived: dict[str, Any] = {key: info[key] for key in ("units", "random_size") if "derived" in info and key in info}
-        if derived.get("units") == ALL_UNITS:
-            del derived["units"]
+        own = {key: info[key] for key in OF_DERIVED if "derived" in info and key in info}
+        own |= {key: info[key] for key in OF_ONESHOT if str(info.get("method")).startswith("oneshot") and key in info}
+        own = {key: value for key, value in own.items() if (key, value) not in (("units", ALL_UNITS), ("init", "pretrained"))}
+        if info.get("run") and [info["run"], str(info.get("level"))] == of_run["init_level"]:
+            facts["weights"] = TRAINED
         facts |= {"method": " ".join(filter(None, (info.get("method"), info.get("derived")))), "source": info.get("task", "")}
-        facts |= {"own_settings": _words(derived), "rewind": "", "step": info.get("step"), "found_by": info.get("run")}
+        facts |= {"own_settings": _words(own), "rewind": "", "step": info.get("step"), "found_by": info.get("run")}
     return facts
 
 
@@ -226,7 +232,8 @@ def of_tasks(levels: DataFrame, tasks: str | None) -> DataFrame:
 def comparable(levels: DataFrame) -> DataFrame:
     """The levels that tables and figures compare, in the order of rows: those of one setting, equal copies once.
 
-    Level 0 of runs that find tickets is the row `full BERT`; of each task and seed it is the plainest run's. Raises `UserError`
+    Level 0 of runs that find tickets is the row `full BERT`, unless only it is trained so (`dense`); of each task and seed it is
+    the plainest run's. Raises `UserError`
     if the runs of a task have several settings, or if runs with equal settings differ.
     """
     import pandas as pd
@@ -234,25 +241,25 @@ def comparable(levels: DataFrame) -> DataFrame:
     if levels.empty:
         return levels
     advice = "give the runs of one, choose it with --setting, or leave the task out with --tasks"
-    _refuse_several(levels, ["setting"], ["task"], f"have different settings; {advice}")
+    refuse_several(levels, ["setting"], ["task"], f"have different settings; {advice}")
     dense = levels[~levels["given"] & ~levels["method"].map(is_early_bird)]
-    _refuse_several(dense, ["recipe"], ["task"], f"have different lengths or learning rates; {advice}")
+    refuse_several(dense, ["recipe"], ["task"], f"have different lengths or learning rates; {advice}")
     for columns, what, same in (
         (["data"], "data or precision", ["task"]),
         (["subset"], "training data", ["task", "seed"]),
         (["model"], "initial weights", ["task", "seed", "weights"]),
         (["value", "mask_sha256"], "results", ["task", "row", "sparsity", "seed"]),
     ):
-        _refuse_several(levels, columns, same, f"have the same settings, but different {what}; give one of them")
+        refuse_several(levels, columns, same, f"have the same settings, but different {what}; give one of them")
     levels = levels.drop_duplicates(["task", "row", "sparsity", "seed"])
     is_full = ~levels["given"] & ~levels["pruned"] & (levels["weights"] == PRETRAINED) & (levels["sparsity"] == 0)
-    is_full &= ~levels["method"].map(is_early_bird).astype(bool)
+    is_full &= ~levels["method"].map(is_early_bird).astype(bool) & (levels["dense"] == "")
     dense = levels[is_full].sort_values("row", key=lambda rows: rows.map(plainness)).drop_duplicates(["task", "seed"])
     levels = pd.concat([levels[~is_full], dense.assign(row=FULL)], ignore_index=True)
     return levels.loc[[line.Index for line in sorted(levels.itertuples(), key=_place)]].reset_index(drop=True)
 
 
-def _refuse_several(levels: DataFrame, columns: list[str], same: list[str], message: str) -> None:
+def refuse_several(levels: DataFrame, columns: list[str], same: list[str], message: str) -> None:
     """Raise `UserError` if lines that agree in the columns `same` differ in `columns`."""
     distinct = levels.drop_duplicates([*same, *columns])
     several = distinct[distinct.duplicated(same, keep=False)]

@@ -16,6 +16,7 @@ EARLY_BIRD = "early_bird"  # the method whose level 0 searches for a ticket, and
 PRUNED = "pruned"  # in the rows of tickets that are scored as they stand
 LENGTH = ("batch size", "epochs")  # settings of a training that the row names where only it has them
 PRETRAINED, RANDOM, SHUFFLED = "pre-trained", "random", "shuffled"  # weights; others as their file says
+TRAINED = "its trained weights"  # of the level that found the ticket
 PRETRAINED_BY = "pre-trained by "  # weights of a run that is there
 PERTURBED = {  # what perturb_weight.py writes: weights in the name of a row
     "the entries of each matrix shuffled": SHUFFLED,

@@ -218,6 +218,12 @@ def test_the_released_side_and_ours_equal_a_padded_hugging_face_loop(calm_bert_d
         torch.testing.assert_close(p, weights[name], rtol=0, atol=2e-4, msg=name)
 
 
+def test_the_released_side_has_the_loss_of_a_regression(calm_bert_dir, glue_dir):
+    given = {"model": str(calm_bert_dir), "data_dir": str(glue_dir), "batch_size": 8, "max_length": 48, "limit_train": 8}
+    case = baselines.make_case("stsb", given, sparsity=0.5)
+    assert baselines.released(case)(0) == pytest.approx(baselines.packed_step(case)[1](0).item(), abs=1e-4)
+
+
 # ---- gpu_check.sh ----
 
 PYTHON = """#!/bin/sh

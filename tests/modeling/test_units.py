@@ -55,19 +55,19 @@ def test_units_are_read_back_as_they_were_lowered(net, tmp_path, which, empty_bi
 
 
 def test_a_head_is_kept_if_any_of_its_columns_is(net):
-    mask = Mask.ones(prunable(net, "matrices"))
+    mask = Mask(dict(Mask.ones(prunable(net, "matrices"))), {"units": "heads", "heads": 4})
     columns = mask["bert.encoder.layer.1.attention.output.dense.weight"]
     columns[:, 8:16] = False  # the second head
-    assert read_units(mask, 4, "heads")["heads"].tolist() == [[True] * 4, [True, False, True, True], [True] * 4]
+    assert read_units(mask)["heads"].tolist() == [[True] * 4, [True, False, True, True], [True] * 4]
     columns[3, 9] = True
-    assert read_units(mask, 4, "heads")["heads"].all()
+    assert read_units(mask)["heads"].all()
 
 
 def test_masks_without_units_are_named(net):
     with pytest.raises(UserError, match="not one of heads, neurons or MLPs"):
         read_units(Mask.ones(prunable(net)))
     with pytest.raises(UserError, match=r"does not cover bert.encoder.layer.0.output.dense.bias: it has no mlps"):
-        read_units(Mask.ones(prunable(net)), 4, "mlps")
+        read_units(Mask(dict(Mask.ones(prunable(net))), {"units": "mlps", "heads": 4}))
     units = Mask({"heads": torch.tensor([[True, False], [False, False]]), "mlps": torch.tensor([False, False])})
     assert emptied_layers(units) == ["no heads left in layer 1"]
 

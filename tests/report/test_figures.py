@@ -12,7 +12,10 @@ import rundirs
 
 from bert_tickets.errors import UserError
 from bert_tickets.masking.mask import Mask
+from bert_tickets.modeling.units import LAYER
+from bert_tickets.report import figures as figures_of
 from bert_tickets.report.pictures import draw_heat_map, ink_on
+from bert_tickets.report.results import comparable, read_results
 
 
 @pytest.fixture
@@ -160,6 +163,21 @@ def test_densities_are_the_kept_weights_of_layers_and_kinds(plot, tmp_path):
         ["SST-2", "all", "100.00", "80.00", "90.00"],
     ]
     assert lacks(tmp_path / "f.svg", "kept weights (%)", "all weights", "attention.query") == []
+
+
+def test_densities_of_tickets_that_cover_other_layers_are_places_of_one_axis(tmp_path, monkeypatch):
+    """One ticket has no pooler, which is then the last layer of another."""
+    layer, pooler = f"{LAYER}0.output.dense.weight", "bert.pooler.dense.weight"
+    for method, names in (("imp", [layer, pooler]), ("a", [layer])):
+        folder = rundirs.by_hand(tmp_path, "sst2", 1, method, [rundirs.some_mask(0.0)] * 2, [0.8, 0.7], levels=2)
+        half = rundirs.torch.arange(10) < 5
+        rundirs.write_level(folder, 1, Mask(dict.fromkeys(names, half), {"method": method, "task": "sst2"}), 0.7, "sst2")
+    drawn = {}
+    monkeypatch.setattr(figures_of, "draw_lines", lambda *given: drawn.update(points=given[3], ticks=given[5]))
+    figures_of.draw_densities(comparable(read_results([tmp_path])[0]), tmp_path / "f.svg", None, 0.5)
+    assert list(drawn["ticks"].values()) == ["0", "pooler"]
+    assert drawn["points"].loc[drawn["points"]["line"] != "all weights", "x"].notna().all()
+    assert drawn["points"].loc[drawn["points"]["line"] == "all weights", "x"].isna().all()
 
 
 # ---- files ----

@@ -186,7 +186,7 @@ def test_no_mask_training_no_table(tmp_path):
     ("row", "name"),
     [
         (FULL, "full BERT"),
-        ("oneshot magnitude by tensor", "OMP"),
+        ("oneshot magnitude by tensor (prunable matrices+embeddings)", "OMP"),
         ("one-shot pruning", ""),  # of all matrices together
         ("imp ticket of MLM", ""),
         ("imp (prunable matrices+embeddings, scope tensor) ticket of MLM", "IMP"),
