@@ -11,10 +11,15 @@
 #   STEP    percent pruned per level          GLUE_FLAGS  SQUAD_FLAGS  MLM_FLAGS   flags of one training script
 #   LEVELS  levels per run, 0 % included      OUTPUT      folder of runs, masks and weights
 #   PYTHON  the interpreter                   TAMT_FLAGS  flags of mask training, IMP_FLAGS  of IMP (tamt*.sh)
-#   PROTOCOL  paper or released               SEARCHES  s, heads, mlps, m (importance.sh, stability.sh)
+#   PROTOCOL  paper or released, where the sweep has it
+#   SEARCHES  s, heads, mlps, m (importance.sh, stability.sh)
 #   EARLY_FLAGS  flags of EarlyBERT (earlybert*.sh)
 # The FLAGS variables are split into words as the shell does it: FLAGS="--data-dir 'my data'" holds two words.
 
+if [ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -lt 404 ]; then # associative arrays, and empty ones under `set -u`
+  echo "error: the sweeps need bash 4.4 or newer, and this is $BASH_VERSION" >&2
+  exit 2
+fi
 : "${MODEL:=bert-base-uncased}" "${STEP:=10}" "${OUTPUT:=runs}" "${PYTHON:=python}"
 : "${FLAGS:=}" "${GLUE_FLAGS:=}" "${SQUAD_FLAGS:=}" "${MLM_FLAGS:=}" "${LEVELS:=}" "${TAMT_FLAGS:=}" "${IMP_FLAGS:=}"
 : "${EARLY_FLAGS:=}"
@@ -51,6 +56,16 @@ need_percent STEP "$STEP"
 for percent in ${SPARSITY-}; do need_percent SPARSITY "$percent"; done
 for percent in ${SPARSITIES-}; do need_percent SPARSITIES "$percent"; done
 [[ $LEVELS =~ ^([1-9][0-9]*)?$ ]] || fail "LEVELS=$LEVELS: must be a whole number"
+case ${PROTOCOL:-paper} in
+  paper) ;;
+  released) ${has_protocols:-false} || fail "this sweep has no PROTOCOL=released; give FLAGS='--protocol released', and another OUTPUT" ;;
+  *) fail "PROTOCOL=$PROTOCOL: must be paper or released" ;;
+esac
+given=" $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS $TAMT_FLAGS $IMP_FLAGS $EARLY_FLAGS "
+case ${given//_/-} in
+  *" --model"[\ =]* | *" --seed"[\ =]* | *" --output-dir"[\ =]*) fail "give --model, --seed and --output-dir by the variables MODEL, SEEDS and OUTPUT" ;;
+  *" --task"[\ =]* | *" --init"[\ =]*) fail "a sweep chooses --task and --init itself" ;;
+esac
 case " $FLAGS $GLUE_FLAGS $SQUAD_FLAGS $MLM_FLAGS " in
   *" --rate"* | *" --levels"*) fail "give --rate and --levels by the variables STEP (percent) and LEVELS" ;;
   *" --method"* | *" --mask"*) fail "a sweep chooses --method and --mask itself" ;;
@@ -64,7 +79,7 @@ if [ "$PWD" != "$here" ]; then # the commands run in the repository
   done
 fi
 if ! $dry_run; then # report a mistake in the variables now, not after days of training
-  bash "$0" --dry-run > /dev/null 2>&1 || exec bash "$0" --dry-run > /dev/null
+  bash "$0" --dry-run > /dev/null 2>&1 || { bash "$0" --dry-run > /dev/null || exit; }
 fi
 
 # Run or print one command of the sweep, once. A failed command is listed at the end and does not stop the others; a stopped one
@@ -279,7 +294,13 @@ train_ticket() { # seed of the mask
 # Compute the MLM loss and the distance of the hidden states of the ticket `mask`, without training it.
 score() { # seed
   training mlm "$1" --score --mask "$mask"
-  emit 2 "${command[@]}"
+  emit_scoring 2
+}
+
+# Run or print a command that scores, without the flags of training, which have no effect on it.
+emit_scoring() { # stage
+  without 'epochs|max[-_]steps|lr|weight[-_]decay|eval[-_]steps|report' "${command[@]}"
+  emit "$1" "${words[@]}"
 }
 
 # ---- heads and MLPs (importance.sh, stability.sh) ----
@@ -306,8 +327,7 @@ derived() { # name of the good tickets, kind, seed, masks and flags ...
 # Score the ticket `mask` as it stands on the fine-tuned `weights`.
 scored() { # stage, task, seed
   training "$2" "$3" --score --mask "$mask" --weights "$weights"
-  without 'epochs|max[-_]steps|lr|weight[-_]decay|eval[-_]steps|report|init' "${command[@]}" # they have no effect on scoring
-  emit "$1" "${words[@]}"
+  emit_scoring "$1"
 }
 
 # Both, for a derived ticket.

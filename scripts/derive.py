@@ -75,7 +75,8 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"derived": args.kind, "masks": [fingerprint(str(path)) for path in args.masks]}
     found |= {name: fingerprint(str(path)) for name in ("weights", "like") if (path := getattr(args, name))}
     found |= {"random_size": "binomial"} if args.random_size == "binomial" else {}
-    return found | ({} if args.seed is None else {"seed": args.seed})
+    is_drawn = args.kind in DRAWN and args.weights is None
+    return found | ({} if (seed := Training.seed if args.seed is None and is_drawn else args.seed) is None else {"seed": seed})
 
 
 def main(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ set -euo pipefail
 : "${TASKS:=mnli qnli qqp sst2 squad}"
 [ "$PROTOCOL" = paper ] || : "${OUTPUT:=runs_earlybert_$PROTOCOL}"
 : "${OUTPUT:=runs_earlybert}"
+has_protocols=true
 source "$(dirname "$0")/commands.sh"
 
 units=()

@@ -8,6 +8,7 @@ set -euo pipefail
 : "${RATES:=2e-5 4e-5 6e-5 8e-5}" "${EPOCHS:=1 2}" "${RECORD:=2.5}" "${PROTOCOL:=paper}"
 [ "$PROTOCOL" = paper ] || : "${OUTPUT:=runs_earlybert_$PROTOCOL}"
 : "${OUTPUT:=runs_earlybert}"
+has_protocols=true
 source "$(dirname "$0")/commands.sh"
 
 unless_preset() { # flag, its value in the preset, value, ...: sets `given` to the flags without which a run has another value

@@ -8,6 +8,7 @@ set -euo pipefail
 : "${PROTOCOL:=paper}"
 [ "$PROTOCOL" = paper ] || FLAGS="${FLAGS-} --protocol $PROTOCOL" OUTPUT=${OUTPUT:-runs_importance_$PROTOCOL}
 : "${OUTPUT:=runs_importance}"
+has_protocols=true
 source "$(dirname "$0")/commands.sh"
 
 for task in $TASKS; do

@@ -39,9 +39,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     folders = [place for place in args.places if not is_run(place) and first_file(place, WEIGHTS)]
     runs = [run for place in args.places if place not in folders for run in find_runs(place)]
-    if not (runs or folders):
-        where = ", ".join(map(str, args.places))
-        raise UserError(f"no run directory in {where}, and no weights (model.safetensors or pytorch_model.bin)")
+    for place in args.places:
+        if place not in folders and not find_runs(place):
+            raise UserError(f"no run directory in {place}, and no weights (model.safetensors or pytorch_model.bin)")
     if runs and args.mask:
         raise UserError(f"--mask is for Hugging Face folders; {runs[0]} is a run, and has its own masks")
     damaged = [run for run in runs if not verify(run)]
@@ -59,7 +59,7 @@ def is_run(place: Path) -> bool:
 
 def find_runs(place: Path) -> list[Path]:
     """Return the place if it is a run directory (it has a run.json or a level), else all run directories in it."""
-    return [place] if is_run(place) else sorted(path.parent for path in place.glob("**/run.json"))
+    return [place] if is_run(place) else sorted({path.parent for name in ("run.json", "level_00") for path in place.rglob(name)})
 
 
 def verify(run: Path) -> bool:

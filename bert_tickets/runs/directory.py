@@ -16,7 +16,7 @@ from typing import Any
 from bert_tickets.config import Config
 from bert_tickets.errors import Damaged, UserError
 from bert_tickets.files import read_checksummed
-from bert_tickets.runs.naming import run_name
+from bert_tickets.runs.naming import check_settings, run_name
 
 FORMAT = 3  # of the run directory; no other is read
 
@@ -95,8 +95,13 @@ def has_results(run: Path) -> bool:
 
 
 def is_finished(cfg: Config) -> bool:
-    """Return whether a configuration's run has all its levels, and results.jsonl, which is written last."""
+    """Return whether a configuration's run has all its levels, and results.jsonl, which is written last.
+
+    Raises `UserError` if the run has other settings than its name says.
+    """
     run = run_dir(cfg)
+    if (run / "run.json").exists():
+        check_settings(run, read_run(run)["config"], cfg)
     return levels_done(run) >= cfg.settings.levels and has_results(run)
 
 

@@ -25,10 +25,14 @@ RECORD = "coefficients.part"  # of level 0 in progress, if it trains coefficient
 def check_run(run: Path) -> None:
     """Raise `Damaged` unless run.json and the metrics and mask of every finished level are intact and this run's."""
     with advice_to_restore(run):
-        if (name := read_run(run)["run"]) != run.name:
-            raise Damaged(f"{run / 'run.json'} belongs to {name}")
+        _check_name(run)
         for level in range(levels_done(run)):
             check_level(run, level)
+
+
+def _check_name(run: Path) -> None:
+    if (name := read_run(run)["run"]) != run.absolute().name:
+        raise Damaged(f"{run / 'run.json'} belongs to {name}")
 
 
 @contextmanager
@@ -58,6 +62,9 @@ def problems(run: Path) -> list[str]:
         except (UserError, OSError) as error:
             found[str(error)] = None
 
+    attempt(_check_name, run)
+    for path in sorted(run.glob("masks/*.safetensors")):  # of steps within a level
+        attempt(_read_mask, path)
     for level in range(done):
         attempt(check_level, run, level)
         attempt(read_mask, run, level)
@@ -146,9 +153,13 @@ def check_files(run: Path, level: int) -> None:
 
 def read_mask(run: Path, level: int) -> Mask:
     """Read a level's mask onto the CPU. Raises `UserError` if it is missing or damaged."""
+    return _read_mask(level_dir(run, level) / "mask.safetensors")
+
+
+def _read_mask(path: Path) -> Mask:
     from bert_tickets.masking.mask import Mask
 
-    return Mask.load(level_dir(run, level) / "mask.safetensors")
+    return Mask.load(path)
 
 
 def _check_kept(run: Path, config: dict[str, Any], done: int) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bert_tickets.config import Config, fields_of, flat, from_flat, preset_values
 from bert_tickets.content import fingerprint, of_files, of_init
 from bert_tickets.data import glue_files, squad_files, text_source
+from bert_tickets.errors import UserError
+
+PATHS = ("model", "data_dir", "init", "mask", "weights")  # settings that may name a file or a folder
 
 
 def run_name(cfg: Config) -> str:
@@ -33,6 +37,19 @@ def differences(cfg: Config) -> dict[str, Any]:
     values |= _by_content(cfg)
     changed = {name: value for name, value in values.items() if value != preset[name]} | {name: values[name] for name in required}
     return {name: value for name, value in changed.items() if fields[name].metadata["affects_result"]}
+
+
+def check_settings(run: Path, config: Mapping[str, Any], cfg: Config) -> None:
+    """Raise `UserError` if a setting is not that of the run's `config`: a run's name has what differs from a preset, which may
+    have changed since. Files count by their content, which other checks compare."""
+    fields = fields_of(cfg.method)
+    for name, value in flat(cfg).items():
+        if fields[name].metadata["affects_result"] and name not in PATHS and config.get(name, value) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{run} was made with {flag} {config[name]}, and now that is {value}: a preset or a default has changed. Restore "
+                "it, or give another --output-dir."
+            )
 
 
 def _by_content(cfg: Config) -> dict[str, Any]:

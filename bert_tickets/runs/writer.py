@@ -51,7 +51,7 @@ from bert_tickets.runs.integrity import (
     read_mask,
     read_own,
 )
-from bert_tickets.runs.naming import differences, with_absolute_folders
+from bert_tickets.runs.naming import check_settings, differences, with_absolute_folders
 from bert_tickets.runs.provenance import environment
 from bert_tickets.signals import signal_at_parents_end, stop_signals
 from bert_tickets.training.distributed import SINGLE_PROCESS, ProcessGroup
@@ -86,6 +86,7 @@ class Run:
             held.enter_context(locked(self.dir / "lock"))
             if any(self.dir.glob("level_*")) or any((self.dir / name).exists() for name in ("run.json", CHECKPOINT)):
                 check_run(self.dir)
+                check_settings(self.dir, read_run(self.dir)["config"], self.cfg)
             for leftover in self.dir.glob(".*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if failed := failure(self.dir):
@@ -108,8 +109,9 @@ class Run:
         signal_at_parents_end(0)  # the end of torchrun needs no second signal
         before, self.stop_signal = self.stop_signal, number
         again = before == number and number in (signal.SIGINT, signal.SIGTERM)  # others: a scheduler's warning, then its SIGTERM
-        if again and self.group.world_size > 1 and time.monotonic() - self._signalled_at < 2:
-            return  # from torchrun, which forwards a signal that each process has received already
+        repeated = number == signal.SIGTERM or self.group.world_size > 1
+        if again and repeated and time.monotonic() - self._signalled_at < 2:
+            return  # from torchrun or a sweep, which forward a signal that a scheduler has sent to each process already
         self._signalled_at = time.monotonic()
         if not self.saves_on_stop or again:
             saved = any(self.dir.glob("level_*")) or (self.dir / CHECKPOINT).exists()

@@ -99,6 +99,8 @@ def _job(text: str, place: str, makers: Mapping[str, Any]) -> Job:
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             return Job(text=text, place=place, **_files(shlex.split(text), makers))
+    except UserError as error:
+        raise UserError(f"{place}: {error}\n  {text}") from None
     except ValueError as error:  # of shlex
         raise UserError(f"{place}: {str(error).lower()}\n  {text}") from None
     except SystemExit:
@@ -111,6 +113,8 @@ def _files(words: Sequence[str], makers: Mapping[str, Any]) -> dict[str, Any]:
     at = next((at for at, word in enumerate(words) if Path(word).name in {*TRAINING, *makers}), None)
     if at is None:
         return {}
+    if "cd" in words[:at]:
+        raise UserError("a line that changes the folder cannot be planned: start the sweep there, or give absolute paths")
     script, argv = Path(words[at]).name, words[at + 1 :]
     if script in makers:
         args = makers[script].parse(argv)
@@ -153,5 +157,6 @@ def _is_finished(job: Job) -> bool:
             return is_finished(job.cfg)
         if job.output:
             facts = read_facts(job.output)
-            return job.facts.items() <= facts.items() and job.facts.get("prunable") == facts.get("prunable")
+            absent = ("prunable", "random_size")  # from the facts of files that have the default
+            return job.facts.items() <= facts.items() and all(job.facts.get(key) == facts.get(key) for key in absent)
     return False

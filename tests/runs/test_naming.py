@@ -74,6 +74,20 @@ def test_a_file_counts_by_its_content(tmp_path, field):
     assert name(**given | {field: str(tmp_path / "a")}) != a
 
 
+def test_a_run_of_a_preset_that_has_changed_is_not_taken_for_one_of_the_new(commands, tmp_path, monkeypatch):
+    words = [*commands["lt_glue.py"], "--levels", "1", "--output-dir", str(tmp_path)]
+    run = train("lt_glue.py", words)
+    about = read_checksummed(run / "run.json")
+    for place in ("finished", "begun"):
+        write_checksummed(run / "run.json", about | {"config": about["config"] | {"adam_epsilon": 1e-6}})
+        with pytest.raises(UserError, match=r"was made with --adam-epsilon 1e-06, and now that is 1e-08: a preset or a default"):
+            train("lt_glue.py", words)
+        if place == "finished":
+            shutil.rmtree(run / "level_00")
+    write_checksummed(run / "run.json", about)
+    assert train("lt_glue.py", words) == run
+
+
 def test_a_word_of_init_is_not_a_folder_of_that_name(bert_dir, tmp_path, monkeypatch):
     before = name(), name(init="random")
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from trainrun import THREE_LEVELS, Killed, Runs, dying
 from bert_tickets.errors import Stopped
 from bert_tickets.files import write_checksummed
 from bert_tickets.runs import prepare as preparing
-from bert_tickets.runs import session
+from bert_tickets.runs import session, writer
 from bert_tickets.runs.directory import events, failure, seconds
 from bert_tickets.runs.integrity import problems
 from bert_tickets.signals import STOP_SIGNALS
@@ -118,6 +119,7 @@ SAVING = [
     ("SIGUSR1", "SIGTERM"),
     ("SIGXCPU",) * 3,
     ("SIGTERM", "SIGINT"),
+    ("SIGTERM", "SIGTERM"),
 ]
 
 
@@ -135,9 +137,17 @@ def test_signals_save_and_stop(runs, expected, monkeypatch, names):
     assert not (run / "checkpoint.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_the_same_signal_again_stops_at_once(runs, monkeypatch, name):
-    monkeypatch.setattr(Step, "__call__", dying(Step.__call__, 9, by=kill_self(name, name)))
+@pytest.mark.parametrize(("name", "seconds"), [("SIGTERM", 3), ("SIGINT", 0.1)])
+def test_the_same_signal_again_stops_at_once(runs, monkeypatch, name, seconds):
+    """SIGTERM after two seconds: a scheduler may send it to each process of a job, and a sweep forward it to its command."""
+
+    def signals() -> None:
+        kill_self(name)()
+        later = time.monotonic() + seconds
+        monkeypatch.setattr(writer.time, "monotonic", lambda: later)
+        kill_self(name)()
+
+    monkeypatch.setattr(Step, "__call__", dying(Step.__call__, 9, by=signals))
     with pytest.raises(Stopped, match=r"^stopped; all that was saved is in runs/"):
         runs("run")
 

@@ -154,6 +154,25 @@ def test_checkpoints_are_verified_and_those_of_a_finished_level_do_no_harm(run):
     assert "another file of the run" in one_problem(run)
 
 
-def test_a_folder_without_a_run_is_a_users_mistake(tmp_path, capsys):
-    assert verified(tmp_path) == 2
-    assert "no run directory in" in capsys.readouterr().err
+def test_a_folder_without_a_run_is_a_users_mistake(run, tmp_path, capsys):
+    for place in (tmp_path / "nothing", tmp_path / "typo"):
+        assert verified(run, place) == 2
+        assert f"no run directory in {place}" in capsys.readouterr().err
+
+
+def test_a_run_without_its_description_and_one_under_another_name_are_damaged(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "renamed")
+    assert one_problem(tmp_path / "renamed") == f"{tmp_path / 'renamed' / 'run.json'} belongs to {run.name}"
+    (run / "run.json").unlink()
+    assert verified(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert all(str(damaged) in said for damaged in (run, tmp_path / "renamed"))
+
+
+def test_masks_of_steps_are_verified(run):
+    (run / "masks").mkdir()
+    whole = (run / "level_01" / "mask.safetensors").read_bytes()
+    (run / "masks" / "step_0000001.safetensors").write_bytes(whole)
+    assert problems(run) == []
+    (run / "masks" / "step_0000002.safetensors").write_bytes(whole[:-9])
+    assert "step_0000002.safetensors" in one_problem(run)

@@ -80,6 +80,7 @@ def test_blank_lines_and_comments_are_no_jobs(tmp_path):
         ("python lt_glue.py --help", "it only asks for help"),
         ("python lt_glue.py --task rte --mask nowhere/m", "--mask {here}/nowhere/m does not exist, and no line makes it"),
         ("python lt_glue.py --task rte --model a/b/c", "--model {here}/a/b/c does not exist"),
+        ("cd a && python lt_glue.py --task rte", "a line that changes the folder cannot be planned"),
     ],
 )
 def test_a_line_that_cannot_run_is_an_error_with_its_place(text, said, capsys, tmp_path):
@@ -231,6 +232,12 @@ def test_a_derived_ticket_needs_its_tickets_and_is_done_if_they_are_the_same(tmp
     assert is_finished(line) == [False]
     (tmp_path / "two").unlink()
     assert "MASK 2" in refusal(line)
+    drawn = "python scripts/derive.py random one --output drawn"
+    for other in (" --seed 3", " --random-size binomial"):
+        make(drawn + other)
+        assert is_finished(drawn) == [False]
+    make(drawn)
+    assert is_finished(drawn, f"{drawn} --seed 57") == [True, True]
     mask = imp_dir("--seed", "1") / "level_01" / "mask.safetensors"
     random = f"python scripts/derive.py random {mask} --seed 1 --output random"
     found = planned(f"{IMP} --seed 1", random, f"{IMP} --mask random", f"{IMP} --score --mask random --weights {mask}")

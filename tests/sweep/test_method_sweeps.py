@@ -54,6 +54,14 @@ def test_the_cost_of_mask_training_is_at_the_steps_of_imp(tmp_path):
     assert steps == {f"step_000{step}000.safetensors" for step in (1, 2, 3, 5)} | {"mask.safetensors"}
 
 
+def test_losses_are_computed_without_the_flags_of_training(tmp_path):
+    found = lines("tamt", tmp_path, TASKS="rte", SEEDS="1", RUNS="1", SPARSITIES="70", FLAGS="--lr 1e-4 --limit-eval 9")
+    scores = [words for words in found if "--score" in words]
+    assert scores
+    assert not any("--lr" in words for words in scores)
+    assert all("--limit-eval" in words for words in scores)
+
+
 def test_few_examples_are_the_papers(tmp_path):
     whole = lines("tamt_fewshot", tmp_path, SEEDS="1")
     given = [words for words in whole if "--mask" in words]

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -83,6 +84,15 @@ def test_variables_reach_the_commands(tmp_path):
     assert all("level_02" in words[words.index("--mask") + 1] for words in trained if "--init" in words)
 
 
+def test_a_check_that_fails_once_does_not_end_the_sweep_as_done(tmp_path):
+    python = Path(stub(tmp_path, f'echo "$@" >> {tmp_path}/calls'))
+    first, _, rest = python.read_text().partition("\n")
+    python.write_text(f"{first}\n[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; exit 1; }}\n{rest}")
+    found = sweep("table2", TASKS="rte", SEEDS="1", PYTHON=str(python), OUTPUT=str(tmp_path / "runs"))
+    assert found.returncode == 0, found.stderr
+    assert any("lt_glue.py" in call for call in (tmp_path / "calls").read_text().splitlines())
+
+
 @pytest.mark.parametrize(
     ("code", "calls", "ends"), [(137, 4, 1), (255, 4, 1), *((128 + number, 1, 128 + number) for number in STOP_SIGNALS)]
 )
@@ -116,6 +126,11 @@ def test_a_signal_stops_the_running_command_once_and_the_sweep_waits_for_it(tmp_
         ({"STEP": "5", "SPARSITY": "60"}, ["--dry-run"], "60 % is level 12, and a run has 10 levels: set LEVELS"),
         ({"FLAGS": "--schedule geometric"}, ["--dry-run"], "a sweep uses --schedule linear"),
         ({"MLM_FLAGS": "--lr 1e-4 --rate 0.2"}, ["--dry-run"], "give --rate and --levels by the variables STEP"),
+        ({"PROTOCOL": "released"}, ["--dry-run"], "this sweep has no PROTOCOL=released"),
+        ({"PROTOCOL": "relased"}, ["--dry-run"], "PROTOCOL=relased: must be paper or released"),
+        ({"FLAGS": "--model a"}, ["--dry-run"], "by the variables MODEL, SEEDS and OUTPUT"),
+        ({"GLUE_FLAGS": "--output_dir=a"}, ["--dry-run"], "by the variables MODEL, SEEDS and OUTPUT"),
+        ({"FLAGS": "--init random"}, ["--dry-run"], "a sweep chooses --task and --init itself"),
         ({"FLAGS": "--frobnicate"}, ["--dry-run"], "unrecognized argument --frobnicate"),
     ],
 )
