@@ -24,7 +24,7 @@ def usable(device: torch.device) -> bool:
     try:
         addresses([torch.zeros(1, device=device)])
     except Exception as error:  # no C compiler, say
-        print(f"Triton does not work here ({first_line(error)}): steps are slower, with the same results to rounding", flush=True)
+        print(f"Triton does not work here ({first_line(error)}): steps are slower, and dropout draws other numbers", flush=True)
         return False
     return True
 

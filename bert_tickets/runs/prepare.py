@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from bert_tickets import kernels
 from bert_tickets.config import Config
 from bert_tickets.content import fingerprint
 from bert_tickets.data.batches import Batches
@@ -33,7 +34,7 @@ def prepare(task: Task, run: Run) -> Session:
     device = prepare_device(cfg.device, group.local_rank)
     precision = precision_of(cfg.train.precision, device)
     set_tf32(cfg.train.tf32, precision, device)
-    graphs = recorder(cfg.train.graphs, device, group.world_size)
+    graphs = recorder(cfg.train.graphs, device, group.world_size, cfg.train.grad_accum)
     parts = group.world_size * cfg.train.grad_accum
     if cfg.train.batch_size < parts:
         raise UserError(f"--batch-size {cfg.train.batch_size} cannot be divided into {parts} parts")
@@ -42,6 +43,7 @@ def prepare(task: Task, run: Run) -> Session:
     fingerprints = {  # they must not change when a run is resumed
         "device": device.type,
         "precision": precision,
+        "kernels": precision != "fp32" and kernels.usable(device),  # they draw other numbers for dropout than torch's operators
         "model": sha256_of(encoder_weights(net)),
         "init": _init_facts(cfg.init),
         "head": sha256_of(head_weights(net)),

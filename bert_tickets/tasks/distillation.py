@@ -27,7 +27,8 @@ def hidden_states(net: Net, batch: Batch, padded_to: int | None = None) -> list[
     real = place < batch.lens[:, None]  # [B, padded_to]
     token = batch.starts[:, None] + torch.minimum(place, batch.lens[:, None] - 1)
     ids, types = (torch.where(real, x[0][token], 0) for x in (batch.input_ids, batch.token_type_ids))  # [PAD] is 0
-    given = {"attention_mask": real.long(), "token_type_ids": types, "output_hidden_states": True}
+    mask = real[:, None, None, :].expand(-1, 1, padded_to, -1)  # taken as it is: of a smaller one transformers reads the values
+    given = {"attention_mask": mask, "token_type_ids": types, "output_hidden_states": True}
     return [x.flatten(0, 1) for x in net.bert(ids, **given).hidden_states[1:]]
 
 

@@ -1,7 +1,8 @@
 """CUDA graphs: the hundreds of kernel launches of a step replayed as one, for each bucket of shapes.
 
 A large GPU computes a GLUE batch in less time than Python needs to launch the kernels. The first batch of a bucket is an eager
-step, the second is captured, later ones are replayed. A capture is used only if its replay ends in the bits of the eager step.
+step, the second is captured, later ones are replayed. A capture is used only if its replay ends in the bits of the eager step,
+and if that step changed the weights.
 """
 
 from __future__ import annotations
@@ -53,13 +54,16 @@ class Recorder:
         print(f"{why}; the run continues without CUDA graphs, with the same results", flush=True)
 
 
-def recorder(asked: str, device: torch.device, processes: int) -> Recorder | None:
+def recorder(asked: str, device: torch.device, processes: int, grad_accum: int = 1) -> Recorder | None:
     """Return the recorder for `--graphs`; None for no graphs. Raises `UserError` if `on` is impossible."""
+    parts = processes * grad_accum  # a step of several parts is eager
     if asked == "on" and device.type != "cuda":
         raise UserError("--graphs on needs a CUDA device")
     if asked == "on" and processes > 1:
         raise UserError("--graphs on is for one process: leave it out under torchrun")
-    return Recorder(asked == "on") if asked != "off" and device.type == "cuda" and processes == 1 else None
+    if asked == "on" and parts > 1:
+        raise UserError(f"--graphs on is for steps of one part: leave it out with --grad-accum {grad_accum}")
+    return Recorder(asked == "on") if asked != "off" and device.type == "cuda" and parts == 1 else None
 
 
 TrainStep = Callable[[Batch], Tensor]
@@ -135,11 +139,13 @@ class Graphs:
             _set_random_state(device, random_state)
         eager = step(batch)
         # compare bytes: the loss of an overflowing step may be NaN
-        if all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip((*state, eager), replayed, strict=True)):
-            self.captured[key] = inputs, replay, loss
-        else:
+        if not all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip((*state, eager), replayed, strict=True)):
             self._forget(device)
             self.recorder.fail("a step captured as a CUDA graph ends in other bits than the eager step")
+        elif any(x.requires_grad and not torch.equal(x, old) for x, old in zip(state, before, strict=True)):
+            self.captured[key] = inputs, replay, loss
+        elif not self.captured:  # a step that overflows changes no weight: its gradients were not compared
+            self.recorder.renew()
         return eager
 
     def _forget(self, device: torch.device) -> None:

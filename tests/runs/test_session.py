@@ -33,7 +33,17 @@ def test_files_of_a_finished_run(runs):
     about = read_checksummed(run / "run.json")
     assert (about["run"], about["config"]["method"], about["config"]["lr"]) == (run.name, "imp", 1e-3)
     assert about["differs_from_preset"]["levels"] == 3
-    assert set(about["fingerprint"]) == {"device", "precision", "model", "init", "head", "architecture", "train", "evaluation"}
+    assert set(about["fingerprint"]) == {
+        "device",
+        "precision",
+        "model",
+        "init",
+        "head",
+        "architecture",
+        "kernels",
+        "train",
+        "evaluation",
+    }
     assert {"torch", "transformers", "python"} <= set(about["environment"]["versions"])
     lines = [json.loads(line) for line in found["results.jsonl"].splitlines()]
     assert [(line["level"], line["method"], line["task"]) for line in lines] == [(level, "imp", "rte") for level in range(3)]

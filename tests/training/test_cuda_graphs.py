@@ -152,6 +152,18 @@ def test_a_failed_capture_ends_the_run_if_graphs_are_required(case, failing):
         take_step(1)
 
 
+def test_a_step_that_changes_no_weight_is_captured_again(case, monkeypatch):
+    """As in fp16, where the gradients of a step that overflows cannot be compared."""
+    monkeypatch.setattr(Recorder, "record", lambda self, run: capture_stand_in(run))
+    step, take_step = packed_step(case, Recorder(required=True))
+    plain, captured = torch.optim.AdamW.step, []
+    for overflows in (False, True, True, False, False):
+        monkeypatch.setattr(torch.optim.AdamW, "step", (lambda *given, **more: None) if overflows else plain)
+        take_step(0)
+        captured.append(len(step.graphs.captured))
+    assert captured == [0, 0, 0, 1, 1]
+
+
 # ---- --graphs ----
 
 
@@ -164,6 +176,9 @@ def test_graphs_are_for_one_process_on_a_gpu():
         recorder("on", torch.device("cpu"), 1)
     with pytest.raises(UserError, match="--graphs on is for one process"):
         recorder("on", torch.device("cuda"), 2)
+    assert recorder("auto", gpu, 1, 2) is None
+    with pytest.raises(UserError, match="--graphs on is for steps of one part: leave it out with --grad-accum 2"):
+        recorder("on", gpu, 1, 2)
 
 
 def test_tensors_of_every_dtype_reach_the_captured_inputs():
