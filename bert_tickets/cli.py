@@ -88,7 +88,8 @@ def _presets(words: Sequence[str], kind: str, method: str) -> dict[str, Any]:
     deciding = {"protocol"}.union(*(deciding_flags(method, kind, name) for name in typing.get_args(_types(method)["protocol"])))
     for name in deciding:
         _add_flag(parser, name, flags(kind, method)[name], method, kind, {}).required = False
-    given = vars(parser.parse_known_args(words)[0])
+    found = vars(parser.parse_known_args(words)[0])
+    given = {name: value for name, value in found.items() if not isinstance(value, list)}  # as in `parse`, which refuses these
     return preset_values(method, kind, given.get("protocol", Config.protocol), given)
 
 

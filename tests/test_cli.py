@@ -173,6 +173,7 @@ MISTAKES = [
     ("glue", "--task rte --mask m --no-rewind-head", "--no-rewind-head belongs to --method imp"),
     ("glue", "--task rte --rewind none --no-rewind-head", "--rewind-head has no effect with --rewind none"),
     ("glue", "--task rte --epochs 1 --max-steps 10", "--epochs has no effect with --max-steps"),
+    ("glue", "--task rte --protocol=--", "--protocol: expected one argument"),
     ("glue", "--task rte --grad-accum 33", "--grad-accum 33: --batch-size is 32"),
     ("glue", "--task rte --report best", "--report best: needs --eval-steps; otherwise a level has one evaluation"),
     ("glue", "--task rte --limit-seed run", "--limit-seed run: has no effect without --limit-train"),
