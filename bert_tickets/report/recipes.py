@@ -28,9 +28,10 @@ def shared_settings(config: Mapping[str, Any], differs: Mapping[str, Any], commo
 def adopt_settings(lines: Sequence[dict[str, Any]]) -> None:
     """Give the runs of a task the setting of its EarlyBERT runs, if their shared settings have the same values.
 
-    What all EarlyBERT runs of the task have of `RECIPE` stays in the setting. What some have is their `length`, which the row
-    names, as it does what some have of `SEARCH`. The `recipe` of other runs is what differs from their own preset. Where the
-    shared settings of other runs have other values, the setting of the EarlyBERT runs names their own.
+    What all EarlyBERT runs of the task have of `RECIPE` stays in the setting; if some differ from the preset in other settings,
+    what all these have. Where a run has something else, that is its `length`, which the row names, as it does what some have of
+    `SEARCH`. The `recipe` of other runs is what differs from their own preset. Where the shared settings of other runs have other
+    values, the setting of the EarlyBERT runs names their own.
     """
     for task in {line["task"] for line in lines if _searches(line)}:
         of_task = [line for line in lines if line["task"] == task]
@@ -40,7 +41,8 @@ def adopt_settings(lines: Sequence[dict[str, Any]]) -> None:
         more = [sorted(set().union(*(_differing(line, other) for other in others))) for line in searches]
         for line, words in zip(searches, more, strict=True):
             line |= {name: ", ".join(filter(None, [line[name], *words])) for name in ("setting", "search")}
-        common = set.intersection(*(_words(line["setting"], RECIPE) for line in searches))
+        of_base = [line for line in searches if _without(line["own_settings"], _words(line["own_settings"], SEARCH))] or searches
+        common = set.intersection(*(_words(line["setting"], RECIPE) for line in of_base))
         early = [
             line for line in searches if not _words(line["own_settings"], ("ticket",))
         ]  # random and full ones search nothing
@@ -48,8 +50,12 @@ def adopt_settings(lines: Sequence[dict[str, Any]]) -> None:
         for line in early:
             line["own_settings"] = _without(line["own_settings"], of_search)
         for line in searches:
-            own = _words(line["setting"], RECIPE) - common
-            line |= {name: _without(line[name], own) for name in ("setting", "search")} | {"length": ", ".join(sorted(own))}
+            words = _words(line["setting"], RECIPE)
+            presets = {word.rsplit(" ", 1)[0] for word in common} - {word.rsplit(" ", 1)[0] for word in words}
+            own = words - common | {f"{name} {line['trained'][name]}" for name in presets}
+            for name in ("setting", "search"):
+                line[name] = ", ".join(sorted({*_without(line[name], words).split(", "), *common} - {""}))
+            line["length"] = ", ".join(sorted(own))
         for line in of_task:
             same = [other for other in searches if other["shared"] == line["shared"]]
             if same and not _searches(line):

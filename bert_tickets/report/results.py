@@ -21,7 +21,7 @@ from bert_tickets.content import brief, of_checkpoint
 from bert_tickets.errors import UserError
 from bert_tickets.files import read_facts
 from bert_tickets.report import published
-from bert_tickets.report.recipes import adopt_settings, name_models, shared_settings
+from bert_tickets.report.recipes import RECIPE, adopt_settings, name_models, shared_settings
 from bert_tickets.report.rows import FULL, GUARDED, PERTURBED, PRETRAINED, RANDOM, TRAINED, is_early_bird, name_rows, plainness
 from bert_tickets.runs.directory import failure, level_dir, levels_done, read_run, results
 from bert_tickets.runs.integrity import check_level
@@ -136,6 +136,7 @@ def _facts_of_run(run: Path) -> dict[str, Any]:
         "search": _words(setting | length),
         "shared": shared_settings(config, differs, COMMON),
         "recipe": "",
+        "trained": {name: brief(str(config.get(name.replace(" ", "_")))) for name in RECIPE},
         "maker": "",
         "report": config.get("report", "last"),
         "data": json.dumps([fingerprint.get(key) for key in ("train", "evaluation", "precision")[drawn:]], sort_keys=True),

@@ -104,6 +104,22 @@ def test_changes_are_read_from_rows():
     assert part_of({"neurons": 0.0}, 16) == ""  # the slides have heads only of base
 
 
+def test_a_sweep_at_a_learning_rate_of_its_own_has_all_ablations(tmp_path):
+    """The runs that vary something else say what is its own; the preset's rate is then one of the ablation."""
+    rundirs.dense(tmp_path, "qnli", 1, 0.9, lr=1e-4)
+    rundirs.early(tmp_path, "qnli", 1, 0.88, lr=1e-4, search_lr=1e-4)
+    rundirs.early(tmp_path, "qnli", 1, 0.87, (10.0, 40.0), (2, 5), heads="1/2", lr=1e-4, search_lr=1e-4)
+    rundirs.early(tmp_path, "qnli", 1, 0.86, search_lr=1e-4)
+    rundirs.early(tmp_path, "qnli", 1, 0.85, lr=2e-5, epochs=1.0, search_lr=1e-4)
+    table = made(tmp_path)
+    lines = {(line["varied"], line["value"]): line["QNLI"] for line in grid(table, "Ablations")}
+    assert lines["heads gone of a layer's 12", "4"] == "88.0 (1)"
+    assert lines["learning rate, 2 epochs", "4e-5"] == "86.0 (1)"
+    assert lines["learning rate, 1 epoch", "2e-5"] == "85.0 (1)"
+    assert by_row(table, "Scores")[EARLY]["QNLI"] == "88.0 (1)"
+    assert {EARLY, f"{EARLY}, lr 4e-05", f"{EARLY}, epochs 1.0, lr 2e-05"} <= set(table.cells["row"])
+
+
 # ---- pre-training ----
 
 
