@@ -33,6 +33,7 @@ from bert_tickets.modeling.dropout import Dropout
 from bert_tickets.modeling.packing import Batch
 from bert_tickets.tasks import Task
 from bert_tickets.tasks.create import create
+from bert_tickets.tasks.glue import Glue
 from bert_tickets.tasks.mlm import MASK_RATE, MASKED, RANDOM, Mlm
 from bert_tickets.tasks.squad import Squad
 from bert_tickets.training.cuda_graphs import Recorder
@@ -243,6 +244,7 @@ def hugging_face_loss(net: Net, task: Task, labels: Tensor, **inputs: Tensor) ->
         shown = torch.where(kind < MASKED, task.mask_id, torch.randint_like(ids, task.vocabulary))
         shown = torch.where((chosen < MASK_RATE) & (kind < MASKED + RANDOM), shown, ids)
         return net(**inputs | {"input_ids": shown}, labels=ids.masked_fill(chosen >= MASK_RATE, -100)).loss
+    assert isinstance(task, Glue)
     return task.loss_of(net(**inputs).logits.float(), labels)
 
 

@@ -57,7 +57,7 @@ def fill_over_sparsities(levels: DataFrame, wanted: Iterable[Mapping[str, Any]])
     Raises `UserError` for a row with several tickets of a seed.
     """
     refuse_several(levels, ["mask_sha256"], ["task", "row", "seed"], "have several tickets in one row; give one of them")
-    cells = fill(levels.assign(sparsity=0.0), (cell | {"sparsity": 0.0} for cell in wanted))
+    cells = fill(levels.assign(sparsity=0.0), ({**cell, "sparsity": 0.0} for cell in wanted))
     sparsities = levels.groupby(["task", "row"])["sparsity"].mean().round(3)
     return cells.assign(sparsity=[sparsities.get(place, math.nan) for place in zip(cells["task"], cells["row"], strict=True)])
 

@@ -50,11 +50,11 @@ def adopt_settings(lines: Sequence[dict[str, Any]]) -> None:
         for line in early:
             line["own_settings"] = _without(line["own_settings"], of_search)
         for line in searches:
-            words = _words(line["setting"], RECIPE)
-            presets = {word.rsplit(" ", 1)[0] for word in common} - {word.rsplit(" ", 1)[0] for word in words}
-            own = words - common | {f"{name} {line['trained'][name]}" for name in presets}
+            own_words = _words(line["setting"], RECIPE)
+            presets = {word.rsplit(" ", 1)[0] for word in common} - {word.rsplit(" ", 1)[0] for word in own_words}
+            own = own_words - common | {f"{name} {line['trained'][name]}" for name in presets}
             for name in ("setting", "search"):
-                line[name] = ", ".join(sorted({*_without(line[name], words).split(", "), *common} - {""}))
+                line[name] = ", ".join(sorted({*_without(line[name], own_words).split(", "), *common} - {""}))
             line["length"] = ", ".join(sorted(own))
         for line in of_task:
             same = [other for other in searches if other["shared"] == line["shared"]]
