@@ -42,7 +42,7 @@ from bert_tickets.data.batches import TokenStore
 from bert_tickets.data.token_cache import Tokens
 from bert_tickets.modeling.loading import load_bert
 
-pytest_plugins = ["tickets"]  # further fixtures
+pytest_plugins = ["pairs", "tickets"]  # further fixtures
 
 ROOT = Path(__file__).parent.parent
 
