@@ -75,8 +75,12 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"derived": args.kind, "masks": [fingerprint(str(path)) for path in args.masks]}
     found |= {name: fingerprint(str(path)) for name in ("weights", "like") if (path := getattr(args, name))}
     found |= {"random_size": "binomial"} if args.random_size == "binomial" else {}
-    is_drawn = args.kind in DRAWN and args.weights is None
-    return found | ({} if (seed := Training.seed if args.seed is None and is_drawn else args.seed) is None else {"seed": seed})
+    return found | ({} if (seed := seed_of(args)) is None else {"seed": seed})
+
+
+def seed_of(args: argparse.Namespace) -> int | None:
+    """Return the seed of the draw; None for a kind that draws nothing, as weights of the smallest magnitude."""
+    return Training.seed if args.seed is None and args.kind in DRAWN and args.weights is None else args.seed
 
 
 def main(args: argparse.Namespace) -> None:
@@ -90,12 +94,9 @@ def main(args: argparse.Namespace) -> None:
     of_units = "units" in given[0].info
     scope: Scope = "tensor" if of_units else "global"
     weights = ranked_weights(args, given[0], of_units)
-    seed = args.seed
-    if seed is None and args.kind in DRAWN and weights is None:
-        seed = Training.seed
     inputs = [read_units(mask) if of_units else mask for mask in given]
     like = inputs.pop() if args.like else None
-    found = derive(args.kind, inputs, seed, scope, like=like, weights=weights, binomial=args.random_size == "binomial")
+    found = derive(args.kind, inputs, seed_of(args), scope, like=like, weights=weights, binomial=args.random_size == "binomial")
     ticket = found
     if of_units:
         covers_bias = any(name.endswith(f"{HEAD_OUTPUT}.bias") for name in given[0])

@@ -38,10 +38,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     folders = [place for place in args.places if not is_run(place) and first_file(place, WEIGHTS)]
-    runs = [run for place in args.places if place not in folders for run in find_runs(place)]
-    for place in args.places:
-        if place not in folders and not find_runs(place):
-            raise UserError(f"no run directory in {place}, and no weights (model.safetensors or pytorch_model.bin)")
+    found = {place: find_runs(place) for place in args.places if place not in folders}
+    if empty := [str(place) for place, runs in found.items() if not runs]:
+        raise UserError(f"no run directory in {', '.join(empty)}, and no weights (model.safetensors or pytorch_model.bin)")
+    runs = list(chain.from_iterable(found.values()))
     if runs and args.mask:
         raise UserError(f"--mask is for Hugging Face folders; {runs[0]} is a run, and has its own masks")
     damaged = [run for run in runs if not verify(run)]

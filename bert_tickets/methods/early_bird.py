@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 def run(session: Session, s: Settings) -> None:
     """Level 0 searches and draws the ticket, level 1 trains it."""
+    if s.skip_first_batch and session.steps == 1:
+        raise UserError("--skip-first-batch: the ticket's training has one step, and nothing would be trained")
     if not session.finished(0):
         search(session, s)
     train(session, s, session.restore(0))  # f(m * theta_0, gamma), as level 0 leaves it
@@ -99,8 +101,6 @@ def train(session: Session, s: Settings, mask: Mask) -> None:
         gated = GatedNetwork(net, executed_units(net, mask) if s.execution == "slim" else full)
         gates = {"loss": lambda batch: gated(task.loss, batch), "predict": lambda batch: gated(task.predict, batch)}
         gates |= {"leaves": gated.params(), "after": lambda mask: gated.fold()}
-    if start >= steps:
-        raise UserError(f"--skip-first-batch: the ticket's training has {steps} step: nothing would be trained")
     results = {"flops": cost(session, units, start, steps), "full_flops": cost(session, full, start, steps)}
     session.train_level(1, mask, execution=s.execution, start=start, steps=steps, results=results, **gates)
 

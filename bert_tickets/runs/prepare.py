@@ -34,8 +34,8 @@ def prepare(task: Task, run: Run) -> Session:
     device = prepare_device(cfg.device, group.local_rank)
     precision = precision_of(cfg.train.precision, device)
     set_tf32(cfg.train.tf32, precision, device)
-    graphs = recorder(cfg.train.graphs, device, group.world_size, cfg.train.grad_accum)
     parts = group.world_size * cfg.train.grad_accum
+    graphs = recorder(cfg.train.graphs, device, parts)
     if cfg.train.batch_size < parts:
         raise UserError(f"--batch-size {cfg.train.batch_size} cannot be divided into {parts} parts")
     net, tokenizer = _load_net(task, cfg)

@@ -119,7 +119,8 @@ class Run:
             raise Stopped(f"stopped; {resumes if saved else 'the same command starts again'}", 128 + number)
         if before is None:
             with contextlib.suppress(OSError):  # the terminal may be closed. `print` is not reentrant
-                os.write(2, b"\nstopping after this step or evaluation; a second Ctrl-C or SIGTERM stops at once\n")
+                at_once = b"a second Ctrl-C, or SIGTERM after two seconds, stops at once"
+                os.write(2, b"\nstopping after this step or evaluation; " + at_once + b"\n")
 
     # ---- run.json and log.jsonl ----
 

@@ -54,15 +54,15 @@ class Recorder:
         print(f"{why}; the run continues without CUDA graphs, with the same results", flush=True)
 
 
-def recorder(asked: str, device: torch.device, processes: int, grad_accum: int = 1) -> Recorder | None:
-    """Return the recorder for `--graphs`; None for no graphs. Raises `UserError` if `on` is impossible."""
-    parts = processes * grad_accum  # a step of several parts is eager
+def recorder(asked: str, device: torch.device, parts: int) -> Recorder | None:
+    """Return the recorder for `--graphs`; None for no graphs. Raises `UserError` if `on` is impossible.
+
+    `parts` are those of a step, by processes and by `--grad-accum`: a step of several is eager.
+    """
     if asked == "on" and device.type != "cuda":
         raise UserError("--graphs on needs a CUDA device")
-    if asked == "on" and processes > 1:
-        raise UserError("--graphs on is for one process: leave it out under torchrun")
     if asked == "on" and parts > 1:
-        raise UserError(f"--graphs on is for steps of one part: leave it out with --grad-accum {grad_accum}")
+        raise UserError("--graphs on is for steps of one part: leave it out under torchrun and with --grad-accum")
     return Recorder(asked == "on") if asked != "off" and device.type == "cuda" and parts == 1 else None
 
 

@@ -264,7 +264,7 @@ def test_coefficients_that_are_not_finite_end_the_search_at_the_next_question(co
 
 
 def test_a_ticket_without_a_step_of_training_is_refused(commands, tmp_path):
-    with pytest.raises(UserError, match="--skip-first-batch: the ticket's training has 1 step: nothing would be trained"):
+    with pytest.raises(UserError, match="--skip-first-batch: the ticket's training has one step, and nothing"):
         found(commands, tmp_path, "--skip-first-batch", "--max-steps", "1", "--draw-at", "1")
 
 
