@@ -113,7 +113,7 @@ def test_a_text_is_read_once(cache, pairs_tokenizer, pairs_bert, tmp_path):
     other.add_tokens(["aabb"])
     load_pairs(text, other, LENGTH, 1)
     other = AutoTokenizer.from_pretrained(pairs_bert)
-    other.cls_token = "[MASK]"  # of no effect on the pairs_tokenizer that is in the entry's name
+    other.cls_token = "[MASK]"  # of no effect on the tokenizer that is in the entry's name
     assert examples(load_pairs(text, other, LENGTH, 1))[0][0][0] == pairs_tokenizer.mask_token_id
     assert len(list(cache.iterdir())) == 7
 
